@@ -1,0 +1,9 @@
+"""Fused kernels for correlation-based knowledge distillation."""
+
+from . import functional, nn
+from .backends import use_backend
+from .functional import *  # noqa: F403
+from .functional import __all__ as _functions
+
+__version__ = "0.1.0"
+__all__ = [*_functions, "functional", "nn", "use_backend"]

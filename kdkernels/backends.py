@@ -1,0 +1,70 @@
+"""Which backend runs a call: the reference, the native library or Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from . import native
+
+BACKENDS = ("auto", "reference", "native", "triton")
+
+# A plain module variable, like the flags of torch.backends: torch.compile reads and guards it.
+_default = "auto"
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Make ``backend`` the choice of every call in the block that does not name one itself.
+
+    Like the flags of ``torch.backends`` this holds for the whole process, not for one thread.
+    """
+    global _default
+    _check(backend)
+    before, _default = _default, backend
+    try:
+        yield
+    finally:
+        _default = before
+
+
+def choose(backend: str, *tensors: torch.Tensor) -> str:
+    """The backend that runs a call on ``tensors``: never "auto".
+
+    Raises ``RuntimeError`` when the backend asked for by name cannot run, saying why.
+    """
+    _check(backend)
+    if backend == "auto":
+        backend = _default
+    if backend != "auto":
+        reason = why_not(backend, *tensors)
+        if reason is not None:
+            raise RuntimeError(f"backend={backend!r} cannot run here: {reason}")
+        return backend
+    preferred = "native" if tensors[0].device.type == "cpu" else "triton"
+    return preferred if why_not(preferred, *tensors) is None else "reference"
+
+
+def why_not(backend: str, *tensors: torch.Tensor) -> str | None:
+    """Why ``backend`` cannot run on ``tensors``, in one sentence; None when it can."""
+    if backend == "reference":
+        return None
+    device = tensors[0].device
+    return native.why_not(device) if backend == "native" else _why_not_triton(device)
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton is not installed ({error})"
+    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+        return "Triton kernels need a GPU tensor; on CPU they only run under TRITON_INTERPRET=1"
+    return None
+
+
+def _check(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")

@@ -1,0 +1,124 @@
+"""The losses as functions: student first, teacher second, settings by keyword."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .ops import local_correlation as _local_correlation
+from .ops.kd import kd
+from .ops.local_correlation.reference import RELATIONS, correlation
+from .ops.patches import patches
+from . import checks
+
+__all__ = ["kd_loss", "local_correlation", "local_correlation_loss"]
+
+
+def local_correlation_loss(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    k: int | Sequence[int],
+    *,
+    weights: Sequence[float] = (1.0, 1.0, 1.0),
+    mask: Tensor | Sequence[Tensor] | None = None,
+    threshold: float | None = None,
+    partition: str = "exact",
+    reduction: str = "sum",
+    eps: float = 1e-8,
+    form: str = "auto",
+    backend: str = "auto",
+    group: object | None = None,
+) -> Tensor:
+    """Local correlation consistency between two networks (LKD Eqs. 4-7, with a mask Eq. 10).
+
+    Every map is split into k x k patches; with ``D`` the difference of the two networks' N x N matrices of cosines between
+    patches (N = n·k²), ``loss = w₁·ΣD²[same image] + w₂·ΣD²[same position] + w₃·ΣD²[neither]``, summed over stages.
+
+    Args:
+        student: n x c x h x w features, or a sequence of them, one per stage. Channels, height and width may differ from the
+            teacher's. float32, float64, bfloat16 or float16, any strides.
+        teacher: the teacher's features of the same stages. They receive a gradient only if they require one.
+        k: patches per side, one number or one per stage.
+        weights: (intra, inter_same, inter_diff), the factors of Eqs. 4, 5 and 6 in Eq. 7.
+        mask: n x h x w (or n x 1 x h x w) attention in [0, 1] at the teacher's resolution, one per stage (Eq. 9).
+        threshold: crop to the tight box of ``mask > threshold`` and resample to the original size; None does not crop.
+        partition: "exact" wants k to divide height and width; "resize" first resamples bilinearly to the next multiple.
+        reduction: "sum" is the paper's; "mean" divides each relation by its own number of pairs.
+        eps: patches of this norm or less have cosine 0 with everything and gradient 0.
+        form: "gram" works on tiles of the N x N matrices, "feature" on d x d sums, linear in the batch; "auto" takes the
+            cheaper of the two for each term.
+        backend: "auto", "reference", "native" or "triton".
+        group: a torch.distributed process group over which the batch is spread.
+
+    Returns:
+        A scalar: float64 if either network's features are, else float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what it got.
+        RuntimeError: when a backend asked for by name cannot run.
+
+    Memory: one packed N x d matrix per network, the gradient, and tiles; never N².
+    """
+    if group is not None:
+        raise NotImplementedError("group: global-batch losses are not available yet, pass group=None")
+    settings = _local_correlation.Settings(threshold, partition, eps, form)
+    stages = _local_correlation.check(student, teacher, k, weights, mask, reduction, settings)
+    return _local_correlation.local_correlation_loss(stages, settings, backend)
+
+
+def local_correlation(
+    features: Tensor,
+    k: int,
+    relation: str = "full",
+    *,
+    partition: str = "exact",
+    eps: float = 1e-8,
+    backend: str = "auto",
+) -> Tensor:
+    """The cosine correlations between patches themselves (LKD Eq. 3), for inspection.
+
+    Args:
+        features: n x c x h x w.
+        k: patches per side; N = n·k².
+        relation: "full" N x N over all pairs; "intra" n x k² x k² within each image; "inter_same" k² x n x n between images
+            at each position; "inter_diff" N x N with the pairs of one image or one position set to 0.
+        partition, eps, backend: as in ``local_correlation_loss``; the backend is that of the patches.
+
+    Returns:
+        The matrix or matrices in float32 (float64 for float64 features), differentiable.
+
+    Memory: the result is what the loss avoids holding: N² numbers for "full" and "inter_diff".
+    """
+    checks.one_of("relation", relation, RELATIONS)
+    return correlation(patches(features, k, partition=partition, eps=eps, backend=backend), k * k, relation)
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 4.0,
+    scale: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Knowledge distillation (LKD Eq. 1): batch mean of KL(softmax(teacher / T) ‖ softmax(student / T)).
+
+    Args:
+        student_logits: b x K.
+        teacher_logits: b x K; receives a gradient only if it requires one.
+        temperature: T > 0.
+        scale: multiply by T², which keeps the gradient's size independent of T.
+        backend: "auto", "reference", "native" or "triton".
+
+    Returns:
+        A scalar: float64 if either input is, else float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what it got.
+        RuntimeError: when a backend asked for by name cannot run.
+
+    Memory: the gradient, b x K.
+    """
+    loss = kd(student_logits, teacher_logits, temperature=temperature, backend=backend)
+    return loss * temperature**2 if scale else loss

@@ -1,0 +1,66 @@
+"""Compare two correlation structures: sums of (x_r·x_s − y_r·y_s)² over pairs of rows, without the N x N matrices."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ... import backends, checks
+from . import reference
+from .plan import FORMS, GRAM, Coefficients, Plan, make_plan
+
+
+def congruence(
+    x: Tensor,
+    y: Tensor,
+    *,
+    positions: int = 1,
+    coefficients: tuple[float, float, float, float] = (1.0, 0.0, 0.0, 0.0),
+    form: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """Sum the squared differences of two dot-product structures.
+
+    With ``D = X Xᵀ − Y Yᵀ`` and row ``r`` belonging to image ``r // positions`` and position ``r % positions``, the result is
+    ``full·ΣD² + intra·ΣD²[same image] + inter_same·ΣD²[same position] + diagonal·Σ D_rr²``.
+
+    Args:
+        x: N x d_S student rows, float32 or float64.
+        y: N x d_T teacher rows of the same dtype.
+        positions: rows per image; it divides N.
+        coefficients: (full, intra, inter_same, diagonal).
+        form: "gram" compares N x N tiles and drops them; "feature" uses ‖XᵀX‖² + ‖YᵀY‖² − 2‖YᵀX‖²; "auto" takes the cheaper
+            form of each term.
+        backend: "auto", "reference", "native" or "triton".
+
+    Returns:
+        A scalar, differentiable in x and y.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what it got.
+        RuntimeError: when a backend asked for by name cannot run.
+    """
+    check(x, y, positions, form)
+    coefficients = Coefficients(*map(float, coefficients))
+    plan = plan_for(x, y, positions, form)
+    run = {"reference": _reference}[backends.choose(backend, x)]
+    return run(x, y, positions, coefficients, plan)
+
+
+def plan_for(x: Tensor, y: Tensor, positions: int, form: str) -> Plan:
+    return make_plan(form, x.shape[0], positions, x.shape[1], y.shape[1], x.requires_grad, y.requires_grad)
+
+
+def check(x: object, y: object, positions: int, form: str) -> None:
+    x = checks.tensor("x", x, 2, "N x d_S")
+    y = checks.tensor("y", y, 2, "N x d_T")
+    checks.same_batch("y", y, "x", x)
+    checks.same_device("y", y, "x", x)
+    checks.one_of("form", form, FORMS)
+    checks.positive_int("positions", positions)
+    if x.shape[0] % positions:
+        raise ValueError(f"positions must divide the number of rows {x.shape[0]}, got {positions}")
+
+
+def _reference(x: Tensor, y: Tensor, positions: int, coefficients: Coefficients, plan: Plan) -> Tensor:
+    run = reference.gram_form if plan.full == GRAM else reference.feature_form
+    return run(x, y, positions, coefficients)

@@ -1,0 +1,156 @@
+"""Local correlation consistency (LKD): ``patches`` and ``congruence`` composed over the stages of two networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import backends, checks
+from ..congruence import congruence
+from ..congruence.plan import FEATURE, FORMS, Coefficients
+from ..congruence.reference import feature_form
+from ..patches import check as check_features
+from ..patches import check_mask, patches
+from . import reference
+
+REDUCTIONS = ("sum", "mean")
+
+
+class Stage(NamedTuple):
+    """One stage of both networks, checked."""
+
+    student: Tensor
+    teacher: Tensor
+    mask: Tensor | None
+    k: int
+    factors: tuple[float, float, float]
+
+    @property
+    def coefficients(self) -> Coefficients:
+        """w₁·intra + w₂·inter_same + w₃·inter_diff written as sums over all pairs and corrections to them."""
+        intra, same, diff = self.factors
+        return Coefficients(diff, intra - diff, same - diff, diff)
+
+
+class Settings(NamedTuple):
+    threshold: float | None
+    partition: str
+    eps: float
+    form: str
+
+
+def local_correlation_loss(stages: Sequence[Stage], settings: Settings, backend: str) -> Tensor:
+    """The loss summed over the stages; see ``kdkernels.local_correlation_loss``."""
+    run = {"reference": _reference}[backends.choose(backend, stages[0].student)]
+    return run(stages, settings)
+
+
+def _reference(stages: Sequence[Stage], settings: Settings) -> Tensor:
+    # Autocast would run the products in half precision.
+    with torch.autocast(stages[0].student.device.type, enabled=False):
+        return torch.stack([_reference_stage(stage, settings) for stage in stages]).sum()
+
+
+def _reference_stage(stage: Stage, settings: Settings) -> Tensor:
+    student, teacher = (_patches(stage, features, settings, "reference") for features in stage[:2])
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    if settings.form == "feature":
+        return feature_form(student, teacher, stage.k**2, stage.coefficients)
+    return reference.local_correlation_loss(student, teacher, stage.k**2, stage.factors)
+
+
+def _patches(stage: Stage, features: Tensor, settings: Settings, backend: str) -> Tensor:
+    return patches(
+        features,
+        stage.k,
+        mask=stage.mask,
+        threshold=settings.threshold,
+        partition=settings.partition,
+        eps=settings.eps,
+        backend=backend,
+    )
+
+
+def check(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    k: int | Sequence[int],
+    weights: Sequence[float],
+    mask: Tensor | Sequence[Tensor] | None,
+    reduction: str,
+    settings: Settings,
+) -> list[Stage]:
+    """Check every argument and gather them by stage."""
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    checks.one_of("form", settings.form, FORMS)
+    checks.non_negative("eps", settings.eps)
+    weights = _check_weights(weights)
+    students = _per_stage("student", student, None)
+    count = len(students)
+    teachers = _per_stage("teacher", teacher, count)
+    masks = [None] * count if mask is None else _per_stage("mask", mask, count)
+    ks = [k] * count if isinstance(k, int) else _per_stage("k", k, count)
+    return [
+        _check_stage(f"[{i}]" if count > 1 else "", s, t, m, side, weights, reduction, settings)
+        for i, (s, t, m, side) in enumerate(zip(students, teachers, masks, ks, strict=True))
+    ]
+
+
+def _check_stage(
+    index: str,
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    k: int,
+    weights: tuple[float, float, float],
+    reduction: str,
+    settings: Settings,
+) -> Stage:
+    check_features(f"student{index}", student, k, settings.partition)
+    check_features(f"teacher{index}", teacher, k, settings.partition)
+    checks.same_batch(f"teacher{index}", teacher, f"student{index}", student)
+    checks.same_device(f"teacher{index}", teacher, f"student{index}", student)
+    mask = check_mask(f"mask{index}", mask, settings.threshold, f"teacher{index}", teacher)
+    if mask is not None and mask.shape[-2:] != teacher.shape[-2:]:
+        raise ValueError(
+            f"mask{index} must have teacher{index}'s height and width {tuple(teacher.shape[-2:])}, "
+            f"got {tuple(mask.shape[-2:])}"
+        )
+    return Stage(student, teacher, mask, k, _factors(weights, reduction, student.shape[0], k * k))
+
+
+def _factors(
+    weights: tuple[float, float, float], reduction: str, images: int, positions: int
+) -> tuple[float, float, float]:
+    if reduction == "sum":
+        return weights
+    intra, same, diff = weights
+    pairs = images * (images - 1) * positions * (positions - 1)
+    return intra / (images * positions**2), same / (positions * images**2), diff / pairs if pairs else 0.0
+
+
+def _check_weights(weights: Sequence[float]) -> tuple[float, float, float]:
+    try:
+        intra, same, diff = map(float, weights)
+    except (TypeError, ValueError):
+        raise ValueError(f"weights must be three numbers (intra, inter_same, inter_diff), got {weights!r}") from None
+    return intra, same, diff
+
+
+def _per_stage(name: str, value: object, count: int | None) -> list:
+    if isinstance(value, Tensor):
+        value = [value]
+    if not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a tensor or a sequence of them, one per stage, got {type(value).__name__}")
+    if len(value) == 0:
+        raise ValueError(f"{name} must hold at least one stage, got an empty sequence")
+    if count is not None and len(value) != count:
+        raise ValueError(f"{name} must hold one entry per stage of student, {count}, got {len(value)}")
+    return list(value)
+
+
+__all__ = ["Settings", "Stage", "check", "congruence", "local_correlation_loss"]

@@ -1,0 +1,37 @@
+"""Local correlation consistency in plain PyTorch, equation by equation: the specification of ``local_correlation``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RELATIONS = ("full", "intra", "inter_same", "inter_diff")
+
+
+def correlation(rows: Tensor, positions: int, relation: str) -> Tensor:
+    """The cosine correlations (Eq. 3) of unit patch vectors, row i * positions + p being patch p of image i."""
+    cells = rows.view(-1, positions, rows.shape[1])
+    if relation == "intra":
+        return cells @ cells.transpose(1, 2)
+    if relation == "inter_same":
+        by_position = cells.transpose(0, 1)
+        return by_position @ by_position.transpose(1, 2)
+    full = rows @ rows.T
+    if relation == "full":
+        return full
+    index = torch.arange(len(rows), device=rows.device)
+    image, position = index // positions, index % positions
+    related = (image[:, None] == image) | (position[:, None] == position)
+    return full.masked_fill(related, 0)
+
+
+def local_correlation_loss(
+    student: Tensor, teacher: Tensor, positions: int, factors: tuple[float, float, float]
+) -> Tensor:
+    """Eqs. 4-7 on unit patch vectors; a factor of 0 skips its relation."""
+    loss = torch.zeros((), dtype=torch.promote_types(student.dtype, teacher.dtype), device=student.device)
+    for relation, factor in zip(RELATIONS[1:], factors, strict=True):
+        if factor:
+            difference = correlation(student, positions, relation) - correlation(teacher, positions, relation)
+            loss = loss + factor * difference.square().sum()
+    return loss

@@ -1,0 +1,42 @@
+// Scratch memory that a thread keeps between calls, so that small problems do not pay for the allocator.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace kdkernels {
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Uninitialised memory on a cache-line boundary.
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t count) : count_(count) {
+    const size_t bytes = round_up(int64_t(count * sizeof(T)), 64);
+    memory_.reset(static_cast<T*>(std::aligned_alloc(64, bytes ? bytes : 64)));
+    if (!memory_) throw std::bad_alloc();
+  }
+  T* data() const { return memory_.get(); }
+  int64_t size() const { return count_; }
+
+ private:
+  struct Free {
+    void operator()(T* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<T[], Free> memory_;
+  int64_t count_ = 0;
+};
+
+// The calling thread's buffer number `slot`, at least `count` elements; valid until the same slot is asked for again.
+template <typename T, int slot>
+T* workspace(int64_t count) {
+  static thread_local Buffer<T> buffer;
+  if (buffer.size() < count) buffer = Buffer<T>(count);
+  return buffer.data();
+}
+
+}  // namespace kdkernels

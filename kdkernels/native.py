@@ -1,9 +1,75 @@
-"""Loads the native library on first use, and says in words why when it cannot."""
+"""Loads the native library on first use, and says in words why when it cannot.
+
+Native operators are declared in ``csrc/library.cpp``; their fake kernels, which tell ``torch.compile`` the shapes of the
+results, are here.
+"""
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import torch
+from torch import Tensor
+
+ops = torch.ops.kdkernels
+
+_FOLDER = Path(__file__).parent
 
 
 def why_not(device: torch.device) -> str | None:
-    return "the native library was not built"
+    """Why native kernels cannot run on ``device``, in one sentence; None when they can."""
+    if device.type != "cpu":
+        return f"the native library has no kernels for {device.type} tensors"
+    return _failure()
+
+
+def built() -> list[Path]:
+    """The libraries that exist, one per instruction set."""
+    return sorted(_FOLDER.glob("_native_cpu_*.so"))
+
+
+def library() -> Path:
+    """The library for this processor; ATEN_CPU_CAPABILITY moves the choice as it does in PyTorch."""
+    level = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default")
+    return _FOLDER / f"_native_cpu_{level}.so"
+
+
+@functools.cache
+def _load() -> str | None:
+    path = library()
+    if not path.exists():
+        return "the native library was not built (KDKERNELS_BUILD=1 when installing turns the reason into an error)"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"the native library does not load: {error}"
+    _register_fakes()
+    return None
+
+
+def _failure() -> str | None:
+    return _load()
+
+
+# torch.compile calls this while it compiles and takes the answer as a constant. Set by hand, because the decorator
+# torch.compiler.assume_constant_result imports all of torch._dynamo.
+_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _register_fakes() -> None:
+    @torch.library.register_fake("kdkernels::kd")
+    def kd(
+        student: Tensor, teacher: Tensor, temperature: float, scale: float, grad_student: bool, grad_teacher: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = accumulation_dtype(student, teacher)
+        shapes = (student.shape if grad_student else (0,), teacher.shape if grad_teacher else (0,))
+        return (
+            student.new_empty((), dtype=dtype),
+            *(student.new_empty(shape, dtype=dtype) for shape in shapes),
+        )
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of losses and of the gradients that native operators return."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -1,0 +1,49 @@
+"""How results are compared. The tolerances of the whole suite are here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+FLOAT32_TOLERANCE = 1e-5
+FLOAT64_TOLERANCE = 1e-12
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, *HALF_DTYPES)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖ in float64; the plain norm where nothing is expected."""
+    assert actual.shape == expected.shape, f"got shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    scale = expected.norm().item()
+    return (actual - expected).norm().item() / (scale or 1.0)
+
+
+def assert_close(actual: Tensor, expected: Tensor, what: str = "result") -> None:
+    """A float32 or float64 result equals the exact one within its dtype's tolerance."""
+    tolerance = FLOAT64_TOLERANCE if actual.dtype == torch.float64 else FLOAT32_TOLERANCE
+    _assert_error(relative_error(actual, expected), tolerance, what)
+
+
+def assert_as_good_as(actual: Tensor, eager: Tensor, expected: Tensor, what: str = "result") -> None:
+    """A result from half-precision inputs is at most twice as wrong as that of eager code on inputs cast to float32."""
+    _assert_error(relative_error(actual, expected), max(2 * relative_error(eager, expected), FLOAT32_TOLERANCE), what)
+
+
+def _assert_error(error: float, tolerance: float, what: str) -> None:
+    assert error <= tolerance, f"{what}: relative error {error:.2e}, allowed {tolerance:.2e}"
+
+
+def loss_and_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    """The loss at fresh leaves with the data, strides and requires_grad of ``inputs``, and each one's gradient or None."""
+    leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
+    loss = function(*leaves)
+    loss.backward()
+    return loss.detach(), [x.grad for x in leaves]
+
+
+def exactly(*inputs: Tensor) -> list[Tensor]:
+    """The same values in float64, for the exact result."""
+    return [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ... import backends, checks
+from ... import backends, checks, native
 from . import reference
 
 
-def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, backend: str = "auto") -> Tensor:
-    """Batch mean of KL(softmax(teacher / T) ‖ softmax(student / T)); see ``kdkernels.kd_loss``."""
+def kd(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, scale: float = 1.0, backend: str = "auto"
+) -> Tensor:
+    """``scale`` times the batch mean of KL(softmax(teacher / T) ‖ softmax(student / T)); see ``kdkernels.kd_loss``."""
     check(student_logits, teacher_logits, temperature)
-    run = {"reference": reference.kd}[backends.choose(backend, student_logits)]
-    return run(student_logits, teacher_logits, float(temperature))
+    run = {"reference": reference.kd, "native": _native}[backends.choose(backend, student_logits)]
+    return run(student_logits, teacher_logits, float(temperature), float(scale))
 
 
 def check(student: object, teacher: object, temperature: float) -> None:
@@ -25,3 +29,29 @@ def check(student: object, teacher: object, temperature: float) -> None:
             f"teacher_logits must have student_logits' {student.shape[1]} classes, got {teacher.shape[1]}"
         )
     checks.positive("temperature", temperature)
+
+
+def _native(student: Tensor, teacher: Tensor, temperature: float, scale: float) -> Tensor:
+    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
+        return _Native.apply(student, teacher, temperature, scale)
+    return native.ops.kd(student, teacher, temperature, scale, False, False)[0]
+
+
+class _Native(torch.autograd.Function):
+    """The forward pass computes the gradients as well: the loss is a scalar, so backward only scales them."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, student: Tensor, teacher: Tensor, temperature: float, scale: float) -> Tensor:
+        loss, *gradients = native.ops.kd(student, teacher, temperature, scale, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = student.dtype, teacher.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (
+            (grad_loss * gradient).to(dtype) if wanted else None
+            for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
+        )
+        return *gradients, None, None

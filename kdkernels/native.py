@@ -69,6 +69,69 @@ def _register_fakes() -> None:
             *(student.new_empty(shape, dtype=dtype) for shape in shapes),
         )
 
+    @torch.library.register_fake("kdkernels::patches")
+    def patches(
+        features: Tensor, k: int, mask: Tensor | None, threshold: float | None, resize: bool, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        n, c, h, w = features.shape
+        dtype = accumulation_dtype(features)
+        rows = features.new_empty((n * k * k, c * -(-h // k) * -(-w // k)), dtype=dtype)
+        return rows, features.new_empty((n * k * k,), dtype=dtype)
+
+    @torch.library.register_fake("kdkernels::patches_backward")
+    def patches_backward(
+        grad_rows: Tensor,
+        rows: Tensor,
+        norms: Tensor,
+        features: Tensor,
+        k: int,
+        mask: Tensor | None,
+        threshold: float | None,
+        resize: bool,
+    ) -> Tensor:
+        return _new_gradient(features, features.dtype)
+
+    @torch.library.register_fake("kdkernels::congruence")
+    def congruence(
+        x: Tensor,
+        y: Tensor,
+        positions: int,
+        coefficients: list[float],
+        plan: list[int],
+        grad_x: bool,
+        grad_y: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shapes = (x.shape if grad_x else (0,), y.shape if grad_y else (0,))
+        return x.new_empty(()), x.new_empty(shapes[0]), x.new_empty(shapes[1])
+
+    @torch.library.register_fake("kdkernels::local_correlation")
+    def local_correlation(
+        students: list[Tensor],
+        teachers: list[Tensor],
+        masks: list[Tensor],
+        k: list[int],
+        coefficients: list[float],
+        plans: list[int],
+        threshold: float | None,
+        resize: bool,
+        eps: float,
+        wanted: list[int],
+    ) -> tuple[Tensor, list[Tensor]]:
+        dtypes = [accumulation_dtype(*stage) for stage in zip(students, teachers, strict=True)]
+        grads = [
+            _new_gradient(features, dtype) if want else features.new_empty((0,), dtype=dtype)
+            for features, dtype, want in zip([*students, *teachers], [*dtypes, *dtypes], wanted, strict=True)
+        ]
+        return students[0].new_empty((), dtype=accumulation_dtype(*students, *teachers)), grads
+
+
+def _new_gradient(features: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient as the native operators allocate it: channels_last where the features' channels are neighbours."""
+    n, c, h, w = features.shape
+    if features.stride(1) == 1 and c > 1 and h * w > 1:
+        return features.new_empty((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
+    return features.new_empty((n, c, h, w), dtype=dtype)
+
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of losses and of the gradients that native operators return."""

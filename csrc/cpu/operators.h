@@ -3,7 +3,9 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <tuple>
+#include <vector>
 
 namespace kdkernels {
 
@@ -12,5 +14,20 @@ using torch::stable::Tensor;
 // Loss, gradient to the student, gradient to the teacher; a gradient that is not wanted is empty.
 std::tuple<Tensor, Tensor, Tensor> kd(const Tensor& student, const Tensor& teacher, double temperature, double scale,
                                       bool grad_student, bool grad_teacher);
+
+std::tuple<Tensor, Tensor> patches(const Tensor& features, int64_t k, const std::optional<Tensor>& mask,
+                                   std::optional<double> threshold, bool resize, double eps);
+
+Tensor patches_backward(const Tensor& grad_rows, const Tensor& rows, const Tensor& norms, const Tensor& features, int64_t k,
+                        const std::optional<Tensor>& mask, std::optional<double> threshold, bool resize);
+
+std::tuple<Tensor, Tensor, Tensor> congruence(const Tensor& x, const Tensor& y, int64_t positions,
+                                              const std::vector<double>& coefficients, const std::vector<int64_t>& plan,
+                                              bool want_x, bool want_y);
+
+std::tuple<Tensor, std::vector<Tensor>> local_correlation(
+    const std::vector<Tensor>& students, const std::vector<Tensor>& teachers, const std::vector<Tensor>& masks,
+    const std::vector<int64_t>& k, const std::vector<double>& coefficients, const std::vector<int64_t>& plans,
+    std::optional<double> threshold, bool resize, double eps, const std::vector<int64_t>& wanted);
 
 }  // namespace kdkernels

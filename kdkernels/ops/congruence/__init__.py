@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ... import backends, checks
+from ... import backends, checks, native
 from . import reference
 from .plan import FORMS, GRAM, Coefficients, Plan, make_plan
 
@@ -42,7 +44,7 @@ def congruence(
     check(x, y, positions, form)
     coefficients = Coefficients(*map(float, coefficients))
     plan = plan_for(x, y, positions, form)
-    run = {"reference": _reference}[backends.choose(backend, x)]
+    run = {"reference": _reference, "native": _Native.apply}[backends.choose(backend, x)]
     return run(x, y, positions, coefficients, plan)
 
 
@@ -53,6 +55,10 @@ def plan_for(x: Tensor, y: Tensor, positions: int, form: str) -> Plan:
 def check(x: object, y: object, positions: int, form: str) -> None:
     x = checks.tensor("x", x, 2, "N x d_S")
     y = checks.tensor("y", y, 2, "N x d_T")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"x must be float32 or float64, got {x.dtype}")
+    if y.dtype != x.dtype:
+        raise TypeError(f"y must have x's dtype {x.dtype}, got {y.dtype}")
     checks.same_batch("y", y, "x", x)
     checks.same_device("y", y, "x", x)
     checks.one_of("form", form, FORMS)
@@ -64,3 +70,18 @@ def check(x: object, y: object, positions: int, form: str) -> None:
 def _reference(x: Tensor, y: Tensor, positions: int, coefficients: Coefficients, plan: Plan) -> Tensor:
     run = reference.gram_form if plan.full == GRAM else reference.feature_form
     return run(x, y, positions, coefficients)
+
+
+class _Native(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, positions, coefficients, plan):
+        want_x, want_y, *_ = ctx.needs_input_grad
+        loss, grad_x, grad_y = native.ops.congruence(x, y, positions, coefficients, plan.codes, want_x, want_y)
+        ctx.save_for_backward(grad_x, grad_y)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grads = (saved * grad if want else None for saved, want in zip(ctx.saved_tensors, ctx.needs_input_grad))
+        return *grads, None, None, None

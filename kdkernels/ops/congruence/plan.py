@@ -82,13 +82,13 @@ def multiply_adds(
     return total
 
 
-def candidates(grad_teacher: bool) -> tuple[Form, ...]:
-    """The forms worth comparing; a teacher that learns too is kept to the two pure ones."""
-    return (GRAM, FEATURE) if grad_teacher else (GRAM, FEATURE, *MIXED)
+def candidates(whole: bool, grad_teacher: bool) -> tuple[Form, ...]:
+    """The forms worth comparing. Mixed ones serve the sum over all pairs, and a teacher that does not learn."""
+    return (GRAM, FEATURE, *MIXED) if whole and not grad_teacher else (GRAM, FEATURE)
 
 
 def choose_form(
-    form: str, rows: int, d_student: int, d_teacher: int, grad_student: bool, grad_teacher: bool
+    form: str, whole: bool, rows: int, d_student: int, d_teacher: int, grad_student: bool, grad_teacher: bool
 ) -> Form:
     """The cheapest form by the cost model, or the one asked for by name."""
     if form == "gram":
@@ -99,7 +99,7 @@ def choose_form(
     def cost(candidate: Form) -> int:
         return multiply_adds(candidate, rows, d_student, d_teacher, grad_student, grad_teacher)
 
-    return min(candidates(grad_teacher), key=cost)
+    return min(candidates(whole, grad_teacher), key=cost)
 
 
 def make_plan(
@@ -113,4 +113,5 @@ def make_plan(
 ) -> Plan:
     """Choose the form of each sum. ``rows`` is N, ``positions`` the number of patches per image."""
     sizes = (rows, positions, rows // positions)
-    return Plan(*(choose_form(form, size, d_student, d_teacher, grad_student, grad_teacher) for size in sizes))
+    widths_and_wishes = (d_student, d_teacher, grad_student, grad_teacher)
+    return Plan(*(choose_form(form, i == 0, size, *widths_and_wishes) for i, size in enumerate(sizes)))

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ... import backends, checks
-from ..congruence import congruence
-from ..congruence.plan import FEATURE, FORMS, Coefficients
+from ... import backends, checks, native
+from ..congruence.plan import FORMS, Coefficients, Plan, make_plan
 from ..congruence.reference import feature_form
 from ..patches import check as check_features
 from ..patches import check_mask, patches
@@ -32,7 +32,26 @@ class Stage(NamedTuple):
     def coefficients(self) -> Coefficients:
         """w₁·intra + w₂·inter_same + w₃·inter_diff written as sums over all pairs and corrections to them."""
         intra, same, diff = self.factors
+        if self.k == 1:
+            return Coefficients(same, 0.0, 0.0, intra)
+        if self.student.shape[0] == 1:
+            return Coefficients(intra, 0.0, 0.0, same)
         return Coefficients(diff, intra - diff, same - diff, diff)
+
+    def plan(self, form: str) -> Plan:
+        def length(features: Tensor) -> int:
+            _, c, h, w = features.shape
+            return c * -(-h // self.k) * -(-w // self.k)
+
+        return make_plan(
+            form,
+            self.student.shape[0] * self.k**2,
+            self.k**2,
+            length(self.student),
+            length(self.teacher),
+            self.student.requires_grad,
+            self.teacher.requires_grad,
+        )
 
 
 class Settings(NamedTuple):
@@ -44,7 +63,7 @@ class Settings(NamedTuple):
 
 def local_correlation_loss(stages: Sequence[Stage], settings: Settings, backend: str) -> Tensor:
     """The loss summed over the stages; see ``kdkernels.local_correlation_loss``."""
-    run = {"reference": _reference}[backends.choose(backend, stages[0].student)]
+    run = {"reference": _reference, "native": _native}[backends.choose(backend, stages[0].student)]
     return run(stages, settings)
 
 
@@ -61,6 +80,49 @@ def _reference_stage(stage: Stage, settings: Settings) -> Tensor:
     if settings.form == "feature":
         return feature_form(student, teacher, stage.k**2, stage.coefficients)
     return reference.local_correlation_loss(student, teacher, stage.k**2, stage.factors)
+
+
+def _native(stages: Sequence[Stage], settings: Settings) -> Tensor:
+    return _Native.apply(
+        [stage.mask for stage in stages if stage.mask is not None],
+        [stage.k for stage in stages],
+        [coefficient for stage in stages for coefficient in stage.coefficients],
+        [code for stage in stages for code in stage.plan(settings.form).codes],
+        settings,
+        *(stage.student for stage in stages),
+        *(stage.teacher for stage in stages),
+    )
+
+
+class _Native(torch.autograd.Function):
+    """Every stage of both networks in one call, which leaves the gradients ready to be scaled."""
+
+    @staticmethod
+    def forward(ctx, masks, k, coefficients, plans, settings, *features):
+        wanted = [int(want) for want in ctx.needs_input_grad[5:]]
+        stages = len(k)
+        loss, grads = native.ops.local_correlation(
+            features[:stages],
+            features[stages:],
+            masks,
+            k,
+            coefficients,
+            plans,
+            settings.threshold,
+            settings.partition == "resize",
+            settings.eps,
+            wanted,
+        )
+        ctx.save_for_backward(*(grad for grad, want in zip(grads, wanted, strict=True) if want))
+        ctx.dtypes = [f.dtype if want else None for f, want in zip(features, wanted, strict=True)]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        saved = iter(ctx.saved_tensors)
+        grads = ((next(saved) * grad).to(dtype) if dtype else None for dtype in ctx.dtypes)
+        return None, None, None, None, None, *grads
 
 
 def _patches(stage: Stage, features: Tensor, settings: Settings, backend: str) -> Tensor:
@@ -152,5 +214,3 @@ def _per_stage(name: str, value: object, count: int | None) -> list:
         raise ValueError(f"{name} must hold one entry per stage of student, {count}, got {len(value)}")
     return list(value)
 
-
-__all__ = ["Settings", "Stage", "check", "congruence", "local_correlation_loss"]

@@ -29,7 +29,7 @@ def local_correlation_loss(
     student: Tensor, teacher: Tensor, positions: int, factors: tuple[float, float, float]
 ) -> Tensor:
     """Eqs. 4-7 on unit patch vectors; a factor of 0 skips its relation."""
-    loss = torch.zeros((), dtype=torch.promote_types(student.dtype, teacher.dtype), device=student.device)
+    loss = 0 * (student.sum() + teacher.sum())  # differentiable, and NaN for NaN, even when every relation is skipped
     for relation, factor in zip(RELATIONS[1:], factors, strict=True):
         if factor:
             difference = correlation(student, positions, relation) - correlation(teacher, positions, relation)

@@ -7,9 +7,11 @@ channels_last), which no dot product between rows can tell apart.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ... import backends, checks
+from ... import backends, checks, native
 from . import reference
 
 PARTITIONS = ("exact", "resize")
@@ -50,8 +52,26 @@ def patches(
     check("features", features, k, partition)
     mask = check_mask("mask", mask, threshold, "features", features)
     checks.non_negative("eps", eps)
-    run = {"reference": reference.patches}[backends.choose(backend, features)]
+    run = {"reference": reference.patches, "native": _Native.apply}[backends.choose(backend, features)]
     return run(features, k, mask, threshold, partition, eps)
+
+
+class _Native(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, k, mask, threshold, partition, eps):
+        resize = partition == "resize"
+        rows, norms = native.ops.patches(features, k, mask, threshold, resize, eps)
+        ctx.save_for_backward(rows, norms, features, mask)
+        ctx.settings = k, threshold, resize
+        return rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rows, norms, features, mask = ctx.saved_tensors
+        k, threshold, resize = ctx.settings
+        grad = native.ops.patches_backward(grad, rows, norms, features, k, mask, threshold, resize)
+        return grad, None, None, None, None, None
 
 
 def check(name: str, features: object, k: object, partition: str) -> None:

@@ -1,0 +1,321 @@
+#include "congruence.h"
+
+#include <numeric>
+#include <vector>
+
+#include "operators.h"
+#include "tensors.h"
+
+namespace kdkernels {
+namespace {
+
+// Rows of the Gram matrices that exist at a time: enough to keep the products efficient, a fraction of the matrix.
+int64_t strip_height(int64_t rows) { return std::clamp<int64_t>(rows / 4, 56, 252); }
+
+template <typename T>
+struct Operand {
+  View<T> rows;
+  int64_t width;
+};
+
+// A gradient that receives alpha * S * rows, S being the symmetric matrix at hand.
+template <typename T>
+struct Target {
+  Operand<T> operand;
+  Gradient<T>* gradient;
+  T alpha;
+};
+
+// Floats are squared and summed in vectors, in short runs that are folded into float64.
+template <typename T>
+double sum_squares(const T* values, int64_t count) {
+  constexpr int64_t lanes = Vec<T>::size, run = 32 * lanes;
+  double total = 0;
+  int64_t i = 0;
+  while (i + lanes <= count) {
+    typename Vec<T>::type sum = {};
+    for (const int64_t end = std::min(count, i + run); i + lanes <= end; i += lanes) {
+      const auto value = load<T>(values + i);
+      sum += value * value;
+    }
+    for (int64_t lane = 0; lane < lanes; ++lane) total += sum[lane];
+  }
+  for (; i < count; ++i) total += double(values[i]) * values[i];
+  return total;
+}
+
+// Sum of squares of a symmetric matrix of which the upper triangle is at hand.
+template <typename T>
+double sum_squares_symmetric(const T* matrix, int64_t size) {
+  double total = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const T* row = matrix + i * size;
+    total += double(row[i]) * row[i] + 2 * sum_squares(row + i + 1, size - i - 1);
+  }
+  return total;
+}
+
+template <typename T>
+void mirror_upper(T* matrix, int64_t size, int64_t line) {
+  for (int64_t i = 1; i < size; ++i)
+    for (int64_t j = 0; j < i; ++j) matrix[i * line + j] = matrix[j * line + i];
+}
+
+template <typename T>
+double dot(const View<T>& a, const T* b, int64_t rows, int64_t width) {
+  double total = 0;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < width; ++j) total += double(*a.at(i, j)) * b[i * width + j];
+  return total;
+}
+
+// The Gram matrix of `plus` less that of `minus`, a strip of rows at a time and the upper triangle only: sums its weighted
+// squares and adds its products with the targets' rows to their gradients.
+template <typename T>
+class Strips {
+ public:
+  Strips(int64_t rows, const Operand<T>* plus, const Operand<T>* minus, const Coefficients& weights, int64_t positions,
+         std::vector<Target<T>> targets)
+      : rows_(rows), plus_(plus), minus_(minus), weights_(weights), positions_(positions), targets_(std::move(targets)) {}
+
+  double run() {
+    const int64_t height = std::min(rows_, strip_height(rows_));
+    Buffer<T> strip(height * rows_);
+    Buffer<double> losses(height);
+    double loss = 0;
+    for (int64_t begin = 0; begin < rows_; begin += height) {
+      const int64_t count = std::min(height, rows_ - begin), columns = rows_ - begin;
+      products(begin, count, columns, strip.data());
+      parallel_blocks(count, 1, 1 + (1 << 15) / columns, [&](int64_t i0, int64_t i1) {
+        for (int64_t i = i0; i < i1; ++i) losses.data()[i] = weigh(begin + i, strip.data() + i * columns + i);
+      });
+      loss = std::accumulate(losses.data(), losses.data() + count, loss);
+      if (!targets_.empty()) mirror_upper(strip.data(), count, columns);
+      for (Target<T>& target : targets_) add_gradient(begin, count, columns, strip.data(), target);
+    }
+    return loss;
+  }
+
+ private:
+  void products(int64_t begin, int64_t count, int64_t columns, T* strip) const {
+    bool accumulate = false;
+    for (const Operand<T>* operand : {plus_, minus_}) {
+      if (!operand) continue;
+      const View<T> rows = operand->rows.from(begin, 0);
+      const T sign = operand == plus_ ? 1 : -1;
+      gemm<T>(count, columns, operand->width, rows, rows.transposed(), strip, columns, {sign, accumulate, true});
+      accumulate = true;
+    }
+  }
+
+  // The loss of row r; `from` is its diagonal entry. Entries whose weight is not weights.full are scaled to make up for it,
+  // since the targets' factors hold weights.full alone.
+  double weigh(int64_t r, T* from) const {
+    const Coefficients& w = weights_;
+    const int64_t length = rows_ - r;
+    double loss = 2 * w.full * sum_squares(from + 1, length - 1);
+    const auto relate = [&](int64_t j, double extra) {
+      loss += 2 * extra * double(from[j]) * from[j];
+      from[j] *= T(1 + extra / w.full);
+    };
+    if (w.intra != 0)
+      for (int64_t j = 1; j < positions_ - r % positions_; ++j) relate(j, w.intra);
+    if (w.inter_same != 0)
+      for (int64_t j = positions_; j < length; j += positions_) relate(j, w.inter_same);
+    const double own = w.full + w.intra + w.inter_same + w.diagonal;
+    loss += own * double(from[0]) * from[0];
+    from[0] *= T(own / w.full);
+    return loss;
+  }
+
+  // The rows of the strip get S * rows, those below it their share of the other triangle.
+  void add_gradient(int64_t begin, int64_t count, int64_t columns, const T* strip, const Target<T>& target) const {
+    const View<T> matrix{strip, columns, 1}, rows = target.operand.rows.from(begin, 0);
+    Gradient<T>& gradient = *target.gradient;
+    T* out = gradient.data + begin * gradient.line;
+    const Product<T> how{target.alpha, gradient.written || begin > 0};
+    gemm<T>(count, target.operand.width, columns, matrix, rows, out, gradient.line, how);
+    gemm<T>(columns - count, target.operand.width, count, matrix.from(0, count).transposed(), rows,
+            out + count * gradient.line, gradient.line, how);
+    if (begin + count == rows_) gradient.written = true;
+  }
+
+  int64_t rows_;
+  const Operand<T>*plus_, *minus_;
+  Coefficients weights_;
+  int64_t positions_;
+  std::vector<Target<T>> targets_;
+};
+
+// One set of rows compared in full: c * ‖X Xᵀ − Y Yᵀ‖² with every term in the space its form names.
+template <typename T>
+class Block {
+ public:
+  Block(int64_t rows, Operand<T> x, Operand<T> y, double coefficient, Gradient<T>& grad_x, Gradient<T>& grad_y)
+      : rows_(rows), x_(x), y_(y), coefficient_(coefficient), slope_(4 * coefficient), grad_x_(grad_x), grad_y_(grad_y) {}
+
+  double run(Form form) {
+    if (form.gram()) return strips(&x_, &y_, targets(&grad_x_, &grad_y_));
+    double loss = 0;
+    // Cross first: in sample space it reads its value off the student's gradient while nothing else is in there.
+    if (form.cross)
+      loss -= 2 * coefficient_ * cross_feature();
+    if (form.teacher)
+      loss += coefficient_ * own_feature(y_, grad_y_);
+    else
+      loss += form.cross ? strips(nullptr, &y_, {}) : teacher_and_cross_gram();
+    return loss + (form.student ? coefficient_ * own_feature(x_, grad_x_) : strips(&x_, nullptr, targets(&grad_x_)));
+  }
+
+ private:
+  std::vector<Target<T>> targets(Gradient<T>* grad_x, Gradient<T>* grad_y = nullptr) const {
+    std::vector<Target<T>> wanted;
+    if (grad_x->data) wanted.push_back({x_, grad_x, slope_});
+    if (grad_y && grad_y->data) wanted.push_back({y_, grad_y, -slope_});
+    return wanted;
+  }
+
+  double strips(const Operand<T>* plus, const Operand<T>* minus, std::vector<Target<T>> targets) const {
+    return Strips<T>(rows_, plus, minus, {coefficient_, 0, 0, 0}, 1, std::move(targets)).run();
+  }
+
+  // ‖RᵀR‖², and R (RᵀR) to R's own gradient.
+  double own_feature(const Operand<T>& own, Gradient<T>& gradient) const {
+    Buffer<T> product(own.width * own.width);
+    gemm<T>(own.width, own.width, rows_, own.rows.transposed(), own.rows, product.data(), own.width, {1, false, true});
+    const double norm = sum_squares_symmetric(product.data(), own.width);
+    if (gradient.data) {
+      mirror_upper(product.data(), own.width, own.width);
+      add_product(own, {product.data(), own.width, 1}, own.width, slope_, gradient);
+    }
+    return norm;
+  }
+
+  // ‖YᵀX‖², and −Y (YᵀX) and −X (XᵀY) to the gradients.
+  double cross_feature() const {
+    Buffer<T> product(y_.width * x_.width);
+    gemm<T>(y_.width, x_.width, rows_, y_.rows.transposed(), x_.rows, product.data(), x_.width);
+    const View<T> matrix{product.data(), x_.width, 1};
+    if (grad_x_.data) add_product(y_, matrix, x_.width, -slope_, grad_x_);
+    if (grad_y_.data) add_product(x_, matrix.transposed(), y_.width, -slope_, grad_y_);
+    return sum_squares(product.data(), x_.width * y_.width);
+  }
+
+  // ‖Y Yᵀ‖² − 2 ⟨X, (Y Yᵀ) X⟩, whose second factor is the cross term's gradient.
+  double teacher_and_cross_gram() const {
+    Buffer<T> scratch(grad_x_.data ? 0 : rows_ * x_.width);
+    Gradient<T> unwanted{scratch.data(), x_.width};
+    Gradient<T>& product = grad_x_.data ? grad_x_ : unwanted;
+    const double teacher = strips(nullptr, &y_, {{x_, &product, slope_}});  // the strips are those of −Y Yᵀ
+    double cross = 0;
+    for (int64_t i = 0; i < rows_; ++i)
+      for (int64_t j = 0; j < x_.width; ++j) cross += double(*x_.rows.at(i, j)) * product.data[i * product.line + j];
+    return teacher + cross / 2;
+  }
+
+  void add_product(const Operand<T>& operand, View<T> matrix, int64_t width, T alpha, Gradient<T>& gradient) const {
+    gemm<T>(rows_, width, operand.width, operand.rows, matrix, gradient.data, gradient.line, {alpha, gradient.written});
+    gradient.written = true;
+  }
+
+  int64_t rows_;
+  Operand<T> x_, y_;
+  double coefficient_;
+  T slope_;  // of the loss in the entries of D, twice because D is symmetric
+  Gradient<T>&grad_x_, &grad_y_;
+};
+
+// `count` sets of `rows` rows, each compared in full: row r of set b is row b * step + r * stride of all.
+template <typename T>
+double run_blocks(int64_t count, int64_t rows, int64_t step, int64_t stride, const Operand<T>& x, const Operand<T>& y,
+                  double coefficient, Form form, Gradient<T>& grad_x, Gradient<T>& grad_y) {
+  const auto rows_of = [&](const Operand<T>& all, int64_t b) {
+    return Operand<T>{{all.rows.at(b * step, 0), stride * all.rows.row, all.rows.col}, all.width};
+  };
+  const auto gradient_of = [&](const Gradient<T>& all, int64_t b) {
+    return Gradient<T>{all.data ? all.data + b * step * all.line : nullptr, stride * all.line, all.written};
+  };
+  Buffer<double> losses(count);
+  parallel_blocks(count, 1, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      Gradient<T> own_x = gradient_of(grad_x, b), own_y = gradient_of(grad_y, b);
+      losses.data()[b] = Block<T>(rows, rows_of(x, b), rows_of(y, b), coefficient, own_x, own_y).run(form);
+    }
+  });
+  grad_x.written = grad_y.written = true;
+  return std::accumulate(losses.data(), losses.data() + count, 0.0);
+}
+
+// c * Σ (‖x_r‖² − ‖y_r‖²)².
+template <typename T>
+double run_diagonal(int64_t rows, const Operand<T>& x, const Operand<T>& y, double coefficient, Gradient<T>& grad_x,
+                    Gradient<T>& grad_y) {
+  const auto add = [](const Operand<T>& operand, int64_t r, T factor, const Gradient<T>& gradient) {
+    if (!gradient.data) return;
+    T* out = gradient.data + r * gradient.line;
+    const T* row = operand.rows.at(r, 0);
+    for (int64_t j = 0; j < operand.width; ++j) out[j] = (gradient.written ? out[j] : T(0)) + factor * row[j];
+  };
+  Buffer<double> losses(rows);
+  parallel_blocks(rows, 1, 1 + (1 << 14) / (x.width + y.width), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const double difference = sum_squares(x.rows.at(r, 0), x.width) - sum_squares(y.rows.at(r, 0), y.width);
+      losses.data()[r] = difference * difference;
+      add(x, r, T(4 * coefficient * difference), grad_x);
+      add(y, r, T(-4 * coefficient * difference), grad_y);
+    }
+  });
+  grad_x.written = grad_y.written = true;
+  return coefficient * std::accumulate(losses.data(), losses.data() + rows, 0.0);
+}
+
+}  // namespace
+
+template <typename T>
+double Congruence<T>::run(T* grad_x_data, T* grad_y_data) const {
+  const Operand<T> own_x{x, width_x}, own_y{y, width_y};
+  Gradient<T> grad_x{grad_x_data, width_x}, grad_y{grad_y_data, width_y};
+  const Coefficients& c = coefficients;
+  const int64_t images = rows / positions;
+  double loss = 0;
+  if (c.full != 0 && plan.full.gram()) {
+    std::vector<Target<T>> targets;
+    if (grad_x.data) targets.push_back({own_x, &grad_x, T(4 * c.full)});
+    if (grad_y.data) targets.push_back({own_y, &grad_y, T(-4 * c.full)});
+    loss = Strips<T>(rows, &own_x, &own_y, c, positions, std::move(targets)).run();
+  } else {
+    if (c.full != 0) loss += Block<T>(rows, own_x, own_y, c.full, grad_x, grad_y).run(plan.full);
+    if (c.intra != 0)
+      loss += run_blocks(images, positions, positions, 1, own_x, own_y, c.intra, plan.intra, grad_x, grad_y);
+    if (c.inter_same != 0)
+      loss += run_blocks(positions, images, 1, positions, own_x, own_y, c.inter_same, plan.inter_same, grad_x, grad_y);
+    if (c.diagonal != 0) loss += run_diagonal(rows, own_x, own_y, c.diagonal, grad_x, grad_y);
+  }
+  if (grad_x.data && !grad_x.written) std::fill_n(grad_x.data, rows * width_x, T(0));
+  if (grad_y.data && !grad_y.written) std::fill_n(grad_y.data, rows * width_y, T(0));
+  return loss;
+}
+
+template double Congruence<float>::run(float*, float*) const;
+template double Congruence<double>::run(double*, double*) const;
+
+std::tuple<Tensor, Tensor, Tensor> congruence(const Tensor& x, const Tensor& y, int64_t positions,
+                                              const std::vector<double>& coefficients, const std::vector<int64_t>& plan,
+                                              bool want_x, bool want_y) {
+  return with_compute_type(x, [&](auto type) {
+    using T = decltype(type);
+    const auto view = [](const Tensor& rows) { return View<T>{rows.const_data_ptr<T>(), rows.stride(0), rows.stride(1)}; };
+    const auto gradient = [](const Tensor& rows, bool wanted) {
+      return wanted ? new_compact(rows, {rows.size(0), rows.size(1)}) : new_compact(rows, {0});
+    };
+    const Tensor grad_x = gradient(x, want_x), grad_y = gradient(y, want_y);
+    const Congruence<T> problem{view(x),      view(y),   x.size(0), x.size(1),
+                                y.size(1),    positions, coefficients_of(coefficients.data()),
+                                plan_of(plan.data())};
+    const double loss = problem.run(want_x ? grad_x.mutable_data_ptr<T>() : nullptr,
+                                    want_y ? grad_y.mutable_data_ptr<T>() : nullptr);
+    return std::make_tuple(new_scalar<T>(x, loss), grad_x, grad_y);
+  });
+}
+
+}  // namespace kdkernels

@@ -1,0 +1,50 @@
+// Sums of squared differences between two Gram matrices, with gradients, in sample space or in feature space.
+#pragma once
+
+#include <cstdint>
+
+#include "gemm.h"
+
+namespace kdkernels {
+
+// Factors of the sum of D² over all pairs, pairs of one image, pairs of one position, and the diagonal.
+struct Coefficients {
+  double full, intra, inter_same, diagonal;
+};
+
+// Which terms of a loss are computed in feature space, as kdkernels/ops/congruence/plan.py encodes them.
+struct Form {
+  bool student, teacher, cross;
+
+  explicit Form(int64_t code) : student(code & 1), teacher(code & 2), cross(code & 4) {}
+  bool gram() const { return !student && !teacher && !cross; }
+};
+
+struct Plan {
+  Form full, intra, inter_same;
+};
+
+// A gradient being accumulated: row r begins at data + r * line. No data when it is not wanted.
+template <typename T>
+struct Gradient {
+  T* data = nullptr;
+  int64_t line = 0;
+  bool written = false;
+};
+
+// Row r belongs to image r / positions and position r % positions.
+template <typename T>
+struct Congruence {
+  View<T> x, y;
+  int64_t rows, width_x, width_y, positions;
+  Coefficients coefficients;
+  Plan plan;
+
+  // The loss; writes the gradients that are not null, rows x width each.
+  double run(T* grad_x, T* grad_y) const;
+};
+
+inline Coefficients coefficients_of(const double* c) { return {c[0], c[1], c[2], c[3]}; }
+inline Plan plan_of(const int64_t* codes) { return {Form(codes[0]), Form(codes[1]), Form(codes[2])}; }
+
+}  // namespace kdkernels

@@ -1,0 +1,366 @@
+#include "patches.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "operators.h"
+#include "parallel.h"
+#include "workspace.h"
+
+namespace kdkernels {
+namespace {
+
+// One image's maps: element (c, y, x) lies at data[c * channel + y * line + x * pixel].
+template <typename T>
+struct Maps {
+  T* data;
+  int64_t channel, line, pixel;
+
+  T* at(int64_t c, int64_t y, int64_t x) const { return data + c * channel + y * line + x * pixel; }
+};
+
+template <typename T>
+Maps<T> image_of(const Tensor& features, T* data, int64_t i) {
+  return {data + i * features.stride(0), features.stride(1), features.stride(2), features.stride(3)};
+}
+
+// Bilinear interpolation along one axis: output o is (1 - weight) * input[low] + weight * input[high].
+template <typename T>
+struct Tap {
+  int64_t low, high;
+  T weight;
+};
+
+// Stretch [begin, end) over `size` outputs, with PyTorch's convention for align_corners=False.
+template <typename T>
+std::vector<Tap<T>> stretch(int64_t begin, int64_t end, int64_t size) {
+  std::vector<Tap<T>> taps(size);
+  const T scale = T(end - begin) / T(size);
+  for (int64_t o = 0; o < size; ++o) {
+    const T source = std::max(T(0), (T(o) + T(0.5)) * scale - T(0.5));
+    const int64_t low = std::min(int64_t(source), end - begin - 1);
+    taps[o] = {begin + low, begin + std::min(low + 1, end - begin - 1), source - T(low)};
+  }
+  return taps;
+}
+
+// A separable resampling of height x width maps in up to two steps: the crop to the original size, then that to multiples of k.
+template <typename T>
+struct Resampling {
+  struct Step {
+    int64_t height, width;  // of its output
+    std::vector<Tap<T>> rows, columns;
+  };
+  std::vector<Step> steps;
+};
+
+// From height x width maps to `out`; both planes are compact.
+template <typename T>
+void resample(const typename Resampling<T>::Step& step, int64_t height, int64_t width, const T* in, T* scratch, T* out) {
+  for (int64_t y = 0; y < height; ++y)
+    for (int64_t x = 0; x < step.width; ++x) {
+      const auto& [low, high, weight] = step.columns[x];
+      scratch[y * step.width + x] = (1 - weight) * in[y * width + low] + weight * in[y * width + high];
+    }
+  for (int64_t y = 0; y < step.height; ++y) {
+    const auto& [low, high, weight] = step.rows[y];
+    const T *first = scratch + low * step.width, *second = scratch + high * step.width;
+    for (int64_t x = 0; x < step.width; ++x) out[y * step.width + x] = (1 - weight) * first[x] + weight * second[x];
+  }
+}
+
+// The transpose of `resample`: from the gradient of its output to that of its input.
+template <typename T>
+void resample_transposed(const typename Resampling<T>::Step& step, int64_t height, int64_t width, const T* in, T* scratch,
+                         T* out) {
+  std::fill_n(scratch, height * step.width, T(0));
+  for (int64_t y = 0; y < step.height; ++y) {
+    const auto& [low, high, weight] = step.rows[y];
+    T *first = scratch + low * step.width, *second = scratch + high * step.width;
+    for (int64_t x = 0; x < step.width; ++x) first[x] += (1 - weight) * in[y * step.width + x];
+    for (int64_t x = 0; x < step.width; ++x) second[x] += weight * in[y * step.width + x];
+  }
+  std::fill_n(out, height * width, T(0));
+  for (int64_t y = 0; y < height; ++y)
+    for (int64_t x = 0; x < step.width; ++x) {
+      const auto& [low, high, weight] = step.columns[x];
+      out[y * width + low] += (1 - weight) * scratch[y * step.width + x];
+      out[y * width + high] += weight * scratch[y * step.width + x];
+    }
+}
+
+struct Box {
+  int64_t top, bottom, left, right;
+};
+
+// Tight bounds of mask > threshold, scaled to height x width and widened to whole pixels; the whole map when nothing exceeds
+// the threshold. NaN counts as exceeding it, so that it is never cropped away.
+template <typename T, typename M>
+Box bounding_box(const Maps<M>& mask, int64_t mask_height, int64_t mask_width, T threshold, int64_t height,
+                 int64_t width) {
+  Box box{mask_height, 0, mask_width, 0};
+  for (int64_t y = 0; y < mask_height; ++y)
+    for (int64_t x = 0; x < mask_width; ++x) {
+      if (T(*mask.at(0, y, x)) <= threshold) continue;
+      box = {std::min(box.top, y), std::max(box.bottom, y + 1), std::min(box.left, x), std::max(box.right, x + 1)};
+    }
+  if (box.bottom == 0) box = {0, mask_height, 0, mask_width};
+  const auto up = [](int64_t value, int64_t size, int64_t from) { return (value * size + from - 1) / from; };
+  return {box.top * height / mask_height, up(box.bottom, height, mask_height), box.left * width / mask_width,
+          up(box.right, width, mask_width)};
+}
+
+// The mask of image i at the features' size, and how its masked maps are resampled before they are split.
+template <typename T>
+struct Lens {
+  std::vector<T> mask;  // height x width; empty without one
+  Resampling<T> resampling;
+
+  Lens(const Partition& p, int64_t i) {
+    if (p.mask) with_element_type(*p.mask, [&](auto type) { read_mask<decltype(type)>(p, i); });
+    if (p.resampled()) {
+      const int64_t height = p.patch_height * p.k, width = p.patch_width * p.k;
+      resampling.steps.push_back(
+          {height, width, stretch<T>(0, p.height, height), stretch<T>(0, p.width, width)});
+    }
+  }
+
+ private:
+  template <typename M>
+  void read_mask(const Partition& p, int64_t i) {
+    const int64_t height = p.mask->size(1), width = p.mask->size(2);
+    const Maps<const M> source{p.mask->const_data_ptr<M>() + i * p.mask->stride(0), 0, p.mask->stride(1),
+                               p.mask->stride(2)};
+    mask.resize(p.height * p.width);
+    const auto rows = stretch<T>(0, height, p.height), columns = stretch<T>(0, width, p.width);
+    for (int64_t y = 0; y < p.height; ++y)
+      for (int64_t x = 0; x < p.width; ++x) {
+        const auto& [top, bottom, v] = rows[y];
+        const auto& [left, right, u] = columns[x];
+        const auto value = [&](int64_t row, int64_t column) { return T(*source.at(0, row, column)); };
+        T& out = mask[y * p.width + x];
+        if (height == p.height && width == p.width)
+          out = value(y, x);
+        else
+          out = (1 - v) * ((1 - u) * value(top, left) + u * value(top, right)) +
+                v * ((1 - u) * value(bottom, left) + u * value(bottom, right));
+      }
+    if (!p.threshold) return;
+    const Box box = bounding_box(source, height, width, T(*p.threshold), p.height, p.width);
+    resampling.steps.push_back({p.height, p.width, stretch<T>(box.top, box.bottom, p.height),
+                                stretch<T>(box.left, box.right, p.width)});
+  }
+};
+
+// Copy between one image's maps and its k x k patch vectors, `length` elements apart: f(map element, patch element). The
+// innermost loop runs over neighbours of both.
+template <typename M, typename T, typename F>
+void for_each_element(const Partition& p, const Maps<M>& maps, T* patches, const F& f) {
+  const int64_t length = p.length(), ph = p.patch_height, pw = p.patch_width;
+  if (p.pixel_major) {
+    for (int64_t y = 0; y < ph * p.k; ++y)
+      for (int64_t x = 0; x < pw * p.k; ++x) {
+        M* map = maps.at(0, y, x);
+        T* patch = patches + (y / ph * p.k + x / pw) * length + (y % ph * pw + x % pw) * p.channels;
+        for (int64_t c = 0; c < p.channels; ++c) f(map[c], patch[c]);
+      }
+    return;
+  }
+  const auto line = [&](M* map, T* patch, auto width, auto pixel) {
+    for (int64_t px = 0; px < p.k; ++px, map += width * pixel, patch += length)
+      for (int64_t x = 0; x < width; ++x) f(map[x * pixel], patch[x]);
+  };
+  const auto lines = [&](auto width, auto pixel) {
+    for (int64_t c = 0; c < p.channels; ++c)
+      for (int64_t y = 0; y < ph * p.k; ++y)
+        line(maps.at(c, y, 0), patches + y / ph * p.k * length + (c * ph + y % ph) * pw, width, pixel);
+  };
+  // The common widths as compile-time constants, which lets the compiler move whole vectors.
+  using std::integral_constant;
+  if (maps.pixel != 1) return lines(pw, maps.pixel);
+  const integral_constant<int64_t, 1> compact;
+  switch (pw) {
+    case 1:
+      return lines(integral_constant<int64_t, 1>(), compact);
+    case 2:
+      return lines(integral_constant<int64_t, 2>(), compact);
+    case 4:
+      return lines(integral_constant<int64_t, 4>(), compact);
+    case 8:
+      return lines(integral_constant<int64_t, 8>(), compact);
+    default:
+      return lines(pw, compact);
+  }
+}
+
+// In float64, whose range holds the square of every float32.
+template <typename T>
+double dot(const T* a, const T* b, int64_t count) {
+  constexpr int lanes = 16;
+  double sums[lanes] = {}, total = 0;
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes)
+    for (int lane = 0; lane < lanes; ++lane) sums[lane] += double(a[i + lane]) * double(b[i + lane]);
+  for (; i < count; ++i) total += double(a[i]) * double(b[i]);
+  for (int lane = 0; lane < lanes; ++lane) total += sums[lane];
+  return total;
+}
+
+// Divide a row by its norm, and return the norm; 0 for a row of norm <= eps, which becomes zero.
+template <typename T>
+T normalise(T* row, int64_t length, double eps) {
+  const double norm = std::sqrt(dot(row, row, length));
+  if (norm <= eps) {
+    std::fill_n(row, length, T(0));
+    return 0;
+  }
+  const double inverse = 1 / norm;
+  // Beyond this range the inverse is not a normal float32.
+  if (norm > 1e-30 && norm < 1e30)
+    for (int64_t j = 0; j < length; ++j) row[j] *= T(inverse);
+  else
+    for (int64_t j = 0; j < length; ++j) row[j] = T(double(row[j]) * inverse);
+  return T(norm);
+}
+
+// The gradient before division by the norm: (g − x̂ ⟨g, x̂⟩) / ‖x‖.
+template <typename T>
+void denormalise(const T* grad, const T* row, T norm, int64_t length, T* out) {
+  if (norm == 0) {
+    std::fill_n(out, length, T(0));
+    return;
+  }
+  const T radial = T(dot(grad, row, length)), inverse = 1 / norm;
+  for (int64_t j = 0; j < length; ++j) out[j] = (grad[j] - row[j] * radial) * inverse;
+}
+
+}  // namespace
+
+Partition::Partition(const Tensor& features, int64_t k, const std::optional<Tensor>& mask,
+                     std::optional<double> threshold, bool resize)
+    : images(features.size(0)),
+      channels(features.size(1)),
+      height(features.size(2)),
+      width(features.size(3)),
+      k(k),
+      patch_height(resize ? (height + k - 1) / k : height / k),
+      patch_width(resize ? (width + k - 1) / k : width / k),
+      pixel_major(false),
+      features(features),
+      mask(mask),
+      threshold(threshold) {
+  // Masked or resampled maps go through a compact copy of the image, channel by channel.
+  pixel_major = features.stride(1) == 1 && channels > 1 && height * width > 1 && !mask && !resampled();
+}
+
+template <typename T>
+void Partition::pack(T* rows, T* norms, double eps) const {
+  const int64_t stored = positions() * length(), area = height * width;
+  const int64_t padded = patch_height * k * patch_width * k, plane = std::max(area, padded);
+  with_element_type(features, [&](auto type) {
+    using E = decltype(type);
+    parallel_blocks(images, 1, 1 + (1 << 13) / stored, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Maps<const E> maps = image_of(features, features.const_data_ptr<E>(), i);
+        T* patches = rows + i * stored;
+        if (!mask && !resampled()) {
+          for_each_element(*this, maps, patches, [](const E& map, T& patch) { patch = T(map); });
+        } else {
+          const Lens<T> lens(*this, i);
+          T *image = workspace<T, 0>(channels * padded + 3 * plane), *a = image + channels * padded;
+          T *b = a + plane, *scratch = b + plane;
+          for (int64_t c = 0; c < channels; ++c) {
+            for (int64_t y = 0; y < height; ++y)
+              for (int64_t x = 0; x < width; ++x) a[y * width + x] = T(*maps.at(c, y, x));
+            if (!lens.mask.empty())
+              for (int64_t j = 0; j < area; ++j) a[j] *= lens.mask[j];
+            for (const auto& step : lens.resampling.steps) {
+              resample<T>(step, height, width, a, scratch, b);
+              std::swap(a, b);
+            }
+            std::copy_n(a, padded, image + c * padded);
+          }
+          const Maps<const T> whole{image, padded, patch_width * k, 1};
+          for_each_element(*this, whole, patches, [](const T& map, T& patch) { patch = map; });
+        }
+        for (int64_t p = 0; p < positions(); ++p)
+          norms[i * positions() + p] = normalise(patches + p * length(), length(), eps);
+      }
+    });
+  });
+}
+
+template <typename T>
+Tensor Partition::unpack(const T* grad_rows, const T* rows, const T* norms, ScalarType dtype) const {
+  using torch::headeronly::MemoryFormat;
+  const int64_t stored = positions() * length(), area = height * width;
+  const int64_t padded = patch_height * k * patch_width * k, plane = std::max(area, padded);
+  const bool channels_last = features.stride(1) == 1 && channels > 1 && area > 1;
+  const Tensor grad = torch::stable::empty({images, channels, height, width}, dtype, std::nullopt, features.device(),
+                                           std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  with_element_type(grad, [&](auto type) {
+    using E = decltype(type);
+    parallel_blocks(images, 1, 1 + (1 << 13) / stored, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Maps<E> maps = image_of(grad, grad.mutable_data_ptr<E>(), i);
+        T* patches = workspace<T, 1>(stored);
+        for (int64_t p = 0; p < positions(); ++p) {
+          const int64_t r = i * positions() + p;
+          denormalise(grad_rows + r * length(), rows + r * length(), norms[r], length(), patches + p * length());
+        }
+        if (!mask && !resampled()) {
+          for_each_element(*this, maps, patches, [](E& map, const T& patch) { map = E(patch); });
+          continue;
+        }
+        const Lens<T> lens(*this, i);
+        T *image = workspace<T, 0>(channels * padded + 3 * plane), *buffers = image + channels * padded;
+        const Maps<T> whole{image, padded, patch_width * k, 1};
+        for_each_element(*this, whole, patches, [](T& map, const T& patch) { map = patch; });
+        for (int64_t c = 0; c < channels; ++c) {
+          T *a = image + c * padded, *b = buffers, *other = buffers + plane, *scratch = other + plane;
+          for (auto step = lens.resampling.steps.rbegin(); step != lens.resampling.steps.rend(); ++step) {
+            resample_transposed<T>(*step, height, width, a, scratch, b);
+            a = b;
+            std::swap(b, other);
+          }
+          for (int64_t y = 0; y < height; ++y)
+            for (int64_t x = 0; x < width; ++x) {
+              const int64_t j = y * width + x;
+              *maps.at(c, y, x) = E(lens.mask.empty() ? a[j] : a[j] * lens.mask[j]);
+            }
+        }
+      }
+    });
+  });
+  return grad;
+}
+
+template void Partition::pack<float>(float*, float*, double) const;
+template void Partition::pack<double>(double*, double*, double) const;
+template Tensor Partition::unpack<float>(const float*, const float*, const float*, ScalarType) const;
+template Tensor Partition::unpack<double>(const double*, const double*, const double*, ScalarType) const;
+
+std::tuple<Tensor, Tensor> patches(const Tensor& features, int64_t k, const std::optional<Tensor>& mask,
+                                   std::optional<double> threshold, bool resize, double eps) {
+  const Partition partition(features, k, mask, threshold, resize);
+  return with_compute_type(features, [&](auto type) {
+    using T = decltype(type);
+    const Tensor rows = new_compact(features, {partition.rows(), partition.length()}, kScalarType<T>);
+    const Tensor norms = new_compact(features, {partition.rows()}, kScalarType<T>);
+    partition.pack(rows.mutable_data_ptr<T>(), norms.mutable_data_ptr<T>(), eps);
+    return std::make_tuple(rows, norms);
+  });
+}
+
+Tensor patches_backward(const Tensor& grad_rows, const Tensor& rows, const Tensor& norms, const Tensor& features, int64_t k,
+                        const std::optional<Tensor>& mask, std::optional<double> threshold, bool resize) {
+  const Partition partition(features, k, mask, threshold, resize);
+  const Tensor compact = torch::stable::contiguous(grad_rows);
+  return with_compute_type(features, [&](auto type) {
+    using T = decltype(type);
+    return partition.unpack(compact.const_data_ptr<T>(), rows.const_data_ptr<T>(), norms.const_data_ptr<T>(),
+                            features.scalar_type());
+  });
+}
+
+}  // namespace kdkernels

@@ -1,0 +1,56 @@
+// What the operators ask of tensors: dispatch on the element type, and new outputs.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <optional>
+#include <vector>
+
+namespace kdkernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename T>
+inline constexpr ScalarType kScalarType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+
+// Call f with a value of the tensor's element type.
+template <typename F>
+auto with_element_type(const Tensor& tensor, const F& f) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return f(float());
+    case ScalarType::Double:
+      return f(double());
+    case ScalarType::BFloat16:
+      return f(torch::headeronly::BFloat16());
+    case ScalarType::Half:
+      return f(torch::headeronly::Half());
+    default:
+      STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
+  }
+}
+
+// Call f with a value of the type the tensor is computed in: double for float64, else float.
+template <typename F>
+auto with_compute_type(const Tensor& tensor, const F& f) {
+  return tensor.scalar_type() == ScalarType::Double ? f(double()) : f(float());
+}
+
+inline Tensor new_compact(const Tensor& like, const std::vector<int64_t>& shape,
+                          std::optional<ScalarType> dtype = std::nullopt) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+template <typename T>
+Tensor new_scalar(const Tensor& like, double value) {
+  const Tensor scalar = new_compact(like, {}, kScalarType<T>);
+  *scalar.mutable_data_ptr<T>() = T(value);
+  return scalar;
+}
+
+}  // namespace kdkernels

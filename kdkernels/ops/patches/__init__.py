@@ -52,7 +52,16 @@ def patches(
     check("features", features, k, partition)
     mask = check_mask("mask", mask, threshold, "features", features)
     checks.non_negative("eps", eps)
-    run = {"reference": reference.patches, "native": _Native.apply}[backends.choose(backend, features)]
+    runs = {"reference": reference.patches, "native": _Native.apply, "triton": _triton}
+    run = runs[backends.choose(backend, features)]
+    return run(features, k, mask, threshold, partition, eps)
+
+
+def _triton(
+    features: Tensor, k: int, mask: Tensor | None, threshold: float | None, partition: str, eps: float
+) -> Tensor:
+    from .triton import patches as run
+
     return run(features, k, mask, threshold, partition, eps)
 
 

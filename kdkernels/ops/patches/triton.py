@@ -1,0 +1,508 @@
+"""Triton kernels of ``patches``: mask, crop, resample, split and normalise in one kernel, and the way back.
+
+The patch grid is the map cropped and stretched, then resized to a multiple of k: linear in the map, and separate in
+height and width. Along one axis its pixels have at most four taps, two of the resize and two of the crop behind each,
+which the kernels work out from the crop's bounds.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..autograd import FirstDerivative
+from .reference import bounding_boxes
+
+MAX_ROW_BLOCK = 4096
+PIXEL_BLOCK = 512
+
+
+def patches(
+    features: Tensor, k: int, mask: Tensor | None, threshold: float | None, partition: str, eps: float
+) -> Tensor:
+    bounds = None
+    if mask is not None:
+        height, width = features.shape[-2:]
+        mask = mask.to(_accumulator(features.dtype))
+        if threshold is not None:
+            bounds = torch.stack(bounding_boxes(mask, threshold, height, width))
+        if mask.shape[-2:] != features.shape[-2:]:
+            mask = F.interpolate(mask[:, None], size=(height, width), mode="bilinear")[:, 0]
+    resize = partition == "resize" and any(side % k for side in features.shape[-2:])
+    return _Patches.apply(features, k, mask, bounds, resize, eps)
+
+
+class _Patches(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features: Tensor, k: int, mask: Tensor | None, bounds: Tensor | None, resize: bool, eps: float):
+        rows, norms = torch.ops.kdkernels_triton.patches(features, k, mask, bounds, resize, eps)
+        ctx.save_for_backward(rows, norms, mask, bounds)
+        ctx.map = features.shape, features.dtype, _channels_last(features)
+        ctx.settings = k, resize
+        return rows
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        rows, norms, mask, bounds = ctx.saved_tensors
+        k, resize = ctx.settings
+        gradient = torch.ops.kdkernels_triton.patches_backward(
+            grad.detach(), rows.detach(), norms, *ctx.map, k, mask, bounds, resize
+        )
+        return FirstDerivative.apply(gradient, rows), None, None, None, None, None
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _channels_last(features: Tensor) -> bool:
+    """Whether a patch is best read with its channels innermost."""
+    return features.shape[1] > 1 and features.stride(1) < features.stride(3)
+
+
+torch.library.define(
+    "kdkernels_triton::patches",
+    "(Tensor features, SymInt k, Tensor? mask, Tensor? bounds, bool resize, float eps) -> (Tensor rows, Tensor norms)",
+)
+torch.library.define(
+    "kdkernels_triton::patches_backward",
+    "(Tensor grad, Tensor rows, Tensor norms, SymInt[] size, ScalarType dtype, bool channels_last, SymInt k,"
+    " Tensor? mask, Tensor? bounds, bool resize) -> Tensor",
+)
+
+
+@torch.library.register_fake("kdkernels_triton::patches")
+def _allocate(features, k, mask, bounds, resize, eps) -> tuple[Tensor, Tensor]:
+    n, c, h, w = features.shape
+    dtype = _accumulator(features.dtype)
+    rows = features.new_empty((n * k * k, c * -(-h // k) * -(-w // k)), dtype=dtype)
+    return rows, features.new_empty(n * k * k, dtype=dtype)
+
+
+@torch.library.register_fake("kdkernels_triton::patches_backward")
+def _allocate_map(grad, rows, norms, size, dtype, channels_last, k, mask, bounds, resize) -> Tensor:
+    return _new_map(rows, size, dtype, channels_last)
+
+
+def _new_map(like: Tensor, size: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(size, dtype=dtype, device=like.device, memory_format=memory_format)
+
+
+@torch.library.impl("kdkernels_triton::patches", "CompositeExplicitAutograd")
+def _launch(features, k, mask, bounds, resize, eps):
+    rows, norms = _allocate(features, k, mask, bounds, resize, eps)
+    n, c, h, w = features.shape
+    with torch.cuda.device_of(features):
+        _pack_kernel[(n * k * k,)](
+            features,
+            _or(mask, rows),
+            _or(bounds, rows),
+            rows,
+            norms,
+            *features.stride(),
+            *_strides(mask),
+            n,
+            c,
+            h,
+            w,
+            eps,
+            K=k,
+            PATCH_HEIGHT=-(-h // k),
+            PATCH_WIDTH=-(-w // k),
+            MASK=mask is not None,
+            CROP=bounds is not None,
+            RESIZE=resize,
+            CHANNELS_LAST=_channels_last(features),
+            **_launch_options(rows.shape[1]),
+        )
+    return rows, norms
+
+
+@torch.library.impl("kdkernels_triton::patches_backward", "CompositeExplicitAutograd")
+def _launch_backward(grad, rows, norms, size, dtype, channels_last, k, mask, bounds, resize):
+    result = _new_map(rows, size, dtype, channels_last)
+    n, c, h, w = size
+    patch_height, patch_width = -(-h // k), -(-w // k)
+    resampled = bounds is not None or resize
+    # Every pixel of the patch grid belongs to one patch. Unless it was resampled, the grid is the map.
+    grid = result
+    if resampled:
+        grid = _new_map(rows, (n, c, k * patch_height, k * patch_width), rows.dtype, channels_last)
+    with torch.cuda.device_of(rows):
+        _project_kernel[(n * k * k,)](
+            grad,
+            rows,
+            norms,
+            _or(mask, rows),
+            grid,
+            *grad.stride(),
+            *_strides(mask),
+            *grid.stride(),
+            c,
+            K=k,
+            PATCH_HEIGHT=patch_height,
+            PATCH_WIDTH=patch_width,
+            MASK=mask is not None and not resampled,
+            CHANNELS_LAST=channels_last,
+            **_launch_options(rows.shape[1]),
+        )
+        if resampled:
+            _resample_backward_kernel[(n * triton.cdiv(c * h * w, PIXEL_BLOCK),)](
+                grid,
+                _or(mask, rows),
+                _or(bounds, rows),
+                result,
+                *grid.stride(),
+                *_strides(mask),
+                *result.stride(),
+                n,
+                c,
+                h,
+                w,
+                *grid.shape[-2:],
+                MASK=mask is not None,
+                CROP=bounds is not None,
+                RESIZE=resize,
+                CHANNELS_LAST=channels_last,
+                BLOCK=PIXEL_BLOCK,
+            )
+    return result
+
+
+def _or(optional: Tensor | None, stand_in: Tensor) -> Tensor:
+    """A kernel's pointer argument; the stand-in is not read."""
+    return stand_in if optional is None else optional
+
+
+def _strides(mask: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if mask is None else mask.stride()
+
+
+def _launch_options(length: int) -> dict[str, int]:
+    block = min(triton.next_power_of_2(length), MAX_ROW_BLOCK)
+    return {"BLOCK": block, "num_warps": max(1, min(block // 256, 8))}
+
+
+@triton.jit
+def _components(offsets, c, PATCH_HEIGHT: tl.constexpr, PATCH_WIDTH: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """The (channel, y, x) of a patch's components, in the order in which memory holds them."""
+    if CHANNELS_LAST:
+        pixel = offsets // c
+        return offsets % c, pixel // PATCH_WIDTH, pixel % PATCH_WIDTH
+    pixel = offsets // PATCH_WIDTH
+    return pixel // PATCH_HEIGHT, pixel % PATCH_HEIGHT, offsets % PATCH_WIDTH
+
+
+@triton.jit
+def _bounds(bounds_ptr, image, n, h, w, CROP: tl.constexpr):
+    """Along height and along width: where an image's crop starts, its length, and the length of the whole."""
+    if CROP:
+        top = tl.load(bounds_ptr + image).to(tl.int32)
+        bottom = tl.load(bounds_ptr + n + image).to(tl.int32)
+        left = tl.load(bounds_ptr + 2 * n + image).to(tl.int32)
+        right = tl.load(bounds_ptr + 3 * n + image).to(tl.int32)
+        return (top, bottom - top, h), (left, right - left, w)
+    return (0, h, h), (0, w, w)
+
+
+@triton.jit
+def _stretch(position, length, size, dtype: tl.constexpr):
+    """The two taps of a pixel, and their weights, when ``length`` pixels are stretched over ``size`` bilinearly."""
+    source = tl.maximum((position.to(dtype) + 0.5) * (tl.cast(length, dtype) / tl.cast(size, dtype)) - 0.5, 0)
+    low = source.to(tl.int32)
+    fraction = source - low.to(dtype)
+    return low, tl.minimum(low + 1, length - 1), 1 - fraction, fraction
+
+
+@triton.jit
+def _taps(position, bounds, grid_size, CROP: tl.constexpr, RESIZE: tl.constexpr, dtype: tl.constexpr):
+    """Where pixel ``position`` of the patch grid comes from along one axis: four indices and their weights.
+
+    Without a resize the first two are all of them, without a crop too; with neither, the first.
+    """
+    start, length, size = bounds
+    low, high = position, position
+    low_weight = tl.full(position.shape, 1, dtype)
+    high_weight = low_weight
+    if RESIZE:
+        low, high, low_weight, high_weight = _stretch(position, size, grid_size, dtype)
+    if CROP:
+        a, b, a_weight, b_weight = _stretch(low, length, size, dtype)
+        c, d, c_weight, d_weight = _stretch(high, length, size, dtype)
+        weights = (low_weight * a_weight, low_weight * b_weight, high_weight * c_weight, high_weight * d_weight)
+        return (start + a, start + b, start + c, start + d), weights
+    return (low, high, low, high), (low_weight, high_weight, low_weight, high_weight)
+
+
+@triton.jit
+def _read(
+    features_ptr,
+    mask_ptr,
+    channel,
+    y,
+    x,
+    inside,
+    strides,
+    mask_strides,
+    MASK: tl.constexpr,
+    dtype: tl.constexpr,
+    bounds,
+    grid,
+    CROP: tl.constexpr,
+    RESIZE: tl.constexpr,
+):
+    """Pixels of the masked, cropped and resized map of one image."""
+    TAPS: tl.constexpr = (2 if CROP else 1) * (2 if RESIZE else 1)
+    ys, y_weights = _taps(y, bounds[0], grid[0], CROP, RESIZE, dtype)
+    xs, x_weights = _taps(x, bounds[1], grid[1], CROP, RESIZE, dtype)
+    features_ptr += channel.to(tl.int64) * strides[0]
+    result = tl.zeros(channel.shape, dtype)
+    for i in tl.static_range(TAPS):
+        for j in tl.static_range(TAPS):
+            row = ys[i].to(tl.int64)
+            column = xs[j].to(tl.int64)
+            value = tl.load(features_ptr + row * strides[1] + column * strides[2], mask=inside, other=0).to(dtype)
+            if MASK:
+                value *= tl.load(mask_ptr + row * mask_strides[0] + column * mask_strides[1], mask=inside, other=0)
+            result += value * (y_weights[i] * x_weights[j])
+    return result
+
+
+@triton.jit
+def _pack_kernel(
+    features_ptr,
+    mask_ptr,
+    bounds_ptr,
+    rows_ptr,
+    norms_ptr,
+    image_stride,
+    channel_stride,
+    y_stride,
+    x_stride,
+    mask_image_stride,
+    mask_y_stride,
+    mask_x_stride,
+    n,
+    c,
+    h,
+    w,
+    eps: tl.float64,
+    K: tl.constexpr,
+    PATCH_HEIGHT: tl.constexpr,
+    PATCH_WIDTH: tl.constexpr,
+    MASK: tl.constexpr,
+    CROP: tl.constexpr,
+    RESIZE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    image = row // (K * K)
+    patch = (row % (K * K)).to(tl.int32)
+    top = patch // K * PATCH_HEIGHT
+    left = patch % K * PATCH_WIDTH
+    length = c * (PATCH_HEIGHT * PATCH_WIDTH)
+    features_ptr += image * image_stride
+    mask_ptr += image * mask_image_stride
+    rows_ptr += row * length
+    strides = (channel_stride, y_stride, x_stride)
+    mask_strides = (mask_y_stride, mask_x_stride)
+    bounds = _bounds(bounds_ptr, image, n, h, w, CROP)
+    grid = (K * PATCH_HEIGHT, K * PATCH_WIDTH)
+    dtype: tl.constexpr = rows_ptr.dtype.element_ty
+
+    # The patch is read twice, the second time from cache: a row may be longer than the registers hold.
+    total = tl.full((), 0, dtype)
+    for start in range(0, length, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        inside = offsets < length
+        channel, y, x = _components(offsets, c, PATCH_HEIGHT, PATCH_WIDTH, CHANNELS_LAST)
+        values = _read(
+            features_ptr, mask_ptr, channel, top + y, left + x, inside, strides, mask_strides, MASK, dtype,
+            bounds, grid, CROP, RESIZE,
+        )  # fmt: skip
+        total += tl.sum(values * values, 0)
+    norm = tl.sqrt(total)
+    dead = norm <= tl.full((), eps, dtype)
+    tl.store(norms_ptr + row, tl.where(dead, 0, norm))
+    divisor = tl.where(dead, 1, norm)
+
+    for start in range(0, length, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        inside = offsets < length
+        channel, y, x = _components(offsets, c, PATCH_HEIGHT, PATCH_WIDTH, CHANNELS_LAST)
+        values = _read(
+            features_ptr, mask_ptr, channel, top + y, left + x, inside, strides, mask_strides, MASK, dtype,
+            bounds, grid, CROP, RESIZE,
+        )  # fmt: skip
+        tl.store(rows_ptr + offsets, tl.where(dead, 0, values / divisor), mask=inside)
+
+
+@triton.jit
+def _project_kernel(
+    grad_ptr,
+    rows_ptr,
+    norms_ptr,
+    mask_ptr,
+    map_ptr,
+    grad_row_stride,
+    grad_stride,
+    mask_image_stride,
+    mask_y_stride,
+    mask_x_stride,
+    image_stride,
+    channel_stride,
+    y_stride,
+    x_stride,
+    c,
+    K: tl.constexpr,
+    PATCH_HEIGHT: tl.constexpr,
+    PATCH_WIDTH: tl.constexpr,
+    MASK: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Back through the division by the norm, (g − x̂⟨g, x̂⟩) / ‖x‖, and from patches to a map."""
+    row = tl.program_id(0).to(tl.int64)
+    image = row // (K * K)
+    patch = (row % (K * K)).to(tl.int32)
+    top = patch // K * PATCH_HEIGHT
+    left = patch % K * PATCH_WIDTH
+    length = c * (PATCH_HEIGHT * PATCH_WIDTH)
+    rows_ptr += row * length
+    grad_ptr += row * grad_row_stride
+    map_ptr += image * image_stride
+    mask_ptr += image * mask_image_stride
+
+    norm = tl.load(norms_ptr + row)
+    dead = norm == 0
+    divisor = tl.where(dead, 1, norm)
+    radial = tl.zeros_like(norm)
+    for start in range(0, length, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        inside = offsets < length
+        unit = tl.load(rows_ptr + offsets, mask=inside, other=0)
+        grad = tl.load(grad_ptr + offsets.to(tl.int64) * grad_stride, mask=inside, other=0)
+        radial += tl.sum(unit * grad, 0)
+
+    for start in range(0, length, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        inside = offsets < length
+        unit = tl.load(rows_ptr + offsets, mask=inside, other=0)
+        grad = tl.load(grad_ptr + offsets.to(tl.int64) * grad_stride, mask=inside, other=0)
+        value = tl.where(dead, 0, (grad - unit * radial) / divisor)
+        channel, y, x = _components(offsets, c, PATCH_HEIGHT, PATCH_WIDTH, CHANNELS_LAST)
+        channel, y, x = channel.to(tl.int64), (top + y).to(tl.int64), (left + x).to(tl.int64)
+        if MASK:
+            value *= tl.load(mask_ptr + y * mask_y_stride + x * mask_x_stride, mask=inside, other=0)
+        tl.store(map_ptr + channel * channel_stride + y * y_stride + x * x_stride, value, mask=inside)
+
+
+@triton.jit
+def _reach(first, end, length, size, dtype: tl.constexpr):
+    """The half-open range of ``size`` pixels that draw on ``[first, end)`` of the ``length`` stretched over them."""
+    ratio = tl.cast(size, dtype) / tl.cast(length, dtype)
+    low = tl.floor((first.to(dtype) - 0.5) * ratio - 0.5).to(tl.int32)
+    high = tl.ceil((end.to(dtype) + 0.5) * ratio - 0.5).to(tl.int32)
+    return tl.maximum(low, 0), tl.minimum(high, size)
+
+
+@triton.jit
+def _readers(pixel, bounds, grid_size, CROP: tl.constexpr, RESIZE: tl.constexpr, dtype: tl.constexpr):
+    """The range of the patch grid that draws on a pixel along one axis, and at most a few more."""
+    start, length, size = bounds
+    low = pixel
+    high = pixel + 1
+    if CROP:
+        cropped = pixel - start
+        low, high = _reach(cropped, cropped + 1, length, size, dtype)
+        high = tl.where((cropped >= 0) & (cropped < length), high, low)
+    if RESIZE:
+        empty = low >= high
+        low, high = _reach(low, high, size, grid_size, dtype)
+        high = tl.where(empty, low, high)
+    return low, high
+
+
+@triton.jit
+def _weight(position, pixel, bounds, grid_size, CROP: tl.constexpr, RESIZE: tl.constexpr, dtype: tl.constexpr):
+    """How much of a pixel goes into ``position`` of the patch grid along one axis."""
+    TAPS: tl.constexpr = (2 if CROP else 1) * (2 if RESIZE else 1)
+    indices, weights = _taps(position, bounds, grid_size, CROP, RESIZE, dtype)
+    result = tl.zeros(position.shape, dtype)
+    for i in tl.static_range(TAPS):
+        result += tl.where(indices[i] == pixel, weights[i], 0)
+    return result
+
+
+@triton.jit
+def _resample_backward_kernel(
+    map_ptr,
+    mask_ptr,
+    bounds_ptr,
+    grad_ptr,
+    image_stride,
+    channel_stride,
+    y_stride,
+    x_stride,
+    mask_image_stride,
+    mask_y_stride,
+    mask_x_stride,
+    grad_image_stride,
+    grad_channel_stride,
+    grad_y_stride,
+    grad_x_stride,
+    n,
+    c,
+    h,
+    w,
+    grid_height,
+    grid_width,
+    MASK: tl.constexpr,
+    CROP: tl.constexpr,
+    RESIZE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Each pixel gathers the gradient of those of the patch grid that drew on it."""
+    blocks = tl.cdiv(c * h * w, BLOCK)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    offsets = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < c * h * w
+    if CHANNELS_LAST:
+        channel = offsets % c
+        y = offsets // c // w
+        x = offsets // c % w
+    else:
+        channel = offsets // w // h
+        y = offsets // w % h
+        x = offsets % w
+    dtype: tl.constexpr = map_ptr.dtype.element_ty
+    bounds = _bounds(bounds_ptr, image, n, h, w, CROP)
+    top, bottom = _readers(y, bounds[0], grid_height, CROP, RESIZE, dtype)
+    left, right = _readers(x, bounds[1], grid_width, CROP, RESIZE, dtype)
+
+    map_ptr += image * image_stride + channel.to(tl.int64) * channel_stride
+    result = tl.zeros(offsets.shape, dtype)
+    for i in range(tl.max(bottom - top, 0)):
+        grid_y = top + i
+        y_weight = _weight(grid_y, y, bounds[0], grid_height, CROP, RESIZE, dtype)
+        for j in range(tl.max(right - left, 0)):
+            grid_x = left + j
+            x_weight = _weight(grid_x, x, bounds[1], grid_width, CROP, RESIZE, dtype)
+            value = tl.load(
+                map_ptr + grid_y.to(tl.int64) * y_stride + grid_x.to(tl.int64) * x_stride,
+                mask=inside & (grid_y < bottom) & (grid_x < right),
+                other=0,
+            )
+            result += value * (y_weight * x_weight)
+    mask_ptr += image * mask_image_stride
+    grad_ptr += image * grad_image_stride + channel.to(tl.int64) * grad_channel_stride
+    y, x = y.to(tl.int64), x.to(tl.int64)
+    if MASK:
+        result *= tl.load(mask_ptr + y * mask_y_stride + x * mask_x_stride, mask=inside, other=0)
+    tl.store(grad_ptr + y * grad_y_stride + x * grad_x_stride, result, mask=inside)

@@ -1,0 +1,212 @@
+"""``congruence`` in every form against a loop over pairs, on rows that need not be unit vectors; and how it picks."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from helpers import assert_close, loss_and_gradients, relative_error
+from torch import Tensor
+
+from kdkernels import native
+from kdkernels.ops.congruence import congruence
+from kdkernels.ops.congruence.plan import FEATURE, FORMS, GRAM, MIXED, Plan, candidates, choose_form, multiply_adds
+
+FULL, INTRA, SAME, DIAGONAL = torch.eye(4).tolist()
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def exact(x: Tensor, y: Tensor, positions: int, coefficients) -> tuple[Tensor, list[Tensor]]:
+    """The sum pair by pair in float64, and its gradients 4 (W ∘ D) X and -4 (W ∘ D) Y."""
+    x, y = x.detach().double(), y.detach().double()
+    full, intra, same, diagonal = coefficients
+    loss, slope = 0.0, torch.zeros(len(x), len(x), dtype=torch.float64)
+    for r, s in product(range(len(x)), repeat=2):
+        weight = full + intra * (r // positions == s // positions) + same * (r % positions == s % positions)
+        weight += diagonal * (r == s)
+        difference = float(x[r] @ x[s] - y[r] @ y[s])
+        loss += weight * difference**2
+        slope[r, s] = 4 * weight * difference
+    return torch.tensor(loss, dtype=torch.float64), [slope @ x, -slope @ y]
+
+
+def agree(x: Tensor, y: Tensor, positions: int, coefficients, **settings) -> None:
+    """Loss and gradients are exact."""
+    loss, gradients = loss_and_gradients(
+        lambda x, y: congruence(x, y, positions=positions, coefficients=coefficients, **settings),
+        x.requires_grad_(),
+        y.requires_grad_(),
+    )
+    exact_loss, exact_gradients = exact(x, y, positions, coefficients)
+    assert loss.dtype == x.dtype
+    assert_close(loss, exact_loss, "loss")
+    for gradient, correct in zip(gradients, exact_gradients, strict=True):
+        assert_close(gradient, correct, "gradient")
+
+
+@every_form
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "coefficients",
+    [FULL, INTRA, SAME, DIAGONAL, (1, 1, 1, 1), (0.3, 2, 0.7, 1.5), (1, -1, -1, 1), (0, 1, 2, 0)],
+    ids=str,
+)
+def test_coefficients(backend, form, dtype, coefficients):
+    agree(torch.randn(15, 4, dtype=dtype), torch.randn(15, 7, dtype=dtype), 5, coefficients, form=form, backend=backend)
+
+
+@every_form
+@pytest.mark.parametrize(
+    ("rows", "positions", "x", "y"),
+    [(1, 1, 3, 2), (5, 5, 1, 9), (6, 1, 40, 1), (65, 5, 3, 70), (57, 3, 17, 16), (129, 43, 33, 2)],
+    ids=str,
+)
+def test_shapes(backend, form, rows, positions, x, y):
+    agree(torch.randn(rows, x), torch.randn(rows, y), positions, (0.8, 0.5, 2, 0.3), form=form, backend=backend)
+
+
+@every_form
+def test_strides(backend, form):
+    wide = torch.randn(12, 20)
+    for x in (wide[:, 3:9], wide[:, ::3], torch.randn(5, 12).T, torch.randn(1, 6).expand(12, 6)):
+        agree(x.detach(), torch.randn(12, 4), 3, (1, 0.5, 2, 0.3), form=form, backend=backend)
+        agree(torch.randn(12, 4), x.detach(), 3, (1, 0.5, 2, 0.3), form=form, backend=backend)
+
+
+@every_form
+@pytest.mark.parametrize("rows", [600, 1030])
+def test_many_rows(backend, form, rows):
+    """More rows than one strip of the Gram matrices, the last strip short."""
+    x, y = torch.randn(rows, 24, requires_grad=True), torch.randn(rows, 40, requires_grad=True)
+    coefficients = (1.0, 0.4, -0.7, 0.5)
+
+    def textbook(x: Tensor, y: Tensor) -> Tensor:
+        squares, index = (x @ x.T - y @ y.T).square(), torch.arange(rows)
+        image, position = index // 10, index % 10
+        weight = coefficients[0] + coefficients[1] * (image[:, None] == image)
+        weight = weight + coefficients[2] * (position[:, None] == position) + coefficients[3] * torch.eye(rows)
+        return (squares * weight).sum()
+
+    loss, gradients = loss_and_gradients(
+        lambda x, y: congruence(x, y, positions=10, coefficients=coefficients, form=form, backend=backend), x, y
+    )
+    correct, of_textbook = loss_and_gradients(textbook, *(z.detach().double().requires_grad_() for z in (x, y)))
+    assert_close(loss, correct, "loss")
+    for gradient, expected in zip(gradients, of_textbook, strict=True):
+        assert_close(gradient, expected, "gradient")
+
+
+@pytest.mark.parametrize("sizes", [(6, 5, 5), (30, 5, 5), (12, 2, 40), (30, 5, 90), (12, 40, 3)], ids=str)
+@pytest.mark.parametrize("grad_teacher", [False, True])
+def test_auto_is_exact_whatever_it_picks(backend, sizes, grad_teacher):
+    rows, width_x, width_y = sizes
+    x, y = torch.randn(rows, width_x, requires_grad=True), torch.randn(rows, width_y, requires_grad=grad_teacher)
+    coefficients = (1, 0.5, 2, 0.3)
+    loss, gradients = loss_and_gradients(
+        lambda x, y: congruence(x, y, positions=3, coefficients=coefficients, backend=backend), x, y
+    )
+    exact_loss, exact_gradients = exact(x, y, 3, coefficients)
+    assert_close(loss, exact_loss, "loss")
+    for gradient, correct in zip(gradients[: 1 + grad_teacher], exact_gradients, strict=False):
+        assert_close(gradient, correct, "gradient")
+
+
+@pytest.mark.parametrize("form", [GRAM, FEATURE, *MIXED], ids=str)
+@pytest.mark.parametrize("grad_x", [True, False])
+def test_every_mixture_of_forms(form, grad_x):
+    """The native operator takes each term from either space, whatever the cost model would say."""
+    reason = native.why_not(torch.device("cpu"))
+    if reason:
+        pytest.skip(reason)
+    x, y, coefficients = torch.randn(33, 4), torch.randn(33, 6), [1.3, 0.5, 2.0, 0.3]
+    plan = Plan(form, FEATURE, GRAM)
+    loss, gradient, _ = torch.ops.kdkernels.congruence(x, y, 3, coefficients, plan.codes, grad_x, False)
+    exact_loss, (exact_gradient, _) = exact(x, y, 3, coefficients)
+    assert_close(loss, exact_loss, "loss")
+    if grad_x:
+        assert_close(gradient, exact_gradient, "gradient")
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)], ids=str)
+@every_form
+def test_gradient_goes_where_it_is_wanted(backend, form, wanted):
+    x, y = (torch.randn(12, 5, requires_grad=want) for want in wanted)
+    loss = congruence(x, y, positions=3, coefficients=(1, 0.5, 2, 0.3), form=form, backend=backend)
+    exact_loss, exact_gradients = exact(x, y, 3, (1, 0.5, 2, 0.3))
+    assert_close(loss, exact_loss)
+    assert loss.requires_grad == any(wanted)
+    if any(wanted):
+        loss.backward()
+    for rows, want, correct in zip((x, y), wanted, exact_gradients, strict=True):
+        assert (rows.grad is None) == (not want)
+        if want:
+            assert_close(rows.grad, correct)
+
+
+@every_form
+def test_autocast_changes_nothing(backend, form):
+    x, y = torch.randn(12, 5), torch.randn(12, 8)
+    outside = congruence(x, y, form=form, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = congruence(x, y, form=form, backend=backend)
+    assert inside.dtype == torch.float32
+    assert relative_error(inside, outside) < 1e-6
+
+
+@every_form
+def test_not_a_number_comes_out(backend, form):
+    x, y = torch.randn(12, 5), torch.randn(12, 8)
+    for value in (float("nan"), float("inf")):
+        broken = x.clone()
+        broken[3, 2] = value
+        assert not congruence(broken, y, form=form, backend=backend).isfinite()
+        assert not congruence(y, broken, form=form, backend=backend).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"x": torch.randn(12, 5, 1)}, ValueError, ["x", "N x d_S", "(12, 5, 1)"]),
+        ({"y": torch.randn(11, 5)}, ValueError, ["y", "12", "11"]),
+        ({"y": torch.randn(12, 5).double()}, TypeError, ["y", "float32", "float64"]),
+        ({"x": torch.randn(12, 5).bfloat16(), "y": torch.randn(12, 5).bfloat16()}, TypeError, ["x", "bfloat16"]),
+        ({"y": torch.randn(12, 5, device="meta")}, ValueError, ["y", "cpu", "meta"]),
+        ({"positions": 5}, ValueError, ["positions", "12", "5"]),
+        ({"positions": 0}, ValueError, ["positions", "positive integer", "0"]),
+        ({"coefficients": (1, 2, 3)}, (TypeError, ValueError), ["coefficients", "(1, 2, 3)"]),
+        ({"form": "tiles"}, ValueError, ["form", "feature", "'tiles'"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_misuse(changes, error, words):
+    arguments = {"x": torch.randn(12, 5), "y": torch.randn(12, 8), **changes}
+    with pytest.raises(error) as raised:
+        congruence(arguments.pop("x"), arguments.pop("y"), **arguments)
+    for word in words:
+        assert word in str(raised.value), f"{word!r} is missing in: {raised.value}"
+
+
+# How a form is picked -------------------------------------------------------------------------------------------------
+
+
+def test_feature_space_wins_for_large_batches():
+    assert choose_form("auto", True, 8192, 256, 256, True, False) == FEATURE
+    assert choose_form("auto", True, 64, 4096, 4096, True, False) == GRAM
+
+
+@pytest.mark.parametrize("grads", list(product([True, False], repeat=2)), ids=str)
+def test_auto_is_the_cheapest_candidate(grads):
+    for rows, x, y in product((1, 16, 1000), (1, 30, 2048), (7, 512)):
+        costs = {form: multiply_adds(form, rows, x, y, *grads) for form in candidates(True, grads[1])}
+        assert costs[choose_form("auto", True, rows, x, y, *grads)] == min(costs.values())
+        assert {choose_form("gram", True, rows, x, y, *grads), choose_form("feature", True, rows, x, y, *grads)} == {
+            GRAM,
+            FEATURE,
+        }
+
+
+def test_no_candidate_is_idle():
+    """Each is the cheapest somewhere; one that never is would be code that never runs."""
+    sizes = list(product((8, 64, 512), (2, 16, 128, 1024), (2, 16, 128, 1024), (True, False)))
+    assert {choose_form("auto", True, *size, False) for size in sizes} == set(candidates(True, False))

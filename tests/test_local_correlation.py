@@ -1,0 +1,710 @@
+"""The LKD loss against an independent computation of its equations (tests/oracle.py), and the contracts it keeps."""
+
+from __future__ import annotations
+
+import re
+
+import oracle
+import pytest
+import torch
+from helpers import DTYPES, HALF_DTYPES, assert_as_good_as, assert_close, loss_and_gradients, relative_error
+from torch import Tensor
+
+from kdkernels import local_correlation, local_correlation_loss
+
+FORMS = ("auto", "gram", "feature")
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def compute(student, teacher, k, **settings) -> tuple[Tensor, list[Tensor]]:
+    """The loss and its gradients to every map of the student, then of the teacher. Strides are kept."""
+    split = len(oracle.stages(student))
+
+    def loss(*maps: Tensor) -> Tensor:
+        if isinstance(student, Tensor):
+            return local_correlation_loss(*maps, k, **settings)
+        return local_correlation_loss(maps[:split], maps[split:], k, **settings)
+
+    maps = [x.detach().requires_grad_() for x in (*oracle.stages(student), *oracle.stages(teacher))]
+    return loss_and_gradients(loss, *maps)
+
+
+def agree(student, teacher, k, *, backend: str, form: str = "auto", **settings) -> None:
+    """Loss and gradients equal the oracle's, and have the shapes and dtypes they should. For float32 and float64."""
+    loss, gradients = compute(student, teacher, k, backend=backend, form=form, **settings)
+    exact_loss, exact_gradients = oracle.local_correlation_loss(student, teacher, k, **settings)
+    inputs = [*oracle.stages(student), *oracle.stages(teacher)]
+    assert loss.dtype == (torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32)
+    # A float32 map in a float64 loss is still normalised in float32.
+    coarse = any(x.dtype != torch.float64 for x in inputs)
+    assert_close(loss.float() if coarse else loss, exact_loss, "loss")
+    for value, gradient, exact in zip(inputs, gradients, exact_gradients, strict=True):
+        assert gradient.dtype == value.dtype
+        assert_close(gradient.float() if coarse else gradient, exact, "gradient")
+
+
+def relu_maps(*shape: int) -> Tensor:
+    """What a ReLU leaves: non-negative, and alike from image to image."""
+    return torch.relu(torch.randn(shape) + torch.randn(shape[1:]))
+
+
+def integer(low: int, high: int) -> int:
+    return int(torch.randint(low, high + 1, ()))
+
+
+def pick(options):
+    return options[integer(0, len(options) - 1)]
+
+
+# Values ---------------------------------------------------------------------------------------------------------------
+
+
+@every_form
+def test_random_problems(backend, form):
+    for _ in range(8):
+        n, dtype = integer(2, 5), pick((torch.float32, torch.float64))
+        ks = [integer(2, 3) for _ in range(integer(1, 3))]
+        student, teacher = (
+            [torch.randn(n, integer(2, 9), k * integer(1, 3), k * integer(1, 3), dtype=dtype) for k in ks]
+            for _ in range(2)
+        )
+        weights = [pick((0.0, 1.0, float(torch.rand(())) + 0.1, 3.5)) for _ in range(3)]
+        weights[integer(0, 2)] = 1.0
+        settings = {"weights": weights, "reduction": pick(("sum", "mean"))}
+        agree(student, teacher, ks, backend=backend, form=form, **settings)
+
+
+@every_form
+@pytest.mark.parametrize(
+    ("student", "teacher", "k"),
+    [
+        ((1, 3, 6, 6), (1, 5, 3, 9), 3),  # one image: Eq. 6 is empty
+        ((7, 3, 5, 3), (7, 2, 1, 4), 1),  # one patch an image: so it is again
+        ((3, 2, 4, 4), (3, 2, 4, 4), 4),  # one pixel a patch
+        ((2, 37, 4, 2), (2, 1, 14, 6), 2),  # wider than there are rows, and narrower
+        ((17, 3, 6, 9), (17, 4, 3, 3), 3),  # more rows than a tile of 128 holds, and not a multiple
+    ],
+    ids=str,
+)
+def test_shapes(backend, form, student, teacher, k):
+    student, teacher = torch.randn(student), torch.randn(teacher)
+    for weights in ((1, 1, 1), (0.3, 0.7, 2.5)):
+        agree(student, teacher, k, weights=weights, backend=backend, form=form)
+
+
+@every_form
+@pytest.mark.parametrize(
+    "weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 2, 2), (1, 0, 1), (-1, 3, 0.5)], ids=str
+)
+def test_weights(backend, form, weights):
+    agree(relu_maps(4, 5, 6, 6), relu_maps(4, 3, 3, 3), 3, weights=weights, backend=backend, form=form)
+
+
+@every_form
+@pytest.mark.parametrize("weights", [(0, 0, 0), (0, 0, 1)])
+def test_no_pairs_to_compare(backend, form, weights):
+    """A loss of 0 can still be trained on: ablations set weights to 0, last batches hold one image."""
+    for reduction in ("sum", "mean"):
+        settings = {"weights": weights, "reduction": reduction, "backend": backend, "form": form}
+        loss, gradients = compute(torch.randn(1, 2, 4, 4), torch.randn(1, 3, 4, 4), 2, **settings)
+        assert abs(loss) < 1e-5
+        assert all(gradient.abs().max() < 1e-5 for gradient in gradients)
+
+
+@every_form
+def test_one_patch_in_all(backend, form):
+    loss, gradients = compute(torch.randn(1, 3, 4, 4), torch.randn(1, 2, 5, 5), 1, backend=backend, form=form)
+    assert abs(loss) < 1e-5
+    assert all(gradient.abs().max() < 1e-5 for gradient in gradients)
+
+
+@every_form
+def test_one_number_a_patch(backend, form):
+    """Cosines of ±1 whatever the size: the loss counts signs, and its gradient is 0."""
+    student, teacher = torch.randn(4, 1, 2, 2), torch.randn(4, 1, 2, 2)
+    loss, gradients = compute(student, teacher, 2, backend=backend, form=form)
+    assert_close(loss, oracle.local_correlation_loss(student, teacher, 2)[0])
+    for value, gradient in zip((student, teacher), gradients, strict=True):
+        assert (gradient * value).abs().max() < 1e-4
+
+
+@every_form
+@pytest.mark.parametrize(
+    "layout", ["channels_last", "transposed", "sliced", "expanded", "one channel of many", "offset"]
+)
+def test_strides(backend, form, layout):
+    def maps(c: int, h: int, w: int) -> Tensor:
+        n = 4
+        if layout == "channels_last":
+            return torch.randn(n, c, h, w).to(memory_format=torch.channels_last)
+        if layout == "transposed":
+            return torch.randn(w, n, h, c).permute(1, 3, 2, 0)
+        if layout == "sliced":
+            return torch.randn(2 * n, c + 2, h + 3, 2 * w)[::2, 1:-1, 2:-1, ::2]
+        if layout == "expanded":  # one row of pixels serves as every row, another image as every second one
+            return torch.randn(2, 1, c, 1, w).expand(2, 2, c, h, w).reshape(4, c, h, w)[:, :, :1].expand(-1, -1, h, -1)
+        if layout == "one channel of many":
+            return torch.randn(n, 7, h, w)[:, 3:4]
+        return torch.randn(n * c * h * w + 5)[5:].view(n, c, h, w)
+
+    student, teacher = maps(3, 4, 6), maps(5, 6, 2)
+    agree(student, teacher, 2, backend=backend, form=form)
+    agree(student, torch.randn(4, 5, 6, 2), 2, backend=backend, form=form)
+
+
+@every_form
+def test_images_that_share_memory(backend, form):
+    """Stride 0 over the batch: every image is the same one, so the gradient is the same for all."""
+    student, teacher = torch.randn(1, 3, 4, 4).expand(5, -1, -1, -1), torch.randn(5, 3, 4, 4)
+    agree(student, teacher, 2, backend=backend, form=form)
+
+
+# Precision ------------------------------------------------------------------------------------------------------------
+
+
+@every_form
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_half_precision(backend, form, dtype):
+    """No worse than twice the eager loss of the same inputs cast to float32."""
+    student, teacher = torch.randn(6, 5, 6, 6).to(dtype), torch.randn(6, 4, 9, 3).to(dtype)
+    loss, gradients = compute(student, teacher, 3, backend=backend, form=form)
+    leaves = [x.clone().requires_grad_() for x in (student, teacher)]
+    eager_loss, eager = loss_and_gradients(lambda s, t: oracle.eager(s.float(), t.float(), 3), *leaves)
+    exact_loss, exact = oracle.local_correlation_loss(student, teacher, 3)
+    assert loss.dtype == torch.float32
+    assert_as_good_as(loss, eager_loss, exact_loss, "loss")
+    for gradient, of_eager, of_exact in zip(gradients, eager, exact, strict=True):
+        assert gradient.dtype == dtype
+        assert_as_good_as(gradient, of_eager, of_exact, "gradient")
+
+
+@every_form
+@pytest.mark.parametrize("of_teacher", DTYPES, ids=str)
+@pytest.mark.parametrize("of_student", DTYPES, ids=str)
+def test_mixed_dtypes(backend, form, of_student, of_teacher):
+    student, teacher = torch.randn(3, 5, 4, 4).to(of_student), torch.randn(3, 4, 6, 2).to(of_teacher)
+    loss, gradients = compute(student, teacher, 2, backend=backend, form=form)
+    exact_loss, exact = oracle.local_correlation_loss(student, teacher, 2)
+    assert loss.dtype == (torch.float64 if torch.float64 in (of_student, of_teacher) else torch.float32)
+    assert_close(loss.float(), exact_loss, "loss")
+    for dtype, gradient, of_exact in zip((of_student, of_teacher), gradients, exact, strict=True):
+        assert gradient.dtype == dtype
+        assert relative_error(gradient, of_exact) <= max(1e-5, torch.finfo(dtype).eps)
+
+
+@every_form
+def test_stages_of_different_dtypes(backend, form):
+    student = [torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4).double()]
+    teacher = [torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)]
+    agree(student, teacher, 2, backend=backend, form=form)
+
+
+@every_form
+@pytest.mark.parametrize(("distance", "limit"), [(1e-3, 1e-5), (1e-5, 1e-4)])
+def test_nearly_perfect_student(backend, form, distance, limit):
+    """Where the feature form's three norms cancel: the gradient stays accurate long after the loss has become small."""
+    n, k = 24, 2
+    teacher = torch.randn(n, 16, 4, 4)
+    noise, rows = torch.randn(n, 16, 4, 4), n * k * k
+    low, high = 0.0, 2.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        below = oracle.eager(teacher.double() + middle * noise, teacher.double(), k) < distance * rows**2
+        low, high = (middle, high) if below else (low, middle)
+    student = teacher + low * noise
+    loss, gradients = compute(student, teacher, k, backend=backend, form=form)
+    exact = [x.double().requires_grad_() for x in (student, teacher)]
+    exact_loss, exact_gradients = loss_and_gradients(lambda s, t: oracle.eager(s, t, k), *exact)
+    assert 0.5 * distance < exact_loss / rows**2 < 2 * distance
+    assert relative_error(loss, exact_loss) < 10 * limit
+    for gradient, of_exact in zip(gradients, exact_gradients, strict=True):
+        assert relative_error(gradient, of_exact) < limit
+
+
+@every_form
+def test_a_perfect_student(backend, form):
+    """The same maps, and maps that are scaled and turned: all cosines are equal."""
+    teacher = relu_maps(6, 8, 4, 4)
+    turn = torch.linalg.qr(torch.randn(8, 8))[0]
+    for student in (teacher, 3 * teacher, torch.einsum("ab,nbhw->nahw", turn, teacher)):
+        loss, (of_student, _) = compute(student, teacher, 2, backend=backend, form=form)
+        assert abs(loss) < 1e-5 * 24**2
+        assert (of_student * student).abs().max() < 1e-3
+
+
+def test_the_same_tensor_for_both(backend):
+    maps = torch.randn(3, 4, 4, 4, requires_grad=True)
+    local_correlation_loss(maps, maps, 2, backend=backend).backward()
+    assert maps.grad.abs().max() < 1e-5
+
+
+# Dead, huge and broken patches ----------------------------------------------------------------------------------------
+
+
+@every_form
+@pytest.mark.parametrize("who", ["student", "teacher", "both", "one image", "all of student", "all"])
+def test_dead_patches(backend, form, who):
+    student, teacher = relu_maps(5, 4, 6, 6), relu_maps(5, 3, 6, 6)
+    dead = torch.rand(5, 1, 3, 1, 3, 1) < 0.3
+    dead[0, :, 0, :, 0] = True
+    if who == "one image":
+        student[1] = teacher[1] = 0
+    elif who == "all of student":
+        student.zero_()
+    elif who == "all":
+        student.zero_(), teacher.zero_()
+    for maps, named in ((student, "student"), (teacher, "teacher")):
+        if who in (named, "both"):
+            maps.view(5, -1, 3, 2, 3, 2).masked_fill_(dead, 0)
+    for weights in ((1, 1, 1), (0.2, 3, 1)):
+        agree(student, teacher, 3, weights=weights, backend=backend, form=form)
+
+
+@every_form
+def test_eps(backend, form):
+    """A norm of at most eps counts as zero; just above it is a direction like any other."""
+    student, teacher = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
+    student /= student.norm(dim=1, keepdim=True)
+    student[0, :, 0, 0] *= 0.99e-3
+    student[1, :, 0, 1] *= 1.01e-3
+    agree(student, teacher, 2, eps=1e-3, backend=backend, form=form)
+    agree(student, teacher, 2, eps=0, backend=backend, form=form)
+    agree(student, teacher, 2, eps=2e-3, backend=backend, form=form)
+
+
+@every_form
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e18, 1e36])
+def test_cosines_do_not_depend_on_size(backend, form, scale):
+    """Squares of these leave float32's range, the features do not."""
+    student, teacher = torch.randn(3, 130, 4, 4), torch.randn(3, 4, 2, 2)
+    student[1] *= 1e-3
+    agree(scale * student, teacher, 2, eps=0, backend=backend, form=form)
+    agree(student, scale * teacher, 2, eps=0, backend=backend, form=form)
+
+
+@every_form
+def test_huge_bfloat16(backend, form):
+    student, teacher = (1e18 * torch.randn(3, 130, 4, 4)).bfloat16(), torch.randn(3, 4, 2, 2)
+    loss, _ = compute(student, teacher, 2, backend=backend, form=form)
+    assert_close(loss, oracle.local_correlation_loss(student, teacher, 2)[0])
+
+
+@every_form
+def test_tiny_patches_are_dead(backend, form):
+    student, teacher = torch.randn(3, 4, 4, 4), torch.randn(3, 4, 2, 2)
+    student[1] *= 1e-12
+    agree(student, teacher, 2, backend=backend, form=form)
+    student *= 1e-30
+    agree(student, teacher, 2, backend=backend, form=form)
+
+
+@every_form
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_not_a_number_comes_out(backend, form, value, dtype):
+    for broken in (0, 1):
+        maps = [torch.randn(4, 3, 4, 4).to(dtype), torch.randn(4, 5, 6, 2).to(dtype)]
+        maps[broken][2, 1, 1, 1] = value
+        for weights in ((1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
+            loss, gradients = compute(*maps, 2, weights=weights, backend=backend, form=form)
+            assert loss.isnan()
+            assert gradients[broken][2].isnan().any()
+        for reduction in ("sum", "mean"):
+            loss, gradients = compute(*maps, 2, reduction=reduction, backend=backend, form=form)
+            assert all(gradient.isnan().all() for gradient in gradients)
+
+
+# Mask, threshold, crop ------------------------------------------------------------------------------------------------
+
+
+@every_form
+@pytest.mark.parametrize("student", [(6, 6), (12, 6), (4, 10), (2, 2)], ids=str)
+@pytest.mark.parametrize("threshold", [None, 0.3, 0.9])
+def test_mask(backend, form, student, threshold):
+    student, teacher = torch.randn(4, 3, *student), torch.randn(4, 5, 6, 6)
+    mask = torch.rand(4, 6, 6) * (torch.rand(4, 6, 1) < 0.7) * (torch.rand(4, 1, 6) < 0.5)
+    mask[0] = 0.1  # exceeds no threshold here
+    settings = {"mask": mask, "threshold": threshold, "backend": backend, "form": form}
+    agree(student, teacher, 2, **settings)
+
+
+@every_form
+@pytest.mark.parametrize("sides", [(7, 7), (7, 5), (6, 7)], ids=str)
+def test_mask_and_resize(backend, form, sides):
+    student, teacher = torch.randn(3, 4, *sides), torch.randn(3, 5, 7, 8)
+    agree(student, teacher, 3, partition="resize", backend=backend, form=form)
+    mask = torch.rand(3, 7, 8)
+    agree(student, teacher, 3, partition="resize", mask=mask, backend=backend, form=form)
+    settings = {"partition": "resize", "mask": mask, "threshold": 0.8, "backend": backend, "form": form}
+    agree(student, teacher, 3, **settings)
+
+
+def test_resize_changes_nothing_where_k_divides(backend):
+    student, teacher = torch.randn(3, 4, 6, 9), torch.randn(3, 5, 3, 12)
+    exact, resized = (
+        local_correlation_loss(student, teacher, 3, partition=how, backend=backend) for how in ("exact", "resize")
+    )
+    assert_close(resized, exact)
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (0, 5), (5, 0), (5, 5), (2, 3)], ids=str)
+def test_a_box_of_one_pixel(backend, corner):
+    student, teacher = torch.randn(3, 4, 6, 6), torch.randn(3, 5, 6, 6)
+    mask = torch.full((3, 6, 6), 0.4)
+    mask[(slice(None), *corner)] = 0.9
+    agree(student, teacher, 3, mask=mask, threshold=0.5, backend=backend)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.2])
+def test_a_mask_that_nowhere_exceeds_the_threshold(backend, level):
+    """The whole map, as if no threshold had been given: "exceeds" is strict."""
+    student, teacher, mask = torch.randn(3, 4, 4, 4), torch.randn(3, 5, 4, 4), torch.full((3, 4, 4), level)
+    agree(student, teacher, 2, mask=mask, threshold=0.5, backend=backend)
+    cropped, whole = (
+        local_correlation_loss(student, teacher, 2, mask=mask, threshold=t, backend=backend) for t in (0.5, None)
+    )
+    assert_close(cropped, whole)
+
+
+def test_a_mask_of_zeros_leaves_nothing(backend):
+    student, teacher = torch.randn(3, 4, 4, 4), torch.randn(3, 5, 4, 4)
+    for threshold in (None, 0.5):
+        settings = {"mask": torch.zeros(3, 4, 4), "threshold": threshold, "backend": backend}
+        loss, gradients = compute(student, teacher, 2, **settings)
+        assert loss == 0
+        assert all(gradient.eq(0).all() for gradient in gradients)
+
+
+def test_mask_shapes_and_strides(backend):
+    student, teacher, mask = torch.randn(3, 4, 4, 6), torch.randn(3, 5, 4, 6), torch.rand(3, 4, 6)
+    settings = {"threshold": 0.6, "backend": backend}
+    for same in (mask[:, None], mask.transpose(1, 2).contiguous().transpose(1, 2), torch.rand(3, 1, 1).expand(3, 4, 6)):
+        agree(student, teacher, 2, mask=same, **settings)
+    agree([student, student], [teacher, teacher], 2, mask=[mask, torch.rand(3, 4, 6)], **settings)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mask_dtypes(backend, dtype):
+    """The box is that of the mask as given, whatever the features' dtypes."""
+    mask = torch.rand(3, 4, 4).to(dtype)
+    if dtype == torch.float64:
+        mask[:, 0] = 0.75 + 1e-12
+    for of_student, of_teacher in ((torch.float32, torch.float32), (torch.float32, torch.float64)):
+        student, teacher = torch.randn(3, 4, 4, 4, dtype=of_student), torch.randn(3, 5, 4, 4, dtype=of_teacher)
+        agree(student, teacher, 2, mask=mask, threshold=0.75, backend=backend)
+
+
+def test_no_gradient_to_the_mask(backend):
+    mask = torch.rand(3, 4, 4, requires_grad=True)
+    student = torch.randn(3, 4, 4, 4, requires_grad=True)
+    local_correlation_loss(student, torch.randn(3, 5, 4, 4), 2, mask=mask, threshold=0.5, backend=backend).backward()
+    assert mask.grad is None
+    assert student.grad is not None
+    nothing = local_correlation_loss(student.detach(), torch.randn(3, 5, 4, 4), 2, mask=mask, backend=backend)
+    assert not nothing.requires_grad
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_not_a_number_in_the_mask(backend, threshold):
+    student, teacher, mask = torch.randn(3, 4, 4, 4), torch.randn(3, 5, 4, 4), torch.rand(3, 4, 4)
+    mask[1, 3, 0] = float("nan")
+    loss, _ = compute(student, teacher, 2, mask=mask, threshold=threshold, backend=backend)
+    assert loss.isnan()
+
+
+# Contracts ------------------------------------------------------------------------------------------------------------
+
+
+@every_form
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True), (False, False)], ids=str)
+def test_gradient_goes_where_it_is_wanted(backend, form, wanted):
+    student, teacher = torch.randn(4, 3, 4, 4), torch.randn(4, 5, 6, 2)
+    _, exact = oracle.local_correlation_loss(student, teacher, 2)
+    leaves = [x.requires_grad_(want) for x, want in zip((student, teacher), wanted, strict=True)]
+    loss = local_correlation_loss(*leaves, 2, backend=backend, form=form)
+    assert loss.requires_grad == any(wanted)
+    if any(wanted):
+        loss.backward()
+    for leaf, want, gradient in zip(leaves, wanted, exact, strict=True):
+        if want:
+            assert_close(leaf.grad, gradient)
+        else:
+            assert leaf.grad is None
+
+
+def test_a_stage_without_gradient(backend):
+    student = [torch.randn(3, 2, 4, 4), torch.randn(3, 4, 2, 2, requires_grad=True)]
+    teacher = [torch.randn(3, 2, 4, 4, requires_grad=True), torch.randn(3, 4, 2, 2)]
+    _, exact = oracle.local_correlation_loss(student, teacher, 2)
+    local_correlation_loss(student, teacher, 2, backend=backend).backward()
+    assert student[0].grad is None
+    assert teacher[1].grad is None
+    assert_close(student[1].grad, exact[1])
+    assert_close(teacher[0].grad, exact[2])
+
+
+def test_no_grad(backend):
+    student = torch.randn(3, 2, 4, 4, requires_grad=True)
+    with torch.no_grad():
+        loss = local_correlation_loss(student, torch.randn(3, 2, 4, 4), 2, backend=backend)
+    assert not loss.requires_grad
+    with torch.inference_mode():
+        assert local_correlation_loss(student, torch.randn(3, 2, 4, 4), 2, backend=backend) > 0
+
+
+@every_form
+def test_second_backward_is_right(backend, form):
+    """Saved tensors are not changed by the first one."""
+    student, teacher = (torch.randn(4, 3, 4, 4, requires_grad=True) for _ in range(2))
+    loss = local_correlation_loss(student, teacher, 2, backend=backend, form=form)
+    first, second, tripled = (
+        torch.autograd.grad(factor * loss, (student, teacher), retain_graph=True) for factor in (1, 1, 3)
+    )
+    for a, b, c in zip(first, second, tripled, strict=True):
+        assert torch.equal(a, b)
+        assert_close(c, 3 * a)
+
+
+@every_form
+def test_gradient_that_the_caller_changes(backend, form):
+    """The gradient handed out belongs to the caller: changing it must not reach a retained second backward."""
+    student = torch.randn(4, 3, 4, 4, requires_grad=True)
+    loss = local_correlation_loss(student, torch.randn(4, 3, 4, 4), 2, backend=backend, form=form)
+    (first,) = torch.autograd.grad(loss, student, retain_graph=True)
+    kept = first.clone()
+    first.zero_()
+    (second,) = torch.autograd.grad(loss, student)
+    assert torch.equal(kept, second)
+
+
+@every_form
+def test_second_derivative_is_right_or_refused(backend, form):
+    student, teacher = torch.randn(3, 3, 4, 4).double(), torch.randn(3, 2, 4, 4).double()
+    student.requires_grad_()
+
+    def gradient(maps: Tensor) -> Tensor:
+        return oracle.local_correlation_loss(maps, teacher, 2)[1][0]
+
+    loss = local_correlation_loss(student, teacher, 2, backend=backend, form=form)
+    (first,) = torch.autograd.grad(loss, student, create_graph=True)
+    try:
+        (loss + first.square().sum()).backward()
+    except RuntimeError:
+        return
+    step, v = 1e-5, gradient(student)
+    curvature = (gradient(student + step * v) - gradient(student - step * v)) / (2 * step)
+    assert relative_error(student.grad, v + 2 * curvature) < 1e-5
+
+
+@every_form
+def test_second_derivative_at_dead_patches(backend, form):
+    student, teacher = torch.randn(3, 3, 4, 4).double(), torch.randn(3, 2, 4, 4).double()
+    student[0, :, :2, :2] = 0
+    student.requires_grad_()
+    loss = local_correlation_loss(student, teacher, 2, backend=backend, form=form)
+    (first,) = torch.autograd.grad(loss, student, create_graph=True)
+    try:
+        first.square().sum().backward()
+    except RuntimeError:
+        return
+    assert student.grad.isfinite().all()
+
+
+@every_form
+def test_inputs_are_left_alone(backend, form):
+    tensors = [torch.randn(4, 3, 7, 7), torch.randn(4, 5, 7, 7), torch.rand(4, 7, 7)]
+    copies = [x.clone() for x in tensors]
+    leaves = [x.requires_grad_() for x in tensors[:2]]
+    settings = {"partition": "resize", "mask": tensors[2], "threshold": 0.5, "backend": backend, "form": form}
+    local_correlation_loss(*leaves, 3, **settings).backward()
+    assert all(torch.equal(x, copy) for x, copy in zip(tensors, copies, strict=True))
+
+
+@every_form
+@pytest.mark.parametrize("weights", [(1, 1, 1), (0.5, 2, 1)])
+def test_reruns_are_bitwise_equal(backend, form, weights):
+    student, teacher = torch.randn(17, 8, 8, 8), torch.randn(17, 16, 4, 4)
+    settings = {"weights": weights, "backend": backend, "form": form}
+    (loss, gradients), (again, once_more) = (compute(student, teacher, 4, **settings) for _ in range(2))
+    assert torch.equal(loss, again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, once_more, strict=True))
+
+
+@every_form
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("of_maps", [torch.float32, torch.float16], ids=str)
+def test_autocast_changes_nothing(backend, form, dtype, of_maps):
+    student, teacher, mask = 300 * torch.randn(4, 8, 4, 4), 300 * torch.randn(4, 64, 4, 4), torch.rand(4, 4, 4)
+    settings = {"mask": mask, "threshold": 0.5, "backend": backend, "form": form}
+
+    def loss(student: Tensor, teacher: Tensor, enabled: bool) -> Tensor:
+        with torch.autocast("cpu", dtype, enabled):
+            return local_correlation_loss(student, teacher, 2, **settings)
+
+    maps = [x.to(of_maps).requires_grad_() for x in (student, teacher)]
+    outside, gradients_outside = loss_and_gradients(lambda s, t: loss(s, t, False), *maps)
+    inside, gradients_inside = loss_and_gradients(lambda s, t: loss(s, t, True), *maps)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, outside)
+    assert all(torch.equal(a, b) for a, b in zip(gradients_inside, gradients_outside, strict=True))
+
+
+@pytest.mark.parametrize("relation", ["full", "intra", "inter_same", "inter_diff"])
+def test_autocast_changes_no_correlation(backend, relation):
+    features = torch.randn(3, 4, 4, 4)
+    outside = local_correlation(features, 2, relation, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = local_correlation(features, 2, relation, backend=backend)
+    assert inside.dtype == torch.float32
+    assert_close(inside, outside)
+
+
+@every_form
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"threshold": 0.5, "partition": "resize"}], ids=["plain", "masked"])
+def test_compiled_equals_eager(backend, form, dynamic, settings):
+    def loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        own = {**settings, "mask": mask} if settings else {}
+        return 2 * local_correlation_loss(torch.tanh(student), teacher, 2, backend=backend, form=form, **own)
+
+    if dynamic and backend == "reference":
+        pytest.skip("PyTorch's own operators; minutes of symbolic shapes")
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for n in (4, 7) if dynamic else (4,):
+        student, teacher = torch.randn(n, 3, 4, 6, requires_grad=True), torch.randn(n, 5, 6, 6, requires_grad=True)
+        mask = torch.rand(n, 6, 6)
+        eager, gradients = loss_and_gradients(lambda s, t: loss(s, t, mask), student, teacher)  # noqa: B023
+        result, of_compiled = loss_and_gradients(lambda s, t: compiled(s, t, mask), student, teacher)  # noqa: B023
+        assert_close(result, eager)
+        for a, b in zip(of_compiled, gradients, strict=True):
+            assert_close(a, b)
+
+
+def test_compiled_by_inductor():
+    """The default backend, to the machine code."""
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        return local_correlation_loss(torch.relu(student), teacher, 2)
+
+    torch._dynamo.reset()
+    maps = torch.randn(4, 3, 4, 4, requires_grad=True), torch.randn(4, 5, 6, 2)
+    eager, gradients = loss_and_gradients(loss, *maps)
+    result, of_compiled = loss_and_gradients(torch.compile(loss, fullgraph=True), *maps)
+    assert_close(result, eager)
+    assert_close(of_compiled[0], gradients[0])
+
+
+# The matrices themselves ----------------------------------------------------------------------------------------------
+
+
+def test_correlations(backend):
+    n, k = 3, 2
+    features = torch.randn(n, 4, 6, 2, requires_grad=True)
+    features.data[1, :, :3, :1] = 0
+    rows = torch.from_numpy(oracle.Patches(oracle.array(features), k).unit)
+    full = (rows @ rows.T).view(n, k * k, n, k * k)
+    relations = {
+        name: local_correlation(features, k, name, backend=backend)
+        for name in ("full", "intra", "inter_same", "inter_diff")
+    }
+    assert_close(relations["full"], full.reshape(n * k * k, n * k * k))
+    assert_close(relations["intra"], torch.stack([full[i, :, i] for i in range(n)]))
+    assert_close(relations["inter_same"], torch.stack([full[:, p, :, p] for p in range(k * k)]))
+    others = full.clone()
+    for i in range(n):
+        others[i, :, i] = 0
+    for p in range(k * k):
+        others[:, p, :, p] = 0
+    assert_close(relations["inter_diff"], others.reshape(n * k * k, n * k * k))
+    relations["full"].square().sum().backward()
+    assert_close(
+        features.grad,
+        torch.from_numpy(oracle.Patches(oracle.array(features), k).gradient((4 * (rows @ rows.T) @ rows).numpy())),
+    )
+
+
+# Misuse ---------------------------------------------------------------------------------------------------------------
+
+
+def call(**changes):
+    arguments = {"student": torch.randn(4, 3, 6, 6), "teacher": torch.randn(4, 5, 6, 6), "k": 3, **changes}
+    return local_correlation_loss(arguments.pop("student"), arguments.pop("teacher"), arguments.pop("k"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"teacher": torch.randn(5, 5, 6, 6)}, ValueError, ["teacher", "batch", "4", "5"]),
+        ({"student": torch.randn(4, 3, 7, 6)}, ValueError, ["student", "k=3", "7", 'partition="resize"']),
+        ({"teacher": torch.randn(4, 3, 6, 8)}, ValueError, ["teacher", "k=3", "8", 'partition="resize"']),
+        ({"student": torch.randn(4, 3, 2, 2), "teacher": torch.randn(4, 3, 2, 2)}, ValueError, ["student", "k=3", "2"]),
+        (
+            {"student": torch.randn(0, 3, 6, 6), "teacher": torch.randn(0, 5, 6, 6)},
+            ValueError,
+            ["student", "empty", "0"],
+        ),
+        ({"student": torch.randn(4, 0, 6, 6)}, ValueError, ["student", "empty", "0"]),
+        ({"student": torch.ones(4, 3, 6, 6, dtype=torch.int64)}, TypeError, ["student", "float32", "int64"]),
+        ({"teacher": torch.ones(4, 3, 6, 6, dtype=torch.bool)}, TypeError, ["teacher", "float32", "bool"]),
+        ({"student": torch.ones(4, 3, 6, 6, dtype=torch.complex64)}, TypeError, ["student", "float32", "complex64"]),
+        ({"student": torch.randn(4, 3, 36)}, ValueError, ["student", "n x c x h x w", "(4, 3, 36)"]),
+        ({"student": "features"}, TypeError, ["student", "tensor", "str"]),
+        ({"student": None}, TypeError, ["student", "tensor", "NoneType"]),
+        ({"teacher": torch.randn(4, 5, 6, 6, device="meta")}, ValueError, ["teacher", "meta", "cpu"]),
+        ({"student": [], "teacher": []}, ValueError, ["student", "at least one", "empty"]),
+        ({"student": [torch.randn(4, 3, 6, 6)] * 2}, ValueError, ["teacher", "2", "1"]),
+        (
+            {"student": [torch.randn(4, 3, 6, 6)] * 2, "teacher": [torch.randn(4, 3, 6, 6), torch.randn(3, 3, 6, 6)]},
+            ValueError,
+            ["teacher[1]", "batch", "4", "3"],
+        ),
+        ({"k": [3, 3]}, ValueError, ["k", "1", "2"]),
+        ({"k": 0}, ValueError, ["k", "positive integer", "0"]),
+        ({"k": -3}, ValueError, ["k", "positive integer", "-3"]),
+        ({"k": 3.0}, (TypeError, ValueError), ["k", "integer", "3.0"]),
+        ({"k": True}, ValueError, ["k", "positive integer", "True"]),
+        ({"k": None}, (TypeError, ValueError), ["k", "integer", "None"]),
+        ({"weights": (1, 1)}, ValueError, ["weights", "three", "(1, 1)"]),
+        ({"weights": (1, 1, 1, 1)}, ValueError, ["weights", "three", "(1, 1, 1, 1)"]),
+        ({"weights": 1.0}, (TypeError, ValueError), ["weights", "three", "1.0"]),
+        ({"weights": (1, float("nan"), 1)}, ValueError, ["weights", "nan"]),
+        ({"weights": (1, float("inf"), 1)}, ValueError, ["weights", "inf"]),
+        ({"mask": torch.rand(4, 5, 6)}, ValueError, ["mask", "teacher", "(6, 6)", "(5, 6)"]),
+        ({"mask": torch.rand(3, 6, 6)}, ValueError, ["mask", "batch", "4", "3"]),
+        ({"mask": torch.rand(6, 6)}, ValueError, ["mask", "n x h x w", "(6, 6)"]),
+        ({"mask": torch.rand(4, 2, 6, 6)}, ValueError, ["mask", "n x 1 x h x w", "(4, 2, 6, 6)"]),
+        ({"mask": torch.rand(4, 6, 6) > 0.5}, TypeError, ["mask", "float32", "bool"]),
+        ({"mask": torch.rand(4, 6, 6, device="meta")}, ValueError, ["mask", "meta", "cpu"]),
+        ({"mask": [torch.rand(4, 6, 6)] * 2}, ValueError, ["mask", "1", "2"]),
+        ({"threshold": 0.5}, ValueError, ["threshold", "0.5", "mask"]),
+        ({"threshold": "0.5", "mask": torch.rand(4, 6, 6)}, (TypeError, ValueError), ["threshold", "number", "'0.5'"]),
+        ({"threshold": float("nan"), "mask": torch.rand(4, 6, 6)}, ValueError, ["threshold", "nan"]),
+        ({"eps": -1e-8}, ValueError, ["eps", "-1e-08"]),
+        ({"eps": float("nan")}, ValueError, ["eps", "nan"]),
+        ({"form": "grams"}, ValueError, ["form", "gram", "feature", "'grams'"]),
+        ({"backend": "cuda"}, ValueError, ["backend", "native", "triton", "'cuda'"]),
+        ({"reduction": "none"}, ValueError, ["reduction", "sum", "mean", "'none'"]),
+        ({"partition": "pad"}, ValueError, ["partition", "exact", "resize", "'pad'"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_misuse(changes, error, words):
+    """Every error names the argument, what it got and what was expected."""
+    with pytest.raises(error) as raised:
+        call(**changes)
+    for word in words:
+        assert word in str(raised.value), f"{word!r} is missing in: {raised.value}"
+
+
+def test_misuse_of_correlation():
+    features = torch.randn(2, 3, 4, 4)
+    with pytest.raises(ValueError, match=re.compile("relation.*intra.*'inter'")):
+        local_correlation(features, 2, "inter")
+    with pytest.raises(ValueError, match='partition="resize"'):
+        local_correlation(features, 3)
+
+
+def test_a_global_batch_is_refused_for_now():
+    with pytest.raises(NotImplementedError, match="group"):
+        call(group=object())

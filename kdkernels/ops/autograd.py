@@ -20,3 +20,10 @@ class FirstDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _: Tensor) -> None:
         raise RuntimeError("kdkernels losses have no second derivative; use backend='reference' for one")
+
+
+def scaled(grad_loss: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient computed in the forward pass and saved as one of its outputs, times the gradient of the loss."""
+    with torch.no_grad():
+        result = (grad_loss * gradient).to(dtype)
+    return FirstDerivative.apply(result, gradient) if torch.is_grad_enabled() else result

@@ -44,7 +44,7 @@ def congruence(
     check(x, y, positions, form)
     coefficients = Coefficients(*map(float, coefficients))
     plan = plan_for(x, y, positions, form)
-    run = {"reference": _reference, "native": _Native.apply}[backends.choose(backend, x)]
+    run = {"reference": _reference, "native": _Native.apply, "triton": _triton}[backends.choose(backend, x)]
     return run(x, y, positions, coefficients, plan)
 
 
@@ -70,6 +70,12 @@ def check(x: object, y: object, positions: int, form: str) -> None:
 def _reference(x: Tensor, y: Tensor, positions: int, coefficients: Coefficients, plan: Plan) -> Tensor:
     run = reference.gram_form if plan.full == GRAM else reference.feature_form
     return run(x, y, positions, coefficients)
+
+
+def _triton(x: Tensor, y: Tensor, positions: int, coefficients: Coefficients, plan: Plan) -> Tensor:
+    from .triton import congruence as run
+
+    return run(x, y, positions, coefficients, plan)
 
 
 class _Native(torch.autograd.Function):

@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..autograd import FirstDerivative
+from ..autograd import scaled
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 MAX_BLOCK = 4096
 
 
-def kd(student: Tensor, teacher: Tensor, temperature: float, scale: float = 1.0) -> Tensor:
+def kd(student: Tensor, teacher: Tensor, temperature: float, scale: float) -> Tensor:
     """``scale`` times the batch mean of KL(softmax(teacher / T) ‖ softmax(student / T))."""
     return _KD.apply(student, teacher, temperature, scale)[0]
 
@@ -31,10 +31,10 @@ class _KD(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_):
-        gradients = [
-            FirstDerivative.apply((grad.detach() * saved.detach()).to(dtype), saved) if needed else None
-            for needed, saved, dtype in zip(ctx.needs_input_grad, ctx.saved_tensors, ctx.dtypes, strict=False)
-        ]
+        gradients = (
+            scaled(grad, gradient, dtype) if needed else None
+            for needed, gradient, dtype in zip(ctx.needs_input_grad, ctx.saved_tensors, ctx.dtypes, strict=False)
+        )
         return *gradients, None, None
 
 

@@ -63,7 +63,7 @@ class Settings(NamedTuple):
 
 def local_correlation_loss(stages: Sequence[Stage], settings: Settings, backend: str) -> Tensor:
     """The loss summed over the stages; see ``kdkernels.local_correlation_loss``."""
-    run = {"reference": _reference, "native": _native}[backends.choose(backend, stages[0].student)]
+    run = {"reference": _reference, "native": _native, "triton": _triton}[backends.choose(backend, stages[0].student)]
     return run(stages, settings)
 
 
@@ -80,6 +80,19 @@ def _reference_stage(stage: Stage, settings: Settings) -> Tensor:
     if settings.form == "feature":
         return feature_form(student, teacher, stage.k**2, stage.coefficients)
     return reference.local_correlation_loss(student, teacher, stage.k**2, stage.factors)
+
+
+def _triton(stages: Sequence[Stage], settings: Settings) -> Tensor:
+    return torch.stack([_triton_stage(stage, settings) for stage in stages]).sum()
+
+
+def _triton_stage(stage: Stage, settings: Settings) -> Tensor:
+    from ..congruence.triton import congruence
+
+    student, teacher = (_patches(stage, features, settings, "triton") for features in stage[:2])
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    plan = stage.plan(settings.form)
+    return congruence(student.to(dtype), teacher.to(dtype), stage.k**2, stage.coefficients, plan)
 
 
 def _native(stages: Sequence[Stage], settings: Settings) -> Tensor:

@@ -22,11 +22,12 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
   // masks: none, or one per stage. coefficients and plans: four and three numbers per stage. wanted, grads: a flag and a
   // gradient for the student's features of every stage, then for the teacher's.
   m.def(
-      "local_correlation(Tensor[] students, Tensor[] teachers, Tensor[] masks, int[] k, float[] coefficients, int[] plans,"
-      " float? threshold, bool resize, float eps, int[] wanted) -> (Tensor loss, Tensor[] grads)");
+      "local_correlation(Tensor[] students, Tensor[] teachers, Tensor[] masks, int[] k, float[] coefficients,"
+      " int[] plans, float? threshold, bool resize, float eps, int[] wanted) -> (Tensor loss, Tensor[] grads)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
+  m.impl("kd", TORCH_BOX(&kdkernels::kd));
   m.impl("patches", TORCH_BOX(&kdkernels::patches));
   m.impl("patches_backward", TORCH_BOX(&kdkernels::patches_backward));
   m.impl("congruence", TORCH_BOX(&kdkernels::congruence));

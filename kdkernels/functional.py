@@ -120,5 +120,4 @@ def kd_loss(
 
     Memory: the gradient, b x K.
     """
-    loss = kd(student_logits, teacher_logits, temperature=temperature, backend=backend)
-    return loss * temperature**2 if scale else loss
+    return kd(student_logits, teacher_logits, temperature=temperature, scale=scale, backend=backend)

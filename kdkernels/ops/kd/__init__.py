@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from ... import backends, checks, native
+from ..autograd import scaled
 from . import reference
 
 
 def kd(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, scale: float = 1.0, backend: str = "auto"
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, scale: bool, backend: str = "auto"
 ) -> Tensor:
-    """``scale`` times the batch mean of KL(softmax(teacher / T) ‖ softmax(student / T)); see ``kdkernels.kd_loss``."""
+    """Batch mean of KL(softmax(teacher / T) ‖ softmax(student / T)), times T² if asked; see ``kdkernels.kd_loss``."""
     check(student_logits, teacher_logits, temperature)
-    run = {"reference": reference.kd, "native": _native}[backends.choose(backend, student_logits)]
-    return run(student_logits, teacher_logits, float(temperature), float(scale))
+    run = {"reference": reference.kd, "native": _native, "triton": _triton}[backends.choose(backend, student_logits)]
+    return run(student_logits, teacher_logits, float(temperature), float(temperature) ** 2 if scale else 1.0)
 
 
 def check(student: object, teacher: object, temperature: float) -> None:
@@ -33,25 +34,33 @@ def check(student: object, teacher: object, temperature: float) -> None:
 
 def _native(student: Tensor, teacher: Tensor, temperature: float, scale: float) -> Tensor:
     if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-        return _Native.apply(student, teacher, temperature, scale)
+        return _Native.apply(student, teacher, temperature, scale)[0]
     return native.ops.kd(student, teacher, temperature, scale, False, False)[0]
+
+
+def _triton(student: Tensor, teacher: Tensor, temperature: float, scale: float) -> Tensor:
+    from . import triton
+
+    return triton.kd(student, teacher, temperature, scale)
 
 
 class _Native(torch.autograd.Function):
     """The forward pass computes the gradients as well: the loss is a scalar, so backward only scales them."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, student: Tensor, teacher: Tensor, temperature: float, scale: float) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, student: Tensor, teacher: Tensor, temperature: float, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         loss, *gradients = native.ops.kd(student, teacher, temperature, scale, *ctx.needs_input_grad[:2])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = student.dtype, teacher.dtype
-        return loss
+        return loss, *gradients
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         gradients = (
-            (grad_loss * gradient).to(dtype) if wanted else None
+            scaled(grad_loss, gradient, dtype) if wanted else None
             for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
         )
         return *gradients, None, None

@@ -1,0 +1,59 @@
+// exp(x) on vectors, for x <= 0 as softmax needs it.
+#pragma once
+
+#include "lanes.h"
+
+namespace kdkernels {
+
+namespace exp_detail {
+
+template <typename T>
+struct Constants;
+
+template <>
+struct Constants<float> {
+  static constexpr int mantissa_bits = 23;
+  static constexpr int degree = 7;
+  static constexpr float rounder = 0x1.8p23f;  // adding it rounds to an integer, which its low bits then hold
+  static constexpr float lowest = -87.0f;
+  static constexpr float log2e = 0x1.715476p+0f, ln2_high = 0x1.62e400p-1f, ln2_low = 0x1.7f7d1cp-20f;
+};
+
+template <>
+struct Constants<double> {
+  static constexpr int mantissa_bits = 52;
+  static constexpr int degree = 13;
+  static constexpr double rounder = 0x1.8p52;
+  static constexpr double lowest = -708.0;
+  static constexpr double log2e = 0x1.71547652b82fep+0, ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b3ap-40;
+};
+
+template <typename T>
+constexpr T one_over_factorial(int n) {
+  T product = 1;
+  for (int i = 2; i <= n; ++i) product *= i;
+  return 1 / product;
+}
+
+}  // namespace exp_detail
+
+// Relative error at most 1.5e-7 (float) or 3e-16 (double), exact at 0; NaN stays NaN. Results below exp(-87) (float) or
+// exp(-708) (double) are 0, so that nothing is denormal.
+template <typename T>
+inline typename Vec<T>::type exp_nonpositive(typename Vec<T>::type x) {
+  using V = typename Vec<T>::type;
+  using C = exp_detail::Constants<T>;
+  // x = n ln 2 + r with |r| <= ln(2) / 2, and exp(r) by its Taylor series.
+  const V shifted = x * C::log2e + C::rounder;
+  const V n = shifted - C::rounder;
+  const V r = x - n * C::ln2_high - n * C::ln2_low;
+  V series = V{} + exp_detail::one_over_factorial<T>(C::degree);
+#pragma GCC unroll 16
+  for (int i = C::degree - 1; i >= 0; --i) series = series * r + exp_detail::one_over_factorial<T>(i);
+  const V one = V{} + T(1);
+  const Mask<T> exponent = reinterpret_cast<Mask<T>>(shifted) << C::mantissa_bits;
+  const V power = reinterpret_cast<V>(exponent + reinterpret_cast<Mask<T>>(one));
+  return x < C::lowest ? V{} : series * power;
+}
+
+}  // namespace kdkernels

@@ -1,0 +1,187 @@
+// Temperature-softened KL divergence. Each row of logits is passed over three times while it is in cache: for its maxima,
+// for the exponentials and their sums, for the divergence and the student's gradient.
+#include <cmath>
+
+#include "exp.h"
+#include "operators.h"
+#include "parallel.h"
+#include "tensors.h"
+#include "workspace.h"
+
+namespace kdkernels {
+namespace {
+
+constexpr int64_t kElementsPerThread = 16384;
+constexpr int64_t kBlock = 1024;  // elements summed in the compute type before the sum is taken on in double
+
+// Logits of any element type and strides, read row by row as numbers of the compute type T.
+template <typename T>
+struct Logits {
+  const char* data;
+  int64_t row_bytes, column, classes;
+  void (*read)(const void* source, int64_t column, int64_t count, T* out);  // null for rows that need no conversion
+
+  const T* row(int64_t i, T* buffer) const {
+    const void* source = data + i * row_bytes;
+    if (!read) return static_cast<const T*>(source);
+    read(source, column, classes, buffer);
+    return buffer;
+  }
+};
+
+template <typename T, typename Element>
+void read_row(const void* source, int64_t column, int64_t count, T* out) {
+  const Element* elements = static_cast<const Element*>(source);
+  if (column == 1)
+    for (int64_t j = 0; j < count; ++j) out[j] = static_cast<T>(elements[j]);
+  else
+    for (int64_t j = 0; j < count; ++j) out[j] = static_cast<T>(elements[j * column]);
+}
+
+template <typename T>
+Logits<T> logits_of(const Tensor& tensor) {
+  return with_element_type(tensor, [&](auto element) {
+    using Element = decltype(element);
+    const bool as_it_is = std::is_same_v<Element, T> && tensor.stride(1) == 1;
+    return Logits<T>{static_cast<const char*>(tensor.const_data_ptr()), tensor.stride(0) * int64_t(sizeof(Element)),
+                     tensor.stride(1), tensor.size(1), as_it_is ? nullptr : read_row<T, Element>};
+  });
+}
+
+template <typename T>
+T max_of(const T* row, int64_t count) {
+  using V = typename Vec<T>::type;
+  const auto larger = [](V a, V b) { return a > b ? a : b; };
+  V largest = V{} + row[0];
+  for_vectors<T>(0, count,
+                 [&](int64_t j, int64_t lanes) { largest = larger(largest, load_first<T>(row + j, lanes, row[0])); });
+  return reduce<T>(largest, larger);
+}
+
+// exp(-d) - 1 + d for |d| <= 1/2, by its Taylor series: nothing cancels.
+template <typename T>
+typename Vec<T>::type exp_remainder(typename Vec<T>::type d) {
+  using V = typename Vec<T>::type;
+  constexpr int degree = exp_detail::Constants<T>::degree;
+  V series = V{} + exp_detail::one_over_factorial<T>(degree + 2);
+#pragma GCC unroll 16
+  for (int i = degree + 1; i >= 2; --i) series = exp_detail::one_over_factorial<T>(i) - series * d;
+  return series * d * d;
+}
+
+// One row of both networks, with p and q the softmax of teacher and student.
+template <typename T>
+struct Row {
+  using V = typename Vec<T>::type;
+
+  const T *student, *teacher;
+  int64_t classes;
+  T inverse_temperature;
+  T *exp_student, *exp_teacher;  // exp((x - max) / T): q and p but for their sums
+  T max_student = max_of(student, classes), max_teacher = max_of(teacher, classes);
+  double sum_student = 0, sum_teacher = 0;
+
+  void exponentials() {
+    for (int64_t begin = 0; begin < classes; begin += kBlock) {
+      V sum_s{}, sum_t{};
+      for_vectors<T>(begin, std::min(begin + kBlock, classes), [&](int64_t j, int64_t count) {
+        const auto valid = first_lanes<T>(count);
+        const V s = valid ? exp_nonpositive<T>(below_max(student, max_student, j, count) * inverse_temperature) : V{};
+        const V t = valid ? exp_nonpositive<T>(below_max(teacher, max_teacher, j, count) * inverse_temperature) : V{};
+        store_first<T>(exp_student + j, s, count);
+        store_first<T>(exp_teacher + j, t, count);
+        sum_s += s;
+        sum_t += t;
+      });
+      sum_student += sum(sum_s);
+      sum_teacher += sum(sum_t);
+    }
+  }
+
+  // KL(p, q) = sum of p log(p / q) - p + q. With d = log(p / q) each term is p (exp(-d) - 1 + d) >= 0, so that a small
+  // divergence is as precise as a large one. `gradient`, unless null, receives factor (q - p).
+  double divergence(double factor, T* gradient) const {
+    const T inverse_p = T(1 / sum_teacher), inverse_q = T(1 / sum_student),
+            log_sums = T(std::log(sum_student / sum_teacher));
+    double total = 0;
+    for (int64_t begin = 0; begin < classes; begin += kBlock) {
+      V block{};
+      for_vectors<T>(begin, std::min(begin + kBlock, classes), [&](int64_t j, int64_t count) {
+        const V p = load_first<T>(exp_teacher + j, count, T(0)) * inverse_p;
+        const V q = load_first<T>(exp_student + j, count, T(0)) * inverse_q;
+        const V d = log_ratio(j, count, log_sums), pd = p * d;
+        const auto small = (d < T(0.5)) & (d > T(-0.5));
+        const V term = small ? p * exp_remainder<T>(d) : pd - (p - q);
+        block += first_lanes<T>(count) ? term : V{};
+        if (gradient) store_first<T>(gradient + j, T(factor) * (small ? term - pd : q - p), count);
+      });
+      total += sum(block);
+    }
+    return total;
+  }
+
+  // factor p (log(p / q) - divergence)
+  void gradient_teacher(double factor, double divergence, T* out) const {
+    const T scale = T(factor / sum_teacher), constant = T(std::log(sum_student / sum_teacher) - divergence);
+    for_vectors<T>(0, classes, [&](int64_t j, int64_t count) {
+      store_first<T>(out + j, load_first<T>(exp_teacher + j, count, T(0)) * scale * log_ratio(j, count, constant),
+                     count);
+    });
+  }
+
+ private:
+  // The maximum is subtracted before anything is rounded: near it the difference is exact.
+  V below_max(const T* row, T max, int64_t j, int64_t count) const { return load_first<T>(row + j, count, max) - max; }
+
+  V log_ratio(int64_t j, int64_t count, T constant) const {
+    const V difference = below_max(teacher, max_teacher, j, count) - below_max(student, max_student, j, count);
+    return difference * inverse_temperature + constant;
+  }
+
+  static double sum(V lanes) {
+    return reduce<T>(lanes, [](V a, V b) { return a + b; });
+  }
+};
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, double temperature, double scale,
+                                       bool grad_student, bool grad_teacher) {
+  const int64_t rows = student.size(0), classes = student.size(1);
+  const Logits<T> students = logits_of<T>(student), teachers = logits_of<T>(teacher);
+  const auto gradient = [&](bool wanted) {
+    return new_compact(student, wanted ? std::vector<int64_t>{rows, classes} : std::vector<int64_t>{0}, kScalarType<T>);
+  };
+  const Tensor student_gradient = gradient(grad_student), teacher_gradient = gradient(grad_teacher);
+  T* student_out = grad_student ? student_gradient.mutable_data_ptr<T>() : nullptr;
+  T* teacher_out = grad_teacher ? teacher_gradient.mutable_data_ptr<T>() : nullptr;
+  const double factor = scale / (rows * temperature);
+
+  std::vector<double> losses(rows);
+  parallel_blocks(rows, 1, std::max<int64_t>(kElementsPerThread / classes, 1), [&](int64_t begin, int64_t end) {
+    T* buffer = workspace<T, 0>(4 * classes);
+    for (int64_t i = begin; i < end; ++i) {
+      Row<T> row{
+          students.row(i, buffer), teachers.row(i, buffer + classes), classes, T(1 / temperature), buffer + 2 * classes,
+          buffer + 3 * classes};
+      row.exponentials();
+      losses[i] = row.divergence(factor, student_out ? student_out + i * classes : nullptr);
+      if (teacher_out) row.gradient_teacher(factor, losses[i], teacher_out + i * classes);
+    }
+  });
+  double loss = 0;
+  for (const double row_loss : losses) loss += row_loss;
+  return {new_scalar<T>(student, loss * scale / rows), student_gradient, teacher_gradient};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> kd(const Tensor& student, const Tensor& teacher, double temperature, double scale,
+                                      bool grad_student, bool grad_teacher) {
+  STD_TORCH_CHECK(student.dim() == 2 && teacher.dim() == 2 && student.size(0) == teacher.size(0) &&
+                      student.size(1) == teacher.size(1) && student.numel() > 0,
+                  "kd: student and teacher must be b x K, of one shape and not empty");
+  const bool in_double = student.scalar_type() == ScalarType::Double || teacher.scalar_type() == ScalarType::Double;
+  return (in_double ? run<double> : run<float>)(student, teacher, temperature, scale, grad_student, grad_teacher);
+}
+
+}  // namespace kdkernels

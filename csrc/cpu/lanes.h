@@ -1,0 +1,63 @@
+// Single lanes of vectors: rows whose length is no multiple of a vector's, and sums over all lanes.
+#pragma once
+
+#include <type_traits>
+
+#include "vec.h"
+
+namespace kdkernels {
+
+template <typename T>
+using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+// What comparisons of vectors give: integers as wide as T.
+template <typename T>
+using Mask = typename Vec<Integer<T>>::type;
+
+// 0, 1, 2, ... by lane.
+template <typename T>
+inline Mask<T> lane_numbers() {
+  Mask<T> lane;
+  for (int64_t i = 0; i < Vec<T>::size; ++i) lane[i] = Integer<T>(i);
+  return lane;
+}
+
+// Set in the first `count` lanes.
+template <typename T>
+inline Mask<T> first_lanes(int64_t count) {
+  return lane_numbers<T>() < Integer<T>(count);
+}
+
+// The first `count` <= size elements, and `rest` in the other lanes.
+template <typename T>
+inline typename Vec<T>::type load_first(const T* source, int64_t count, T rest) {
+  if (count == Vec<T>::size) return load<T>(source);
+  typename Vec<T>::type value = typename Vec<T>::type{} + rest;
+  std::memcpy(&value, source, count * sizeof(T));
+  return value;
+}
+
+template <typename T>
+inline void store_first(T* out, typename Vec<T>::type value, int64_t count) {
+  if (count == Vec<T>::size) return store<T>(out, value);
+  std::memcpy(out, &value, count * sizeof(T));
+}
+
+// Call f(j, count) for the vectors that cover [begin, end); only the last may have count < size.
+template <typename T, typename F>
+inline void for_vectors(int64_t begin, int64_t end, const F& f) {
+  int64_t j = begin;
+  for (; j + Vec<T>::size <= end; j += Vec<T>::size) f(j, Vec<T>::size);
+  if (j < end) f(j, end - j);
+}
+
+// All lanes combined by f, which works on vectors.
+template <typename T, typename F>
+inline T reduce(typename Vec<T>::type value, const F& f) {
+#pragma GCC unroll 8
+  for (Integer<T> step = Vec<T>::size / 2; step > 0; step /= 2)
+    value = f(value, __builtin_shuffle(value, lane_numbers<T>() ^ step));
+  return value[0];
+}
+
+}  // namespace kdkernels

@@ -1,0 +1,315 @@
+"""kd against the definition in float64, and its contracts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdkernels
+from kdkernels import native
+
+from .helpers import DTYPES, HALF_DTYPES, assert_as_good_as, assert_close, exactly, loss_and_gradients, relative_error
+
+SHAPES = [(1, 1), (1, 2), (2, 1), (3, 7), (5, 16), (64, 10), (17, 33), (9, 100), (33, 1000), (2, 4099)]
+TEMPERATURES = [1.0, 4.0, 0.7]
+
+needs_native = pytest.mark.skipif(
+    native.why_not(torch.device("cpu")) is not None, reason=str(native.why_not(torch.device("cpu")))
+)
+
+
+def definition(student: Tensor, teacher: Tensor, temperature: float, scale: bool = True) -> Tensor:
+    """Σ p log(p / q) / b, written out with sums and exponentials of float64 numbers."""
+
+    def probabilities(logits: Tensor) -> Tensor:
+        powers = ((logits - logits.amax(1, keepdim=True)) / temperature).exp()
+        return powers / powers.sum(1, keepdim=True)
+
+    p, q = probabilities(teacher), probabilities(student)
+    return (p * (p / q).log()).sum() / len(p) * (temperature**2 if scale else 1)
+
+
+def logits(*shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = True) -> Tensor:
+    return (3 * torch.randn(shape)).to(dtype).requires_grad_(requires_grad)
+
+
+def pair(
+    *shape: int, dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)
+) -> tuple[Tensor, Tensor]:
+    """Logits of two networks that differ: eager float32 code loses its digits where the divergence vanishes."""
+    while True:
+        student, teacher = (logits(*shape, dtype=dtype) for dtype in dtypes)
+        if shape[1] == 1 or definition(student.double(), teacher.double(), 4.0, scale=False) > 0.05:
+            return student, teacher
+
+
+def check(backend: str, student: Tensor, teacher: Tensor, temperature: float = 4.0, scale: bool = True) -> None:
+    """Loss and both gradients equal the definition's, in the right dtypes."""
+
+    def fused(s: Tensor, t: Tensor) -> Tensor:
+        return kdkernels.kd_loss(s, t, temperature=temperature, scale=scale, backend=backend)
+
+    def exact(s: Tensor, t: Tensor) -> Tensor:
+        return definition(s, t, temperature, scale)
+
+    loss, gradients = loss_and_gradients(fused, student, teacher)
+    exact_loss, exact_gradients = loss_and_gradients(exact, *exactly(student, teacher))
+    assert loss.dtype == (torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32)
+    assert_close(loss, exact_loss, "loss")
+    names = ("gradient to the student", "gradient to the teacher")
+    for name, leaf, gradient, expected in zip(names, (student, teacher), gradients, exact_gradients, strict=True):
+        if expected is None:
+            assert gradient is None
+            continue
+        assert gradient.dtype == leaf.dtype
+        if leaf.dtype in HALF_DTYPES:
+            assert_as_good_as(gradient, expected.to(leaf.dtype), expected, name)
+        else:
+            # float32 logits beside float64 ones get their exact gradient rounded to float32.
+            assert_close(gradient, expected, name)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_matches_the_definition(backend, shape, temperature):
+    check(backend, *pair(*shape), temperature)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 5), (31, 77)])
+def test_dtypes(backend, dtype, shape):
+    check(backend, *pair(*shape, dtypes=(dtype, dtype)))
+
+
+@pytest.mark.parametrize("student", DTYPES)
+@pytest.mark.parametrize("teacher", DTYPES)
+def test_mixed_dtypes(backend, student, teacher):
+    check(backend, logits(6, 19, dtype=student), logits(6, 19, dtype=teacher))
+
+
+def test_without_the_temperature_factor(backend):
+    check(backend, logits(5, 9), logits(5, 9), temperature=3.0, scale=False)
+
+
+@pytest.mark.parametrize("student", [True, False])
+@pytest.mark.parametrize("teacher", [True, False])
+def test_gradients_where_wanted(backend, student, teacher):
+    if student or teacher:
+        check(backend, logits(5, 9, requires_grad=student), logits(5, 9, requires_grad=teacher))
+    else:
+        loss = kdkernels.kd_loss(logits(5, 9).detach(), logits(5, 9).detach(), backend=backend)
+        assert not loss.requires_grad
+    with torch.no_grad():
+        assert not kdkernels.kd_loss(logits(5, 9), logits(5, 9), backend=backend).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.t().contiguous().t(),
+        lambda x: torch.cat([x, x], 1)[:, 3 : 3 + x.shape[1]],
+        lambda x: torch.stack([x, x], 2)[:, :, 1],
+        lambda x: torch.cat([x, x])[::2],
+        lambda x: x[:1].expand(x.shape),
+        lambda x: x[:, :1].expand(x.shape),
+    ],
+    ids=["transposed", "sliced", "every other column", "every other row", "one row", "one column"],
+)
+def test_strides(backend, dtype, view):
+    student, teacher = (view(logits(8, 21, dtype=dtype, requires_grad=False)) for _ in range(2))
+    check(backend, student.requires_grad_(), logits(8, 21, dtype=dtype))
+    check(backend, logits(8, 21, dtype=dtype), teacher.requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_logits(backend, dtype):
+    """Logits of 1e4 underflow all but the largest probabilities; loss and gradient stay exact."""
+    student, teacher = (1e4 * torch.randn(7, 13, dtype=dtype) for _ in range(2))
+    fused = loss_and_gradients(
+        lambda s, t: kdkernels.kd_loss(s, t, backend=backend), student.requires_grad_(), teacher.requires_grad_()
+    )
+    exact = loss_and_gradients(lambda s, t: kdkernels.kd_loss(s, t, backend="reference"), *exactly(student, teacher))
+    assert_close(fused[0], exact[0], "loss")
+    assert_close(fused[1][0], exact[1][0], "gradient to the student")
+    # Exactly, it is the product of a probability near 0 and a difference of logits.
+    assert fused[1][1].isfinite().all()
+
+
+def test_shifted_logits(backend):
+    """A constant added to a row changes nothing, however large, up to what it does to the logits themselves."""
+    student, teacher = torch.randint(-5, 6, (2, 6, 11)).float()
+    shift = torch.tensor([[1e4], [-1e4], [512.0], [0.0], [-3e5], [65536.0]])
+    expected = definition(student.double(), teacher.double(), 2.0)
+    assert_close(kdkernels.kd_loss(student + shift, teacher - shift, temperature=2.0, backend=backend), expected)
+
+
+def test_a_perfect_student_has_no_loss(backend):
+    student = logits(9, 50)
+    loss, (gradient,) = loss_and_gradients(
+        lambda s: kdkernels.kd_loss(s, student.detach().clone(), backend=backend), student
+    )
+    assert abs(loss.item()) < 1e-6
+    assert gradient.abs().max() < 1e-7
+
+
+@needs_native
+@pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("shape", [(64, 10), (16, 100), (4, 1000)])
+def test_a_small_divergence_is_precise(noise, shape):
+    """The native loss keeps its digits as the student approaches the teacher."""
+    teacher = logits(*shape)
+    student = (teacher + noise * torch.randn(shape)).detach().requires_grad_()
+    fused = loss_and_gradients(lambda s, t: kdkernels.kd_loss(s, t, backend="native"), student, teacher)
+    exact = loss_and_gradients(lambda s, t: definition(s, t, 4.0), *exactly(student, teacher))
+    assert relative_error(fused[0], exact[0]) < 1e-7 / noise
+    for gradient, expected in zip(fused[1], exact[1], strict=True):
+        assert relative_error(gradient, expected) < 1e-6 / noise
+
+
+def test_excluded_classes(backend):
+    """-inf in the student alone is a class it gives no probability: the loss is infinite, the gradient finite."""
+    student, teacher = logits(4, 6).detach(), logits(4, 6).detach()
+    student[1, 2] = -torch.inf
+    loss, (gradient,) = loss_and_gradients(
+        lambda s: kdkernels.kd_loss(s, teacher, backend=backend), student.requires_grad_()
+    )
+    _, (expected,) = loss_and_gradients(
+        lambda s: kdkernels.kd_loss(s, teacher.double(), backend="reference"), *exactly(student)
+    )
+    assert loss == torch.inf
+    assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("column", [0, 5, 16, 17, 32])
+@pytest.mark.parametrize("where", ["student", "teacher"])
+def test_nan_and_inf_give_nan(backend, value, column, where):
+    student, teacher = logits(3, 33).detach(), logits(3, 33).detach()
+    (student if where == "student" else teacher)[1, column] = value
+    loss, (gradient,) = loss_and_gradients(
+        lambda s: kdkernels.kd_loss(s, teacher, backend=backend), student.requires_grad_()
+    )
+    assert loss.isnan()
+    assert gradient[1].isnan().all()
+    assert gradient[[0, 2]].isfinite().all()
+
+
+def test_a_row_of_minus_inf_gives_nan(backend):
+    student = logits(3, 20).detach()
+    student[2] = -torch.inf
+    assert kdkernels.kd_loss(student, logits(3, 20), backend=backend).isnan()
+
+
+def test_upstream_gradient_and_a_second_backward(backend):
+    student, teacher = logits(6, 15), logits(6, 15)
+    loss = kdkernels.kd_loss(student, teacher, backend=backend)
+    (once,) = torch.autograd.grad(loss, student, retain_graph=True)
+    (thrice,) = torch.autograd.grad(3 * loss, student, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, student)
+    assert_close(thrice, 3 * once)
+    assert torch.equal(once, again)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"], indirect=True)
+def test_a_second_derivative_raises(backend):
+    student = logits(6, 15)
+    loss = kdkernels.kd_loss(student, logits(6, 15, requires_grad=False), backend=backend)
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (loss + gradient.square().sum()).backward()
+
+
+def test_repeats_bit_by_bit(backend):
+    student, teacher = logits(130, 257), logits(130, 257)
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        return loss_and_gradients(lambda s, t: kdkernels.kd_loss(s, t, backend=backend), student, teacher)
+
+    first, second = run(), run()
+    assert torch.equal(first[0], second[0])
+    assert all(map(torch.equal, first[1], second[1]))
+
+
+@needs_native
+def test_threads_do_not_change_the_result():
+    student, teacher = logits(130, 257).detach(), logits(130, 257).detach()
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(native.ops.kd(student, teacher, 4.0, 1.0, True, True))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_autocast_changes_nothing(backend):
+    student, teacher = logits(6, 15, dtype=torch.bfloat16), logits(6, 15)
+    plain = kdkernels.kd_loss(student, teacher, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = kdkernels.kd_loss(student, teacher, backend=backend)
+    assert mixed.dtype == torch.float32
+    assert torch.equal(plain, mixed)
+
+
+@needs_native
+@pytest.mark.parametrize("wanted", [(True, False), (True, True), (False, False)])
+def test_opcheck(wanted):
+    student, teacher = logits(5, 12).detach(), logits(12, 5, dtype=torch.bfloat16).detach().t()
+    torch.library.opcheck(native.ops.kd.default, (student, teacher, 4.0, 16.0, *wanted))
+
+
+def test_compiles_into_one_graph(backend):
+    if backend == "triton":
+        pytest.skip("the interpreter cannot be compiled")
+
+    @torch.compile(fullgraph=True)
+    def step(s: Tensor, t: Tensor) -> Tensor:
+        return 2 * kdkernels.kd_loss(s, t, backend=backend)
+
+    for shape in ((6, 15), (9, 11)):
+        student, teacher = logits(*shape), logits(*shape)
+        loss, gradients = loss_and_gradients(step, student, teacher)
+        expected = loss_and_gradients(lambda s, t: 2 * definition(s, t, 4.0), *exactly(student, teacher))
+        assert_close(loss, expected[0])
+        for gradient, exact in zip(gradients, expected[1], strict=True):
+            assert_close(gradient, exact)
+
+
+def test_module_and_backend_block(backend):
+    student, teacher = logits(4, 8), logits(4, 8)
+    with kdkernels.use_backend(backend):
+        loss = kdkernels.nn.KDLoss(temperature=2.0)(student, teacher)
+    assert_close(loss, definition(student.double(), teacher.double(), 2.0).detach())
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "settings", "error", "message"),
+    [
+        ([1.0], torch.ones(2, 3), {}, TypeError, "student_logits must be a tensor, got list"),
+        (torch.ones(2, 3), torch.ones(2, 3).int(), {}, TypeError, "teacher_logits must be float32.*got torch.int32"),
+        (
+            torch.ones(2, 3, 1),
+            torch.ones(2, 3),
+            {},
+            ValueError,
+            r"student_logits must have shape b x K, got \(2, 3, 1\)",
+        ),
+        (torch.ones(0, 3), torch.ones(0, 3), {}, ValueError, r"student_logits must not be empty, got shape \(0, 3\)"),
+        (torch.ones(2, 3), torch.ones(4, 3), {}, ValueError, "teacher_logits must have.*batch size 2, got 4"),
+        (torch.ones(2, 3), torch.ones(2, 5), {}, ValueError, "teacher_logits must have.*3 classes, got 5"),
+        (torch.ones(2, 3), torch.ones(2, 3, device="meta"), {}, ValueError, "device cpu, got meta"),
+        (torch.ones(2, 3), torch.ones(2, 3), {"temperature": 0}, ValueError, "temperature must be a positive number"),
+        (torch.ones(2, 3), torch.ones(2, 3), {"temperature": "4"}, ValueError, "temperature .* got '4'"),
+        (torch.ones(2, 3), torch.ones(2, 3), {"backend": "cuda"}, ValueError, "backend must be one of.*got 'cuda'"),
+    ],
+)
+def test_misuse_is_explained(student, teacher, settings, error, message):
+    with pytest.raises(error, match=message):
+        kdkernels.kd_loss(student, teacher, **settings)

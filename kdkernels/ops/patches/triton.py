@@ -16,8 +16,8 @@ from torch import Tensor
 from ..autograd import FirstDerivative
 from .reference import bounding_boxes
 
-MAX_ROW_BLOCK = 4096
-PIXEL_BLOCK = 512
+ROW_BLOCK = 4096
+RESAMPLED_BLOCK = 512  # fewer pixels at a time where each has up to 16 taps
 
 
 def patches(
@@ -117,14 +117,16 @@ def _launch(features, k, mask, bounds, resize, eps):
             CROP=bounds is not None,
             RESIZE=resize,
             CHANNELS_LAST=_channels_last(features),
-            **_launch_options(rows.shape[1]),
+            **_launch_options(rows.shape[1], RESAMPLED_BLOCK if resize or bounds is not None else ROW_BLOCK),
         )
     return rows, norms
 
 
 @torch.library.impl("kdkernels_triton::patches_backward", "CompositeExplicitAutograd")
 def _launch_backward(grad, rows, norms, size, dtype, channels_last, k, mask, bounds, resize):
-    result = _new_map(rows, size, dtype, channels_last)
+    # The interpreter truncates to bfloat16 where compiled kernels round.
+    stored = rows.dtype if triton.knobs.runtime.interpret else dtype
+    result = _new_map(rows, size, stored, channels_last)
     n, c, h, w = size
     patch_height, patch_width = -(-h // k), -(-w // k)
     resampled = bounds is not None or resize
@@ -148,10 +150,10 @@ def _launch_backward(grad, rows, norms, size, dtype, channels_last, k, mask, bou
             PATCH_WIDTH=patch_width,
             MASK=mask is not None and not resampled,
             CHANNELS_LAST=channels_last,
-            **_launch_options(rows.shape[1]),
+            **_launch_options(rows.shape[1], ROW_BLOCK),
         )
         if resampled:
-            _resample_backward_kernel[(n * triton.cdiv(c * h * w, PIXEL_BLOCK),)](
+            _resample_backward_kernel[(n * triton.cdiv(c * h * w, RESAMPLED_BLOCK),)](
                 grid,
                 _or(mask, rows),
                 _or(bounds, rows),
@@ -168,9 +170,9 @@ def _launch_backward(grad, rows, norms, size, dtype, channels_last, k, mask, bou
                 CROP=bounds is not None,
                 RESIZE=resize,
                 CHANNELS_LAST=channels_last,
-                BLOCK=PIXEL_BLOCK,
+                BLOCK=RESAMPLED_BLOCK,
             )
-    return result
+    return result.to(dtype)
 
 
 def _or(optional: Tensor | None, stand_in: Tensor) -> Tensor:
@@ -182,9 +184,9 @@ def _strides(mask: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if mask is None else mask.stride()
 
 
-def _launch_options(length: int) -> dict[str, int]:
-    block = min(triton.next_power_of_2(length), MAX_ROW_BLOCK)
-    return {"BLOCK": block, "num_warps": max(1, min(block // 256, 8))}
+def _launch_options(length: int, largest: int) -> dict[str, int]:
+    block = min(triton.next_power_of_2(length), largest)
+    return {"BLOCK": block, "num_warps": max(1, min(block // (largest // 8), 8))}
 
 
 @triton.jit

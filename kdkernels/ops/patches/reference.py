@@ -37,9 +37,7 @@ def masked_crop(maps: Tensor, mask: Tensor, threshold: float | None) -> Tensor:
     return resample(maps, left, right, dim=3)
 
 
-def bounding_boxes(
-    mask: Tensor, threshold: float, height: int, width: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def bounding_boxes(mask: Tensor, threshold: float, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tight half-open bounds (top, bottom, left, right) of ``mask > threshold``, one per image.
 
     A mask that nowhere exceeds the threshold gives the whole map; NaN counts as exceeding it, so that it is never
@@ -93,6 +91,10 @@ def split(maps: Tensor, k: int) -> Tensor:
 
 def unit_rows(rows: Tensor, eps: float) -> Tensor:
     """Divide each row by its norm; a row of norm <= eps becomes the zero vector, with gradient 0."""
-    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    dead = norm <= eps
-    return torch.where(dead, torch.zeros_like(rows), rows / norm.masked_fill(dead, 1))
+    # Relative to their largest entry, rows of any size have squares within range.
+    largest = rows.detach().abs().amax(1, keepdim=True)
+    rows = rows / largest.masked_fill(largest == 0, 1)
+    dead = largest * torch.linalg.vector_norm(rows.detach(), dim=1, keepdim=True) <= eps
+    # Dead rows are filled before the division, where derivatives of every order are finite.
+    rows = rows.masked_fill(dead, 1)
+    return (rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)).masked_fill(dead, 0)

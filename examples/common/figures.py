@@ -1,0 +1,130 @@
+"""The figures, drawn without pyplot: nothing is shown, nothing is shared between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+# Okabe and Ito's colours, told apart with any colour vision.
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#F0E442")
+TEACHER = "#333333"
+
+
+def save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def curves(
+    path: Path,
+    runs: Mapping[str, Sequence[Sequence[Mapping[str, float]]]],
+    panels: Sequence[tuple[str, str]],
+    *,
+    log: Sequence[str] = (),
+    level: tuple[str, str, float] | None = None,
+) -> Path:
+    """One panel per ``(key, title)`` against the epoch: each method's mean over its runs, shaded from low to high.
+
+    Args:
+        runs: for every method its runs' histories.
+        log: the keys drawn on a logarithmic axis.
+        level: key, label and height of a horizontal line.
+    """
+    figure = Figure(figsize=(4.6 * len(panels), 3.7), layout="constrained")
+    for axes, (key, title) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        for (name, histories), colour in zip(runs.items(), COLOURS, strict=False):
+            if key not in histories[0][0]:
+                continue
+            epochs = [record["epoch"] for record in histories[0]]
+            values = np.array([[record[key] for record in history] for history in histories])
+            axes.plot(epochs, values.mean(0), color=colour, label=name, linewidth=1.8)
+            axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+        if level is not None and level[0] == key:
+            axes.axhline(level[2], color=TEACHER, linestyle="--", linewidth=1.2, label=level[1])
+        if key in log:
+            axes.set_yscale("log")
+        _tidy(axes, title, "epoch")
+        axes.legend(frameon=False, fontsize=9)
+    return save(figure, path)
+
+
+def histograms(path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], edges: np.ndarray, label: str) -> Path:
+    """One panel per stage: every network's density over the same bins, the first one, the teacher's, filled."""
+    figure = Figure(figsize=(4.6 * len(panels), 3.7), layout="constrained")
+    for axes, (title, densities) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+        for index, (name, density) in enumerate(densities.items()):
+            if index == 0:
+                axes.stairs(density, edges, fill=True, color=TEACHER, alpha=0.25, label=name)
+            else:
+                axes.stairs(density, edges, color=COLOURS[index - 1], linewidth=1.6, label=name)
+        used = np.flatnonzero(sum(densities.values()))
+        axes.set_xlim(edges[used[0]], edges[used[-1] + 1])
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        _tidy(axes, title, label)
+        axes.legend(frameon=False, fontsize=8.5)
+    return save(figure, path)
+
+
+def masks(
+    path: Path,
+    images: np.ndarray,
+    names: Sequence[str],
+    stages: Sequence[tuple[np.ndarray, np.ndarray]],
+    threshold: float,
+) -> Path:
+    """A column per image: the image, then for every stage the feature map, and over the image the mask with its box.
+
+    Args:
+        images: n x h x w x channels in [0, 1].
+        stages: for every stage n x h x w feature maps (any scale) and masks in [0, 1].
+        threshold: the box bounds what is above it.
+    """
+    labels = ["image"]
+    for number in range(1, len(stages) + 1):
+        labels += [f"stage {number}\nfeatures", f"stage {number}\nmask"]
+    figure = Figure(figsize=(1.05 * len(images) + 1.3, 1.05 * len(labels) + 0.4), layout="constrained")
+    grid = figure.subplots(len(labels), len(images), squeeze=False)
+    height, width = images.shape[1:3]
+    extent = (0, width, height, 0)
+    for column, (image, name) in enumerate(zip(images, names, strict=True)):
+        grid[0, column].set_title(name, fontsize=10)
+        grid[0, column].imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1, extent=extent)
+        for number, (features, mask) in enumerate(stages):
+            grid[1 + 2 * number, column].imshow(features[column], cmap="viridis", extent=extent)
+            axes = grid[2 + 2 * number, column]
+            axes.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=1, extent=extent)
+            axes.imshow(mask[column], cmap="turbo", vmin=0, vmax=1, alpha=0.6, extent=extent)
+            top, bottom, left, right = _box(mask[column] > threshold)
+            scale_y, scale_x = height / mask.shape[1], width / mask.shape[2]
+            corner, size = (left * scale_x, top * scale_y), ((right - left) * scale_x, (bottom - top) * scale_y)
+            axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor="white", linewidth=1.6, clip_on=False))
+    for row, label in zip(grid, labels, strict=True):
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        for axes in row:
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+    colours = ScalarMappable(Normalize(0, 1), "turbo")
+    bar = figure.colorbar(colours, ax=grid[2::2].ravel().tolist(), shrink=0.5, aspect=30, alpha=0.6)
+    bar.set_label("mask")
+    return save(figure, path)
+
+
+def _box(inside: np.ndarray) -> tuple[int, int, int, int]:
+    if not inside.any():
+        return 0, inside.shape[0], 0, inside.shape[1]
+    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+    return rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+
+
+def _tidy(axes, title: str, xlabel: str) -> None:
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel(xlabel)
+    axes.spines[["top", "right"]].set_visible(False)

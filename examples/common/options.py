@@ -1,0 +1,65 @@
+"""Command-line options that every example has."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from . import data
+
+
+def add_options(parser: argparse.ArgumentParser, out: Path) -> None:
+    group = parser.add_argument_group("data and output")
+    group.add_argument("--data", choices=["digits", "cifar100"], default="digits", help="default: %(default)s")
+    group.add_argument("--root", type=Path, metavar="DIR", help="folder of CIFAR-100's train.bin and test.bin")
+    group.add_argument(
+        "--validate",
+        action="store_true",
+        help="to choose settings: hold out a fifth of the training images and measure on them, not on test images",
+    )
+    group.add_argument("--out", type=Path, default=out, metavar="DIR", help="default: %(default)s")
+    group.add_argument(
+        "--fresh", action="store_true", help="start over instead of going on from the checkpoints in --out"
+    )
+    group.add_argument("--device", default="auto", help="auto (CUDA if there is a device), cpu, cuda, cuda:1, ...")
+    group.add_argument(
+        "--backend",
+        choices=["auto", "reference", "native", "triton"],
+        default="auto",
+        help="what computes kdkernels' losses; default: %(default)s",
+    )
+    group.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads; default: PyTorch's")
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
+
+
+def load_data(parser: argparse.ArgumentParser, options: argparse.Namespace) -> data.Dataset:
+    """The dataset asked for; what is wrong with its files is said without a traceback."""
+    try:
+        dataset = data.load(options.data, options.root)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return dataset.hold_out() if options.validate else dataset
+
+
+def pick_device(options: argparse.Namespace) -> torch.device:
+    # Convolutions on a GPU then give the same numbers in every run, as they do on a CPU.
+    torch.backends.cudnn.deterministic = True
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.device != "auto":
+        return torch.device(options.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def forget(out: Path) -> None:
+    """Delete the checkpoints under ``out``."""
+    for path in (out / "checkpoints").glob("*"):
+        path.unlink()

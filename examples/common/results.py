@@ -1,0 +1,34 @@
+"""Accuracies over seeds as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation."""
+    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def table(teacher: tuple[str, float], methods: Mapping[str, Sequence[float]], baseline: str) -> str:
+    """A Markdown table: every method's accuracy over the seeds, and its gain over ``baseline``, seed by seed."""
+    seeds = max(len(values) for values in methods.values())
+    compared = baseline in methods
+    header = ["method", f"test accuracy, % ({seeds} seed{'s' if seeds > 1 else ''})"]
+    rows = [[f"teacher ({teacher[0]})", f"{teacher[1]:.2f}"]]
+    for name, values in methods.items():
+        rows.append([name, spread(values)])
+    if compared:
+        header.append(f"gain over {baseline}, seed by seed")
+        rows[0].append("")
+        for row, values in zip(rows[1:], methods.values(), strict=True):
+            gains = [value - base for value, base in zip(values, methods[baseline], strict=True)]
+            row.append("" if row[0] == baseline else spread(gains))
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])

@@ -1,0 +1,190 @@
+"""Training that survives being killed: every epoch ends with a checkpoint, and a rerun goes on from it, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .data import Batches, Dataset
+
+Losses = dict[str, Tensor]
+History = list[dict[str, float]]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or belongs to other settings."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """SGD with momentum; the learning rate is divided by ten at each milestone, in epochs."""
+
+    epochs: int
+    lr: float
+    milestones: tuple[int, ...]
+    batch_size: int = 64
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    def lasting(self, epochs: int) -> Schedule:
+        """The same shape in another number of epochs."""
+        scaled = tuple(round(milestone * epochs / self.epochs) for milestone in self.milestones)
+        return replace(self, epochs=epochs, milestones=scaled)
+
+
+def fit(
+    name: str,
+    module: nn.Module,
+    loss: Callable[[Tensor, Tensor], Losses],
+    batches: Batches,
+    schedule: Schedule,
+    evaluate: Callable[[], dict[str, float]],
+    checkpoint: Path,
+    settings: dict[str, object],
+) -> History:
+    """Train ``module`` in place to the end of ``schedule``, starting where ``checkpoint`` left off if it exists.
+
+    Args:
+        name: what the progress bar says.
+        module: holds every parameter to train; seed torch before building it.
+        loss: maps images and labels to named scalars; the one named "loss" is minimised, all are recorded.
+        evaluate: called after every epoch in evaluation mode; its numbers are recorded too.
+        checkpoint: file replaced after every epoch; the history lies beside it as JSON.
+        settings: what the result depends on beside the schedule. A checkpoint of other settings is refused.
+
+    Returns:
+        One dictionary of numbers per epoch: means of the losses over the epoch, and what ``evaluate`` gave after it.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(schedule.milestones))
+    state = {"module": module, "optimizer": optimizer, "scheduler": scheduler}
+    settings = settings | asdict(schedule)
+    history = restore(checkpoint, state, settings) if checkpoint.exists() else []
+    done, started = len(history), perf_counter()
+
+    bar = tqdm(
+        total=schedule.epochs * len(batches), initial=len(history) * len(batches), desc=name, leave=False, disable=None
+    )
+    with bar:
+        for epoch in range(len(history), schedule.epochs):
+            module.train()
+            sums: Losses = {}
+            for images, labels in batches.epoch(epoch):
+                losses = loss(images, labels)
+                optimizer.zero_grad()
+                losses["loss"].backward()
+                optimizer.step()
+                # Kept on the device: reading a number every step would wait for it.
+                sums = {key: sums.get(key, 0) + value.detach() for key, value in losses.items()}
+                bar.update()
+            record = {"epoch": epoch + 1, "lr": scheduler.get_last_lr()[0]}
+            record |= {key: value.item() / len(batches) for key, value in sums.items()}
+            scheduler.step()
+            module.eval()
+            with torch.no_grad():
+                record |= evaluate()
+            history.append(record)
+            save(checkpoint, state, settings, history)
+            bar.set_postfix({key: f"{value:.4g}" for key, value in record.items() if key != "epoch"})
+    module.eval()
+    measured = ", ".join(f"{key} {value:.2f}" for key, value in history[-1].items() if key.startswith("test_accuracy"))
+    origin = f"epochs {done + 1} to {schedule.epochs} in {perf_counter() - started:.1f} s"
+    print(f"{name}: {measured} ({origin if done < schedule.epochs else 'finished before'})", flush=True)
+    return history
+
+
+def save(checkpoint: Path, state: dict[str, object], settings: dict[str, object], history: History) -> None:
+    content = {key: value.state_dict() for key, value in state.items()}
+    content |= {"settings": settings, "history": history, "rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        content["cuda_rng"] = torch.cuda.get_rng_state_all()
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    # The JSON first: if only it is written, the epoch is trained again and writes the same.
+    write_json(checkpoint.with_suffix(".json"), {"settings": settings, "history": history})
+    replace_file(checkpoint, lambda path: torch.save(content, path))
+
+
+def restore(checkpoint: Path, state: dict[str, object], settings: dict[str, object]) -> History:
+    """Put everything back as ``save`` found it.
+
+    Raises:
+        CheckpointError: if it cannot be read or belongs to other settings.
+    """
+    content = read(checkpoint)
+    differences = [
+        f"{key}={content['settings'].get(key)!r} (now {settings.get(key)!r})"
+        for key in sorted(content["settings"].keys() | settings.keys())
+        if content["settings"].get(key) != settings.get(key)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{checkpoint} was trained with {', '.join(differences)}: give another --out, or start over with --fresh"
+        )
+    for key, value in state.items():
+        value.load_state_dict(content[key])
+    torch.set_rng_state(content["rng"])
+    if "cuda_rng" in content and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(content["cuda_rng"])
+    return content["history"]
+
+
+def read(path: Path) -> dict:
+    """A checkpoint's content: tensors and plain values, nothing that runs."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Weights from a checkpoint of ``fit``, or from a file holding a state dictionary."""
+    content = read(path)
+    try:
+        module.load_state_dict(content.get("module", content))
+    except (AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not hold this network's weights: {error}") from error
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside ``path`` and rename: whoever is killed in between leaves the old file whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, content: object) -> None:
+    replace_file(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A checksum of a network's weights: what is trained against them depends on them."""
+    checksum = 0
+    for value in module.state_dict().values():
+        checksum = zlib.crc32(value.cpu().contiguous().numpy().tobytes(), checksum)
+    return f"{checksum:08x}"
+
+
+@torch.no_grad()
+def measure(network: nn.Module, dataset: Dataset, device: torch.device) -> dict[str, float]:
+    """Accuracy in percent and cross-entropy on the test images, of a network in evaluation mode."""
+    hits, loss = 0, 0.0
+    for pixels, labels in zip(dataset.test.pixels.split(1000), dataset.test.labels.split(1000), strict=True):
+        logits, _ = network(dataset.normalise(pixels.to(device)))
+        labels = labels.to(device)
+        hits += (logits.argmax(1) == labels).sum().item()
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+    count = len(dataset.test)
+    return {"test_accuracy": 100 * hits / count, "test_loss": loss / count}

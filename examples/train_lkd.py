@@ -1,0 +1,443 @@
+"""Local correlation distillation (LKD) from a teacher to a table.
+
+Trains a teacher, then class-aware attention (CAAT) on its frozen features, one module per stage, then students by
+
+    loss = (1 - alpha) * CE + alpha * KD + beta * LKD                     (Eq. 11)
+
+with cross-entropy alone (CE), with KD, with LKD, and with LKD on masked and cropped features (LKD+CAAT), over several
+seeds. Writes a table of accuracies, every number of every epoch as JSON, and figures. Every epoch ends with a
+checkpoint: however a run was interrupted, the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import figures, networks, options, results, training
+from common.data import Batches, Dataset
+from common.networks import StagedNetwork
+from common.training import History, Losses, Schedule
+from torch import Tensor, nn
+
+import kdkernels
+from kdkernels.nn import ClassAwareAttention, KDLoss, LocalCorrelationLoss
+
+
+@dataclass(frozen=True)
+class Recipe:
+    teacher: str
+    student: str
+    teacher_schedule: Schedule
+    caat_schedule: Schedule
+    student_schedule: Schedule
+    share: float  # of the training images, for the students; the teacher and CAAT see all
+    k: int
+    alpha: float
+    temperature: float
+    beta: float  # factor of the sum over all pairs of patches in a batch
+    threshold: float
+    seeds: int
+
+
+RECIPES = {
+    "demo": Recipe(
+        teacher="resnet14-narrow",
+        student="resnet8-narrow",
+        teacher_schedule=Schedule(epochs=30, lr=0.1, milestones=(12, 18, 24)),
+        caat_schedule=Schedule(epochs=20, lr=0.05, milestones=(10, 13, 17)),
+        student_schedule=Schedule(epochs=60, lr=0.1, milestones=(24, 36, 48)),
+        share=0.5,
+        k=4,
+        alpha=1.0,
+        temperature=4.0,
+        beta=1e-6,
+        threshold=0.7,
+        seeds=5,
+    ),
+    "paper": Recipe(
+        teacher="resnet110",
+        student="resnet20",
+        teacher_schedule=Schedule(epochs=200, lr=0.1, milestones=(80, 120, 160)),
+        caat_schedule=Schedule(epochs=60, lr=0.05, milestones=(30, 40, 50)),
+        student_schedule=Schedule(epochs=200, lr=0.1, milestones=(80, 120, 160)),
+        share=1.0,
+        k=4,
+        alpha=1.0,
+        temperature=4.0,
+        beta=0.001,
+        threshold=0.0,
+        seeds=3,
+    ),
+}
+
+
+class Method(NamedTuple):
+    """Which terms of Eq. 11 a method has."""
+
+    kd: bool
+    lkd: bool
+    masked: bool
+
+
+METHODS = {
+    "CE": Method(kd=False, lkd=False, masked=False),
+    "KD": Method(kd=True, lkd=False, masked=False),
+    "LKD": Method(kd=True, lkd=True, masked=False),
+    "LKD+CAAT": Method(kd=True, lkd=True, masked=True),
+}
+
+
+def main() -> None:
+    parser = build_parser()
+    arguments = parser.parse_args()
+    recipe = recipe_of(arguments)
+    dataset = options.load_data(parser, arguments)
+    if arguments.fresh:
+        options.forget(arguments.out)
+    try:
+        Experiment(arguments, recipe, dataset).run()
+    except training.CheckpointError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit("\nInterrupted. The same command goes on after the last finished epoch.") from None
+
+
+class Experiment:
+    """One data set, one teacher, its masks, and all students; every file lies under ``out``."""
+
+    def __init__(self, arguments: argparse.Namespace, recipe: Recipe, dataset: Dataset) -> None:
+        self.recipe = recipe
+        self.dataset = dataset
+        self.methods = {name: METHODS[name] for name in arguments.methods}
+        self.teacher_weights: Path | None = arguments.teacher_weights
+        self.backend: str = arguments.backend
+        self.out: Path = arguments.out
+        self.device = options.pick_device(arguments)
+        self.data_settings = {
+            "data": arguments.data,
+            "validate": arguments.validate,
+            "images": (len(dataset.train), len(dataset.test)),
+        }
+
+    def run(self) -> None:
+        images = self.dataset.train.pixels
+        few = self.dataset.only(self.recipe.share)
+        print(
+            f"{len(images)} training and {len(self.dataset.test)} test images of "
+            f"{' x '.join(map(str, images.shape[1:]))} in {self.dataset.num_classes} classes; "
+            f"students see {len(few.train)} training images; on {self.device}; files in {self.out}"
+        )
+        teacher = self.teacher()
+        caat = self.caat(teacher) if any(method.masked for method in self.methods.values()) else None
+        students: dict[str, list[StagedNetwork]] = {name: [] for name in self.methods}
+        histories: dict[str, list[History]] = {name: [] for name in self.methods}
+        for seed in range(self.recipe.seeds):
+            for name in self.methods:
+                student, history = self.student(name, seed, few, teacher, caat)
+                students[name].append(student)
+                histories[name].append(history)
+        self.report(teacher, caat, students, histories)
+
+    def teacher(self) -> StagedNetwork:
+        """The trained, frozen teacher."""
+        torch.manual_seed(0)
+        teacher = self.network(self.recipe.teacher)
+        if self.teacher_weights is not None:
+            training.load_weights(teacher, self.teacher_weights)
+        else:
+
+            def loss(images: Tensor, labels: Tensor) -> Losses:
+                return {"loss": F.cross_entropy(teacher(images)[0], labels)}
+
+            schedule = self.recipe.teacher_schedule
+            training.fit(
+                f"teacher {self.recipe.teacher}",
+                teacher,
+                loss,
+                Batches(self.dataset, schedule.batch_size, 0, self.device),
+                schedule,
+                lambda: training.measure(teacher, self.dataset, self.device),
+                self.checkpoint("teacher"),
+                self.data_settings | {"network": self.recipe.teacher},
+            )
+        return teacher.requires_grad_(False).eval()
+
+    def caat(self, teacher: StagedNetwork) -> nn.ModuleList:
+        """One trained, frozen mask generator per stage of the teacher (Eqs. 8-9)."""
+        torch.manual_seed(0)
+        classes = self.dataset.num_classes
+        caat = nn.ModuleList(ClassAwareAttention(channels, classes) for channels in teacher.channels).to(self.device)
+
+        def loss(images: Tensor, labels: Tensor) -> Losses:
+            _, stages = teacher(images)
+            return {"loss": sum(module.loss(stage, labels) for module, stage in zip(caat, stages, strict=True))}
+
+        def evaluate() -> dict[str, float]:
+            """How well each auxiliary classifier tells the classes from the masked features."""
+            accuracy = {}
+            for number in range(len(caat)):
+
+                def network(images: Tensor, number: int = number) -> tuple[Tensor, None]:
+                    return caat[number].logits(teacher(images)[1][number]), None
+
+                measured = training.measure(network, self.dataset, self.device)
+                accuracy[f"test_accuracy_stage{number + 1}"] = measured["test_accuracy"]
+            return accuracy
+
+        schedule = self.recipe.caat_schedule
+        training.fit(
+            "CAAT",
+            caat,
+            loss,
+            Batches(self.dataset, schedule.batch_size, 0, self.device),
+            schedule,
+            evaluate,
+            self.checkpoint("caat"),
+            self.data_settings | {"teacher": training.fingerprint(teacher)},
+        )
+        for module in caat:
+            module.freeze()
+        return caat
+
+    def student(
+        self, name: str, seed: int, dataset: Dataset, teacher: StagedNetwork, caat: nn.ModuleList | None
+    ) -> tuple[StagedNetwork, History]:
+        """A student trained by a method, with its history."""
+        torch.manual_seed(seed)
+        student = self.network(self.recipe.student)
+        method, schedule = self.methods[name], self.recipe.student_schedule
+        history = training.fit(
+            f"{name} seed {seed}",
+            student,
+            self.student_loss(method, student, teacher, caat),
+            Batches(dataset, schedule.batch_size, seed, self.device),
+            schedule,
+            lambda: training.measure(student, dataset, self.device),
+            self.checkpoint(f"{name.lower()}-seed{seed}"),
+            self.student_settings(method, teacher, caat) | {"seed": seed},
+        )
+        return student, history
+
+    def student_loss(
+        self, method: Method, student: StagedNetwork, teacher: StagedNetwork, caat: nn.ModuleList | None
+    ) -> Callable[[Tensor, Tensor], Losses]:
+        """Eq. 11 with the method's terms."""
+        recipe = self.recipe
+        kd = KDLoss(recipe.temperature, backend=self.backend)
+        lkd = LocalCorrelationLoss(recipe.k, threshold=recipe.threshold, backend=self.backend)
+
+        def loss(images: Tensor, labels: Tensor) -> Losses:
+            logits, stages = student(images)
+            losses = {"ce": F.cross_entropy(logits, labels)}
+            if not method.kd:
+                return losses | {"loss": losses["ce"]}
+            with torch.no_grad():
+                teacher_logits, teacher_stages = teacher(images)
+                masks = (
+                    [mask(stage) for mask, stage in zip(caat, teacher_stages, strict=True)] if method.masked else None
+                )
+            losses["kd"] = kd(logits, teacher_logits)
+            total = (1 - recipe.alpha) * losses["ce"] + recipe.alpha * losses["kd"]
+            if method.lkd:
+                losses["lkd"] = lkd(stages, teacher_stages, masks)
+                total = total + recipe.beta * losses["lkd"]
+            return losses | {"loss": total}
+
+        return loss
+
+    def student_settings(self, method: Method, teacher: StagedNetwork, caat: nn.ModuleList | None) -> dict[str, object]:
+        """What a student depends on, and nothing else: runs of other methods stay valid when a setting changes."""
+        recipe = self.recipe
+        settings = self.data_settings | {"network": recipe.student, "share": recipe.share}
+        if method.kd:
+            settings |= {
+                "teacher": training.fingerprint(teacher),
+                "alpha": recipe.alpha,
+                "temperature": recipe.temperature,
+                "backend": self.backend,
+            }
+        if method.lkd:
+            settings |= {"beta": recipe.beta, "k": recipe.k}
+        if method.masked:
+            settings |= {"caat": training.fingerprint(caat), "threshold": recipe.threshold}
+        return settings
+
+    def network(self, name: str) -> StagedNetwork:
+        return networks.build(name, self.dataset.channels, self.dataset.num_classes).to(self.device)
+
+    def checkpoint(self, name: str) -> Path:
+        return self.out / "checkpoints" / f"{name}.pt"
+
+    def report(
+        self,
+        teacher: StagedNetwork,
+        caat: nn.ModuleList | None,
+        students: dict[str, list[StagedNetwork]],
+        histories: dict[str, list[History]],
+    ) -> None:
+        """Write the table, results.json and the figures, and print the table."""
+        recipe = self.recipe
+        teacher_accuracy = training.measure(teacher, self.dataset, self.device)["test_accuracy"]
+        accuracies = {name: [history[-1]["test_accuracy"] for history in runs] for name, runs in histories.items()}
+        cosines = self.cosines(teacher, students)
+        table = results.table((recipe.teacher, teacher_accuracy), accuracies, baseline="KD")
+        content = {
+            "recipe": asdict(recipe),
+            "data": self.data_settings,
+            "parameters": {
+                "teacher": networks.parameter_count(teacher),
+                "student": networks.parameter_count(self.network(recipe.student)),
+            },
+            "test_accuracy": {"teacher": teacher_accuracy, **accuracies},
+            "overlap of the patch cosines' histogram with the teacher's": {
+                f"stage {number}": {name: overlap(density, stage["teacher"]) for name, density in stage.items()}
+                for number, stage in enumerate(cosines, 1)
+            },
+        }
+        training.write_json(self.out / "results.json", content)
+        training.replace_file(self.out / "table.md", lambda path: path.write_text(table + "\n"))
+        self.draw(teacher, caat, histories, cosines, teacher_accuracy)
+        print(f"\n{table}\n\nStudents: {recipe.student}, accuracy after the last epoch, mean ± standard deviation.")
+        print(f"Tables, numbers and figures are in {self.out}; the same command prints this again without training.")
+
+    def draw(
+        self,
+        teacher: StagedNetwork,
+        caat: nn.ModuleList | None,
+        histories: dict[str, list[History]],
+        cosines: list[dict[str, np.ndarray]],
+        teacher_accuracy: float,
+    ) -> None:
+        folder = self.out / "figures"
+        figures.curves(
+            folder / "curves.png",
+            histories,
+            [
+                ("loss", "training loss (Eq. 11)"),
+                ("lkd", "its local correlation term"),
+                ("test_accuracy", "test accuracy, %"),
+            ],
+            log=("loss", "lkd"),
+            level=("test_accuracy", "teacher", teacher_accuracy),
+        )
+        panels = {
+            f"stage {number}": {
+                name if name == "teacher" else f"{name}, overlap {overlap(density, stage['teacher']):.2f}": density
+                for name, density in stage.items()
+            }
+            for number, stage in enumerate(cosines, 1)
+        }
+        figures.histograms(folder / "cosines.png", panels, EDGES, "cosine between two patches")
+        if caat is not None:
+            self.draw_masks(folder / "masks.png", teacher, caat)
+
+    @torch.no_grad()
+    def draw_masks(self, path: Path, teacher: StagedNetwork, caat: nn.ModuleList) -> None:
+        """The first test image of each of the first ten classes (the paper's Fig. 3)."""
+        test = self.dataset.test
+        shown = [int((test.labels == label).nonzero()[0]) for label in test.labels.unique()[:10]]
+        pixels = test.pixels[shown]
+        _, stages = teacher(self.dataset.normalise(pixels.to(self.device)))
+        figures.masks(
+            path,
+            pixels.permute(0, 2, 3, 1).numpy() / 255,
+            [self.dataset.class_names[label] for label in test.labels[shown]],
+            [
+                (stage.mean(1).cpu().numpy(), mask(stage).cpu().numpy())
+                for stage, mask in zip(stages, caat, strict=True)
+            ],
+            self.recipe.threshold,
+        )
+
+    @torch.no_grad()
+    def cosines(self, teacher: StagedNetwork, students: dict[str, list[StagedNetwork]]) -> list[dict[str, np.ndarray]]:
+        """For every stage and method, how the cosines between patches of a batch of test images are distributed over
+        ``EDGES`` (the paper's Fig. 1), averaged over the seeds."""
+        images = self.dataset.normalise(self.dataset.test.pixels[:64].to(self.device))
+        densities = {
+            name: np.mean([[density(stage, self.recipe.k) for stage in network(images)[1]] for network in runs], axis=0)
+            for name, runs in {"teacher": [teacher], **students}.items()
+        }
+        return [dict(zip(densities, stage, strict=True)) for stage in zip(*densities.values(), strict=True)]
+
+
+EDGES = np.linspace(-1, 1, 101)
+
+
+def density(features: Tensor, k: int) -> np.ndarray:
+    cosines = kdkernels.local_correlation(features, k)
+    different = ~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
+    counts = torch.histc(cosines[different], len(EDGES) - 1, EDGES[0], EDGES[-1])
+    return (counts / counts.sum()).cpu().numpy() / np.diff(EDGES)
+
+
+def overlap(density: np.ndarray, other: np.ndarray) -> float:
+    """The area two densities share: 1 if they are equal."""
+    return float((np.minimum(density, other) * np.diff(EDGES)).sum())
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"networks: {', '.join(networks.NETWORKS)}",
+    )
+    options.add_options(parser, out=Path("runs/lkd"))
+    group = parser.add_argument_group("recipe", "what is not given is the recipe's")
+    group.add_argument("--recipe", choices=RECIPES, help="default: demo for digits, paper for cifar100")
+
+    def add(
+        flag: str, type: Callable[[str], object], what: str, value: Callable[[Recipe], object], **more: object
+    ) -> None:
+        defaults = ", ".join(f"{name}: {value(recipe)}" for name, recipe in RECIPES.items())
+        group.add_argument(flag, type=type, help=f"{what} ({defaults})", **more)
+
+    count, name = options.positive_int, {"choices": networks.NETWORKS, "metavar": "NAME"}
+    add("--teacher", str, "teacher network", lambda r: r.teacher, **name)
+    add("--student", str, "student network", lambda r: r.student, **name)
+    add("--seeds", count, "number of students per method, with seeds 0, 1, ...", lambda r: r.seeds, metavar="N")
+    add("--epochs", count, "epochs of a student", lambda r: r.student_schedule.epochs, metavar="N")
+    add("--teacher-epochs", count, "epochs of the teacher", lambda r: r.teacher_schedule.epochs, metavar="N")
+    add("--caat-epochs", count, "epochs of CAAT", lambda r: r.caat_schedule.epochs, metavar="N")
+    add("--batch-size", count, "images per batch", lambda r: r.student_schedule.batch_size, metavar="N")
+    add("--lr", float, "first learning rate of teacher and students", lambda r: r.student_schedule.lr)
+    add("--share", float, "share of the training images that students see", lambda r: r.share)
+    add("--k", count, "patches per side of a feature map", lambda r: r.k)
+    add("--alpha", float, "weight of KD against CE", lambda r: r.alpha)
+    add("--temperature", float, "temperature of KD", lambda r: r.temperature)
+    add("--beta", float, "factor of LKD, a sum over all pairs of patches", lambda r: r.beta)
+    add("--threshold", float, "features are cropped to where the mask exceeds this", lambda r: r.threshold)
+    group.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    group.add_argument("--teacher-weights", type=Path, metavar="FILE", help="load the teacher instead of training it")
+    return parser
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """The recipe asked for with the flags that were given in place of its values."""
+    recipe = RECIPES[arguments.recipe or ("demo" if arguments.data == "digits" else "paper")]
+
+    def schedule(of_recipe: Schedule, epochs: int | None, lr: float | None) -> Schedule:
+        shape = of_recipe.lasting(epochs or of_recipe.epochs)
+        return replace(shape, lr=lr or shape.lr, batch_size=arguments.batch_size or shape.batch_size)
+
+    given = {
+        field.name: value for field in fields(Recipe) if (value := getattr(arguments, field.name, None)) is not None
+    }
+    return replace(
+        recipe,
+        teacher_schedule=schedule(recipe.teacher_schedule, arguments.teacher_epochs, arguments.lr),
+        caat_schedule=schedule(recipe.caat_schedule, arguments.caat_epochs, None),
+        student_schedule=schedule(recipe.student_schedule, arguments.epochs, arguments.lr),
+        **given,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -30,7 +30,7 @@ CXX_FLAGS = (
     f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
 )
 X86_FLAGS = {
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mamx-tile -mamx-bf16",
     "avx2": "-mavx2 -mfma -mf16c",
     "default": "",
 }

@@ -10,7 +10,7 @@ namespace kdkernels {
 namespace {
 
 // Rows of the Gram matrices that exist at a time: enough to keep the products efficient, a fraction of the matrix.
-int64_t strip_height(int64_t rows) { return std::clamp<int64_t>(rows / 4, 56, 252); }
+int64_t strip_height(int64_t rows) { return std::clamp<int64_t>(round_up(rows / 4, 32), 64, 512); }
 
 template <typename T>
 struct Operand {
@@ -57,8 +57,10 @@ double sum_squares_symmetric(const T* matrix, int64_t size) {
 
 template <typename T>
 void mirror_upper(T* matrix, int64_t size, int64_t line) {
-  for (int64_t i = 1; i < size; ++i)
-    for (int64_t j = 0; j < i; ++j) matrix[i * line + j] = matrix[j * line + i];
+  parallel_blocks(size, 1, 128, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = 0; j < i; ++j) matrix[i * line + j] = matrix[j * line + i];
+  });
 }
 
 template <typename T>

@@ -6,33 +6,24 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
 
+#include "gemm_amx.h"
 #include "parallel.h"
 #include "vec.h"
+#include "view.h"
 #include "workspace.h"
 
 namespace kdkernels {
-
-// A read-only matrix: element (i, j) lies at data[i * row + j * col].
-template <typename T>
-struct View {
-  const T* data;
-  int64_t row, col;
-
-  const T* at(int64_t i, int64_t j) const { return data + i * row + j * col; }
-  View from(int64_t i, int64_t j) const { return {at(i, j), row, col}; }
-  View transposed() const { return {data, col, row}; }
-};
 
 template <typename T>
 struct Product {
   T alpha = 1;
   bool accumulate = false;  // add to C instead of overwriting it
-  // Row offset of C's diagonal for a symmetric product of which only the upper triangle is wanted: register tiles that lie
-  // entirely below it are left untouched.
+  // Only the upper triangle is wanted: register tiles that lie entirely below the diagonal are left alone.
   bool upper = false;
 };
 
@@ -50,6 +41,9 @@ inline constexpr int64_t NR = 2 * kLanes<T>;
 inline constexpr int64_t KC = 256;
 inline constexpr int64_t MC = 24 * MR;
 inline constexpr int64_t NC = 1024;
+// Elements that packing may write beyond the end of a panel.
+template <typename T>
+inline constexpr int64_t kSlack = round_up(MR, kLanes<T>) - MR;
 
 // Copy `count` <= width lines of `length` elements into a panel laid out element by element: panel[k * width + line].
 template <typename T, int64_t width>
@@ -60,13 +54,13 @@ void pack_panel(const T* source, int64_t line, int64_t element, int64_t count, i
     return;
   }
   int64_t k = 0;
-  if constexpr (width % kLanes<T> == 0) {
-    if (count == width && element == 1) {
-      constexpr int64_t lanes = kLanes<T>;
-      for (; k + lanes <= length; k += lanes)
-        for (int64_t i = 0; i < width; i += lanes)
-          transpose_block<T>(source + i * line + k, line, alpha, panel + k * width + i, width);
-    }
+  if (element == 1) {
+    // The last lanes of a panel's lines spill over into the next line, so they are written first; see kSlack for the last one.
+    constexpr int64_t lanes = kLanes<T>;
+    for (; k + lanes <= length; k += lanes)
+      for (int64_t i = round_up(width, lanes) - lanes; i >= 0; i -= lanes)
+        transpose_block<T>(source + i * line + k, line, std::clamp<int64_t>(count - i, 0, lanes), alpha,
+                           panel + k * width + i, width);
   }
   for (; k < length; ++k) {
     for (int64_t i = 0; i < count; ++i) panel[k * width + i] = alpha * source[i * line + k * element];
@@ -123,13 +117,14 @@ void edge_tile(Tile<T> run, int64_t rows, int64_t cols, int64_t length, const T*
     }
 }
 
-// One thread's share. `diagonal` is the column of C at which row 0 meets the diagonal; very negative when all is wanted.
+// C (m x n) = [C +] alpha * A * B on the calling thread. Tiles below the diagonal, which row 0 meets at column `diagonal`, are
+// left alone.
 template <typename T>
-void serial(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t ldc, T alpha, bool accumulate,
+void product(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t ldc, T alpha, bool accumulate,
             int64_t diagonal) {
   const auto sequence = std::make_integer_sequence<int, MR>{};
   T* packed_b = workspace<T, 0>(KC * std::min(NC, round_up(n, NR<T>)));
-  T* packed_a = workspace<T, 1>(KC * std::min(MC, round_up(m, int64_t(MR))));
+  T* packed_a = workspace<T, 1>(KC * std::min(MC, round_up(m, int64_t(MR))) + kSlack<T>);
   for (int64_t jc = 0; jc < n; jc += NC) {
     const int64_t nc = std::min(NC, n - jc);
     for (int64_t pc = 0; pc < k; pc += KC) {
@@ -139,7 +134,7 @@ void serial(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t
         pack_panel<T, NR<T>>(b.at(pc, jc + j), b.col, b.row, std::min(NR<T>, nc - j), kc, alpha, packed_b + j * kc);
       for (int64_t ic = 0; ic < m; ic += MC) {
         const int64_t mc = std::min(MC, m - ic);
-        if (jc + nc <= ic + diagonal) continue;
+        if (jc + nc <= ic + diagonal) break;
         for (int64_t i = 0; i < mc; i += MR)
           pack_panel<T, MR>(a.at(ic + i, pc), a.row, a.col, std::min(int64_t(MR), mc - i), kc, T(1), packed_a + i * kc);
         for (int64_t j = 0; j < nc; j += NR<T>) {
@@ -160,23 +155,104 @@ void serial(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t
   }
 }
 
+// For a handful of rows and columns: every entry is a dot product of two contiguous lines, with nothing to pack.
+template <typename T>
+void few_entries(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t ldc, T alpha, bool accumulate) {
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      const T *left = a.at(i, 0), *right = b.at(0, j);
+      typename Vec<T>::type sums[4] = {};
+      int64_t l = 0;
+      for (; l + 4 * lanes <= k; l += 4 * lanes)
+        for (int64_t u = 0; u < 4; ++u) sums[u] += load<T>(left + l + u * lanes) * load<T>(right + l + u * lanes);
+      const auto sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      T total = 0;
+      for (int64_t lane = 0; lane < lanes; ++lane) total += sum[lane];
+      for (; l < k; ++l) total += left[l] * right[l];
+      T& out = c[i * ldc + j];
+      out = accumulate ? out + alpha * total : alpha * total;
+    }
+}
+
+// For a short sum over contiguous rows of B: C's rows are combinations of them, with nothing to pack.
+template <typename T>
+void few_terms(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t ldc, T alpha, bool accumulate) {
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t l = 0; l < k; ++l) {
+      const T factor = alpha * *a.at(i, l), *row = b.at(l, 0);
+      T* out = c + i * ldc;
+      if (l == 0 && !accumulate)
+        for (int64_t j = 0; j < n; ++j) out[j] = factor * row[j];
+      else
+        for (int64_t j = 0; j < n; ++j) out[j] += factor * row[j];
+    }
+}
+
+// As `product`, by the fastest means for the size.
+template <typename T>
+void fastest_product(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t ldc, T alpha, bool accumulate,
+                     int64_t diagonal) {
+  if (std::max(m, n) <= 8 && a.col == 1 && b.row == 1) return few_entries<T>(m, n, k, a, b, c, ldc, alpha, accumulate);
+  if (0 < k && k <= 8 && b.col == 1) return few_terms<T>(m, n, k, a, b, c, ldc, alpha, accumulate);
+#if KDKERNELS_AMX
+  if constexpr (std::is_same_v<T, float>)
+    if (std::min({m, n, k}) >= 32 && amx::available())
+      return amx::product(m, n, k, a, b, c, ldc, alpha, accumulate, diagonal);
+#endif
+  product<T>(m, n, k, a, b, c, ldc, alpha, accumulate, diagonal);
+}
+
+// The columns of part `part` of `count` when an m x n upper triangle is cut into parts of equal area.
+inline std::pair<int64_t, int64_t> equal_share(int64_t m, int64_t n, int64_t part, int64_t count) {
+  const auto boundary = [&](int64_t p) {
+    if (p == count) return n;
+    const double rows = m, triangle = rows * rows / 2, area = (n > m ? triangle + (n - m) * rows : n * double(n) / 2) * p / count;
+    const double column = area < triangle ? std::sqrt(2 * area) : m + (area - triangle) / rows;
+    return std::min(n, round_up(int64_t(column), 32));
+  };
+  return {boundary(part), boundary(part + 1)};
+}
+
 }  // namespace gemm_detail
 
-// C (m x n, row stride ldc) = [C +] alpha * A (m x k) * B (k x n), the larger side of C shared out over the threads.
+// C (m x n, row stride ldc) = [C +] alpha * A (m x k) * B (k x n), shared out over the threads.
 template <typename T>
 void gemm(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t ldc, Product<T> how = {}) {
   using namespace gemm_detail;
   constexpr int64_t everything = int64_t(1) << 62;
-  const auto share = [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
-    serial<T>(i1 - i0, j1 - j0, k, a.from(i0, 0), b.from(0, j0), c + i0 * ldc + j0, ldc, how.alpha, how.accumulate,
-              how.upper ? i0 - j0 : -everything);
-  };
   // Below this many multiply-adds waking another thread costs more than it saves.
-  const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 18) / std::max<int64_t>(1, k * std::min(m, n)));
-  if (m > n)
-    parallel_blocks(m, MR, grain, [&](int64_t begin, int64_t end) { share(begin, end, 0, n); });
+  constexpr int64_t grain = int64_t(1) << 18;
+  const auto grain_of = [](int64_t work_per_element) { return 1 + grain / std::max<int64_t>(1, work_per_element); };
+  if (k > 4 * std::max(m, n)) {
+    // Every thread sums a part of the products, rather than all of them packing the same long rows. The first part goes
+    // straight to C, the others are added to it in order.
+    const Blocks parts(k, 1, grain_of(m * n));
+    Buffer<T> partial((parts.count - 1) * m * n);
+    parts.parallel([&](int64_t part, int64_t begin, int64_t end) {
+      T* out = part == 0 ? c : partial.data() + (part - 1) * m * n;
+      fastest_product<T>(m, n, end - begin, a.from(0, begin), b.from(begin, 0), out, part == 0 ? ldc : n, how.alpha,
+                         part == 0 && how.accumulate, how.upper ? 0 : -everything);
+    });
+    for (int64_t part = 1; part < parts.count; ++part)
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t j = how.upper ? i : 0; j < n; ++j) c[i * ldc + j] += partial.data()[((part - 1) * m + i) * n + j];
+    return;
+  }
+  const auto share = [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+    fastest_product<T>(i1 - i0, j1 - j0, k, a.from(i0, 0), b.from(0, j0), c + i0 * ldc + j0, ldc, how.alpha, how.accumulate,
+                       how.upper ? i0 - j0 : -everything);
+  };
+  if (how.upper) {
+    const Blocks parts(n, NR<T>, grain_of(k * m));
+    parts.parallel([&](int64_t part, int64_t, int64_t) {
+      const auto [begin, end] = equal_share(m, n, part, parts.count);
+      share(0, m, begin, end);
+    });
+  } else if (m > n)
+    Blocks(m, MR, grain_of(k * n)).parallel([&](int64_t, int64_t begin, int64_t end) { share(begin, end, 0, n); });
   else
-    parallel_blocks(n, NR<T>, grain, [&](int64_t begin, int64_t end) { share(0, m, begin, end); });
+    Blocks(n, NR<T>, grain_of(k * m)).parallel([&](int64_t, int64_t begin, int64_t end) { share(0, m, begin, end); });
 }
 
 }  // namespace kdkernels

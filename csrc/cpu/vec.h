@@ -59,13 +59,15 @@ inline void exchange_all(typename Vec<T>::type* rows) {
 
 }  // namespace vec_detail
 
-// Transpose a square block of Vec<T>::size lines: out[k * out_line + i] = alpha * source[i * source_line + k].
+// Transpose a block of `lines` <= Vec<T>::size lines of Vec<T>::size elements: out[k * out_line + i] =
+// alpha * source[i * source_line + k], and 0 for the missing lines. Whole vectors are stored, k ascending.
 template <typename T>
-inline void transpose_block(const T* source, int64_t source_line, T alpha, T* out, int64_t out_line) {
+inline void transpose_block(const T* source, int64_t source_line, int64_t lines, T alpha, T* out, int64_t out_line) {
   constexpr int64_t size = Vec<T>::size;
   typename Vec<T>::type rows[size];
 #pragma GCC unroll 16
-  for (int64_t i = 0; i < size; ++i) rows[i] = alpha * load<T>(source + i * source_line);
+  for (int64_t i = 0; i < size; ++i)
+    rows[i] = i < lines ? alpha * load<T>(source + i * source_line) : typename Vec<T>::type{};
   vec_detail::exchange_all<T, 1>(rows);
 #pragma GCC unroll 16
   for (int64_t i = 0; i < size; ++i) store<T>(out + i * out_line, rows[i]);

@@ -8,7 +8,7 @@
 
 namespace kdkernels {
 
-inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // Uninitialised memory on a cache-line boundary.
 template <typename T>

@@ -50,6 +50,10 @@ FEATURE = Form(True, True, True)
 MIXED = (Form(True, False, False), Form(True, False, True), Form(False, True, True))
 
 
+# What it costs to square, weigh and store an entry of a Gram tile, in multiply-adds of the products.
+TILE_ENTRY = 16
+
+
 class Plan(NamedTuple):
     """The form of each of the three sums: all pairs, pairs of one image, pairs of one position.
 
@@ -79,7 +83,7 @@ def multiply_adds(
         total += rows * d_student * d_teacher * (1 + grad_student + grad_teacher)
     elif form.student:
         total += rows * rows * d_student  # (Y Yᵀ) X: the cross term and its gradient at once
-    return total
+    return total + (0 if form == FEATURE else TILE_ENTRY * rows * rows)
 
 
 def candidates(whole: bool, grad_teacher: bool) -> tuple[Form, ...]:
@@ -96,10 +100,9 @@ def choose_form(
     if form == "feature":
         return FEATURE
 
-    def cost(candidate: Form) -> int:
-        return multiply_adds(candidate, rows, d_student, d_teacher, grad_student, grad_teacher)
-
-    return min(candidates(whole, grad_teacher), key=cost)
+    forms = candidates(whole, grad_teacher)
+    costs = [multiply_adds(f, rows, d_student, d_teacher, grad_student, grad_teacher) for f in forms]
+    return forms[costs.index(min(costs))]  # min(forms, key=...) is more than torch.compile follows with dynamic shapes
 
 
 def make_plan(

@@ -1,0 +1,19 @@
+// A read-only matrix in any strides.
+#pragma once
+
+#include <cstdint>
+
+namespace kdkernels {
+
+// Element (i, j) lies at data[i * row + j * col].
+template <typename T>
+struct View {
+  const T* data;
+  int64_t row, col;
+
+  const T* at(int64_t i, int64_t j) const { return data + i * row + j * col; }
+  View from(int64_t i, int64_t j) const { return {at(i, j), row, col}; }
+  View transposed() const { return {data, col, row}; }
+};
+
+}  // namespace kdkernels

@@ -48,6 +48,11 @@ def non_negative(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a number >= 0, got {value!r}")
 
 
+def finite(name: str, value: float) -> None:
+    if not (isinstance(value, (int, float)) and math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
 def positive_int(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .ops import local_correlation as _local_correlation
@@ -91,7 +92,9 @@ def local_correlation(
     Memory: the result is what the loss avoids holding: N² numbers for "full" and "inter_diff".
     """
     checks.one_of("relation", relation, RELATIONS)
-    return correlation(patches(features, k, partition=partition, eps=eps, backend=backend), k * k, relation)
+    rows = patches(features, k, partition=partition, eps=eps, backend=backend)
+    with torch.autocast(rows.device.type, enabled=False):
+        return correlation(rows, k * k, relation)
 
 
 def kd_loss(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional
+from . import checks, functional
 
 __all__ = ["ClassAwareAttention", "KDLoss", "LocalCorrelationLoss"]
 
@@ -101,6 +101,7 @@ class ClassAwareAttention(nn.Module):
         self, channels: int, num_classes: int, *, width: int | None = None, depth: int = 2, blocks: int = 2
     ) -> None:
         super().__init__()
+        checks.positive_int("depth", depth)
         width = width or max(channels // 2, 8)
         widths = [channels] + [width] * depth
         self.generator = nn.Sequential(

@@ -42,6 +42,8 @@ def congruence(
         RuntimeError: when a backend asked for by name cannot run.
     """
     check(x, y, positions, form)
+    if len(coefficients) != len(Coefficients._fields):
+        raise ValueError(f"coefficients must be the four of {Coefficients._fields}, got {coefficients!r}")
     coefficients = Coefficients(*map(float, coefficients))
     plan = plan_for(x, y, positions, form)
     run = {"reference": _reference, "native": _Native.apply, "triton": _triton}[backends.choose(backend, x)]
@@ -69,7 +71,9 @@ def check(x: object, y: object, positions: int, form: str) -> None:
 
 def _reference(x: Tensor, y: Tensor, positions: int, coefficients: Coefficients, plan: Plan) -> Tensor:
     run = reference.gram_form if plan.full == GRAM else reference.feature_form
-    return run(x, y, positions, coefficients)
+    # Autocast would run the products in half precision.
+    with torch.autocast(x.device.type, enabled=False):
+        return run(x, y, positions, coefficients)
 
 
 def _triton(x: Tensor, y: Tensor, positions: int, coefficients: Coefficients, plan: Plan) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -168,7 +169,9 @@ def check(
     count = len(students)
     teachers = _per_stage("teacher", teacher, count)
     masks = [None] * count if mask is None else _per_stage("mask", mask, count)
-    ks = [k] * count if isinstance(k, int) else _per_stage("k", k, count)
+    if mask is not None and any(m is None for m in masks):
+        raise TypeError("mask must hold a tensor for every stage, got None for one")
+    ks = _per_stage("k", k, count) if isinstance(k, Sequence) else [k] * count
     return [
         _check_stage(f"[{i}]" if count > 1 else "", s, t, m, side, weights, reduction, settings)
         for i, (s, t, m, side) in enumerate(zip(students, teachers, masks, ks, strict=True))
@@ -209,17 +212,20 @@ def _factors(
 
 
 def _check_weights(weights: Sequence[float]) -> tuple[float, float, float]:
+    expected = f"weights must be three finite numbers (intra, inter_same, inter_diff), got {weights!r}"
     try:
         intra, same, diff = map(float, weights)
     except (TypeError, ValueError):
-        raise ValueError(f"weights must be three numbers (intra, inter_same, inter_diff), got {weights!r}") from None
+        raise ValueError(expected) from None
+    if not math.isfinite(intra + same + diff):
+        raise ValueError(expected)
     return intra, same, diff
 
 
 def _per_stage(name: str, value: object, count: int | None) -> list:
     if isinstance(value, Tensor):
         value = [value]
-    if not isinstance(value, Sequence):
+    if not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"{name} must be a tensor or a sequence of them, one per stage, got {type(value).__name__}")
     if len(value) == 0:
         raise ValueError(f"{name} must hold at least one stage, got an empty sequence")

@@ -98,6 +98,8 @@ def check_mask(
     name: str, mask: object, threshold: float | None, features_name: str, features: Tensor
 ) -> Tensor | None:
     """The mask as n x h' x w', or None."""
+    if threshold is not None:
+        checks.finite("threshold", threshold)
     if mask is None:
         if threshold is not None:
             raise ValueError(f"threshold={threshold} needs a mask, got mask=None")

@@ -677,6 +677,15 @@ def call(**changes):
         ({"mask": torch.rand(4, 6, 6) > 0.5}, TypeError, ["mask", "float32", "bool"]),
         ({"mask": torch.rand(4, 6, 6, device="meta")}, ValueError, ["mask", "meta", "cpu"]),
         ({"mask": [torch.rand(4, 6, 6)] * 2}, ValueError, ["mask", "1", "2"]),
+        (
+            {
+                "student": [torch.randn(4, 3, 6, 6)] * 2,
+                "teacher": [torch.randn(4, 3, 6, 6)] * 2,
+                "mask": [None, torch.rand(4, 6, 6)],
+            },
+            TypeError,
+            ["mask", "every stage", "None"],
+        ),
         ({"threshold": 0.5}, ValueError, ["threshold", "0.5", "mask"]),
         ({"threshold": "0.5", "mask": torch.rand(4, 6, 6)}, (TypeError, ValueError), ["threshold", "number", "'0.5'"]),
         ({"threshold": float("nan"), "mask": torch.rand(4, 6, 6)}, ValueError, ["threshold", "nan"]),

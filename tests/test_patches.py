@@ -41,7 +41,7 @@ def channels_last(*shape: int) -> Tensor:
 @pytest.mark.parametrize(
     ("shape", "k"),
     [
-        ((2, 2, 1, 1), 1),
+        ((3, 7, 1, 1), 1),
         ((1, 5, 4, 4), 2),
         ((3, 2, 6, 9), 3),
         ((2, 19, 5, 3), 1),

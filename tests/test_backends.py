@@ -1,0 +1,361 @@
+"""Which backend runs a call, and what holds for the native library as a whole."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_close, loss_and_gradients
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kdkernels
+from kdkernels import backends, local_correlation_loss, native, use_backend
+from kdkernels.ops.congruence import congruence
+from kdkernels.ops.patches import patches
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+needs_native = pytest.mark.skipif(native.why_not(CPU) is not None, reason=str(native.why_not(CPU)))
+
+
+def maps() -> tuple[Tensor, Tensor]:
+    return torch.randn(3, 4, 4, 4), torch.randn(3, 5, 4, 4)
+
+
+class NativeCalls(TorchDispatchMode):
+    """The native operators called in a block, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "kdkernels":
+            self.calls.append((function._opname, args))
+        return function(*args, **(kwargs or {}))
+
+
+# Choosing a backend ---------------------------------------------------------------------------------------------------
+
+
+def test_auto_is_native_on_the_cpu_where_it_is_built():
+    expected = "reference" if native.why_not(CPU) else "native"
+    assert backends.choose("auto", torch.empty(0)) == expected
+
+
+def test_auto_falls_back_to_the_reference(monkeypatch):
+    monkeypatch.setattr(native, "why_not", lambda device: "the native library was not built")
+    student, teacher = maps()
+    assert backends.choose("auto", student) == "reference"
+    assert local_correlation_loss(student, teacher, 2) > 0
+    with pytest.raises(RuntimeError, match=r"backend='native'.*was not built"):
+        local_correlation_loss(student, teacher, 2, backend="native")
+
+
+@needs_native
+def test_a_block_chooses_for_the_calls_in_it():
+    with NativeCalls() as log:
+        local_correlation_loss(*maps(), 2)
+    assert [name for name, _ in log.calls] == ["local_correlation"]  # one call for everything
+    with NativeCalls() as log, use_backend("reference"):
+        local_correlation_loss(*maps(), 2)
+        patches(maps()[0], 2)
+        congruence(torch.randn(4, 3), torch.randn(4, 3))
+    assert not log.calls
+    with NativeCalls() as log, use_backend("reference"), use_backend("native"):
+        local_correlation_loss(*maps(), 2)
+    assert log.calls
+    with NativeCalls() as log, use_backend("reference"):
+        local_correlation_loss(*maps(), 2, backend="native")
+    assert log.calls  # a call that names its backend gets it
+
+
+def test_a_block_ends_with_its_choice():
+    for name in ("reference", "auto"):
+        with use_backend("reference"), pytest.raises(ZeroDivisionError), use_backend(name):
+            raise ZeroDivisionError
+    assert backends._default == "auto"
+
+
+def test_unknown_backends_are_named():
+    for attempt in (lambda: local_correlation_loss(*maps(), 2, backend="cpp"), lambda: use_backend("cpp").__enter__()):
+        with pytest.raises(ValueError, match=r"backend.*'native'.*'cpp'"):
+            attempt()
+    assert backends._default == "auto"
+
+
+@pytest.mark.skipif(backends.why_not("triton", torch.empty(0)) is None, reason="Triton's interpreter is on")
+def test_triton_without_a_gpu_says_why():
+    attempts = (
+        lambda: local_correlation_loss(*maps(), 2, backend="triton"),
+        lambda: patches(maps()[0], 2, backend="triton"),
+        lambda: congruence(torch.randn(4, 3), torch.randn(4, 3), backend="triton"),
+    )
+    for attempt in attempts:
+        with pytest.raises(RuntimeError, match=r"backend='triton'.*(GPU|not installed)"):
+            attempt()
+    with use_backend("triton"), pytest.raises(RuntimeError, match="backend='triton'"):
+        local_correlation_loss(*maps(), 2)
+
+
+def test_meta_tensors_are_not_native():
+    """Shapes can be inferred without data; only the reference runs there."""
+    student, teacher = (x.to("meta") for x in maps())
+    loss = local_correlation_loss(student, teacher, 2)
+    assert loss.device.type == "meta"
+    assert loss.shape == ()
+    with pytest.raises(RuntimeError, match=r"backend='native'.*meta"):
+        local_correlation_loss(student, teacher, 2, backend="native")
+
+
+def child(*command: str, **environment: str) -> str:
+    """What a fresh Python process prints; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_importing_loads_no_library_and_no_compiler():
+    """The native library is loaded by the first call that wants it; torch.compile's machinery and Triton not at all."""
+    script = (
+        "import sys, kdkernels; print([m for m in sys.modules if m.split('.')[0] == 'triton' or m == 'torch._dynamo'])"
+    )
+    script += "; print('_native_cpu' in open('/proc/self/maps').read())"
+    assert child("-c", script).split("\n")[:2] == ["[]", "False"]
+
+
+def test_a_library_that_does_not_load_is_explained(tmp_path):
+    """A file that is no library: "auto" computes all the same, "native" says what is wrong."""
+    script = f"""
+import pathlib, torch, kdkernels
+from kdkernels import native
+folder = native._FOLDER = pathlib.Path({str(tmp_path)!r})
+x = torch.randn(2, 3, 4, 4)
+for content in (None, b"not a library"):
+    native._load.cache_clear()
+    if content:
+        native.library().write_bytes(content)
+    kdkernels.local_correlation_loss(x, x, 2)
+    try:
+        kdkernels.local_correlation_loss(x, x, 2, backend="native")
+    except RuntimeError as error:
+        print(error)
+"""
+    first, second, *_ = child("-c", script).split("\n")
+    assert "not built" in first
+    assert "does not load" in second
+
+
+# The native library ---------------------------------------------------------------------------------------------------
+
+
+def operator_arguments() -> dict[str, list[tuple]]:
+    """Arguments for every native operator but kd (tests/test_kd.py), compact and permuted."""
+    features = torch.randn(3, 4, 6, 6)
+    permuted = torch.randn(3, 6, 6, 4).permute(0, 3, 1, 2)
+    mask = torch.rand(3, 6, 6)
+    rows, norms = native.ops.patches(features, 2, None, None, False, 1e-8)
+    x, y = torch.randn(12, 5), torch.randn(4, 12).T
+    every_plan = [0, 7, 0]
+    return {
+        "patches": [
+            (features, 2, None, None, False, 1e-8),
+            (permuted, 2, None, None, False, 1e-8),
+            (permuted.bfloat16(), 4, mask, 0.5, True, 1e-8),
+            (features.double(), 3, mask.transpose(1, 2), None, False, 0.0),
+        ],
+        "patches_backward": [
+            (torch.randn_like(rows), rows, norms, features, 2, None, None, False),
+            (torch.randn_like(rows).T.contiguous().T, rows, norms, permuted, 2, mask, 0.5, False),
+            (torch.randn_like(rows), rows, norms, permuted.half(), 2, None, None, False),
+        ],
+        "congruence": [
+            (x, y, 3, [1.0, 0.5, 2.0, 0.3], every_plan, want_x, want_y)
+            for want_x, want_y in ((True, True), (True, False), (False, False))
+        ],
+        "local_correlation": [
+            (
+                [a, a.double()],
+                [b, b],
+                masks,
+                [2, 3],
+                [1.0, 0.5, 2.0, 0.3] * 2,
+                every_plan * 2,
+                threshold,
+                False,
+                1e-8,
+                want,
+            )
+            for a, b, masks, threshold, want in (
+                (features, permuted, [], None, [1, 1, 1, 1]),
+                (permuted, permuted[:, ::2], [mask, mask], 0.5, [1, 0, 0, 1]),
+                (permuted.half(), features, [mask, mask], None, [0, 0, 0, 0]),
+            )
+        ],
+    }
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["patches", "patches_backward", "congruence", "local_correlation"])
+def test_opcheck(name):
+    for arguments in operator_arguments()[name]:
+        torch.library.opcheck(getattr(native.ops, name).default, arguments)
+
+
+@needs_native
+def test_every_operator_is_checked():
+    declared = {s.name.removeprefix("kdkernels::") for s in torch._C._jit_get_all_schemas() if "kdkernels::" in s.name}
+    assert declared == {*operator_arguments(), "kd"}
+
+
+@needs_native
+def test_operators_agree_with_their_fakes_on_strides():
+    """A compiled program is laid out by the fakes."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for features in (
+        torch.randn(3, 4, 2, 2),
+        torch.randn(3, 4, 1, 1),
+        torch.randn(3, 1, 2, 2),
+        torch.randn(1, 4, 2, 2),
+    ):
+        for layout in (features, features.to(memory_format=torch.channels_last), features.expand(3, -1, -1, -1)):
+            real = native.ops.local_correlation(
+                [layout], [layout], [], [1], [1.0] * 4, [0] * 3, None, False, 0.0, [1, 1]
+            )
+            with FakeTensorMode() as mode:
+                fake = mode.from_tensor(layout)
+                shape = native.ops.local_correlation(
+                    [fake], [fake], [], [1], [1.0] * 4, [0] * 3, None, False, 0.0, [1, 1]
+                )
+            for a, b in zip(real[1], shape[1], strict=True):
+                assert a.stride() == b.stride()
+
+
+@needs_native
+def test_without_gradient_none_is_computed():
+    """Validation under no_grad does not pay for a backward pass."""
+    student, teacher = (x.requires_grad_() for x in maps())
+    with NativeCalls() as log, torch.no_grad():
+        local_correlation_loss(student, teacher, 2, backend="native")
+    with NativeCalls() as of_detached:
+        local_correlation_loss(student.detach(), teacher.detach(), 2, backend="native")
+    for (_, arguments), (_, plain) in zip(log.calls, of_detached.calls, strict=True):
+        assert list(arguments[-1]) == [0, 0]
+        assert arguments[5] == plain[5]  # nor is the form chosen as if it were
+
+
+@needs_native
+@pytest.mark.parametrize("form", ["auto", "gram", "feature"])
+def test_any_number_of_threads(form):
+    """Work is shared out by sizes that fit no block: the result stays right, and bitwise the same from run to run."""
+    student, teacher = torch.randn(13, 6, 9, 9, requires_grad=True), torch.randn(13, 40, 6, 6, requires_grad=True)
+    settings = {"weights": (0.5, 2, 1), "form": form, "mask": torch.rand(13, 6, 6), "threshold": 0.7}
+
+    def run(backend: str) -> tuple[Tensor, list[Tensor]]:
+        return loss_and_gradients(
+            lambda s, t: local_correlation_loss(s, t, 3, backend=backend, **settings), student, teacher
+        )
+
+    expected, gradients = run("reference")
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 7, 20):
+            torch.set_num_threads(count)
+            (loss, of_native), (again, once_more) = run("native"), run("native")
+            assert torch.equal(loss, again)
+            assert all(torch.equal(a, b) for a, b in zip(of_native, once_more, strict=True))
+            assert_close(loss, expected, "loss")
+            for gradient, correct in zip(of_native, gradients, strict=True):
+                assert_close(gradient, correct, "gradient")
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_native
+@pytest.mark.parametrize("level", ["avx512", "avx2", "default"])
+def test_every_instruction_set(level):
+    """The library of each: built, chosen as PyTorch chooses its own, and right."""
+    if level == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this processor has no AVX-512")
+    script = "from kdkernels import native; print(native.library().name, native.library().exists())"
+    chosen = child("-c", script, ATEN_CPU_CAPABILITY=level).split()
+    assert chosen == [f"_native_cpu_{level}.so", "True"]
+    tests = ["tests/test_local_correlation.py", "tests/test_patches.py", "tests/test_congruence.py"]
+    which = "native and (random_problems or test_shapes or half_precision or test_mask or test_many_rows)"
+    report = child("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", which, ATEN_CPU_CAPABILITY=level)
+    assert " passed" in report
+    assert "skipped" not in report
+
+
+@needs_native
+@pytest.mark.parametrize("form", ["auto", "gram", "feature"])
+def test_memory(form):
+    """At N = 8192, where N² numbers are 256 MiB: forward and backward take at most 64 MiB beside the inputs."""
+    script = f"""
+import re, torch, kdkernels
+
+def mebibytes(name):
+    with open("/proc/self/status") as status:
+        return int(re.search(name + r":\\s+(\\d+)", status.read())[1]) / 1024
+
+def run(n):
+    student, teacher = torch.randn(n, 64, 8, 8, requires_grad=True), torch.randn(n, 64, 8, 8)
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")
+    before = mebibytes("VmRSS")
+    kdkernels.local_correlation_loss(student, teacher, 4, form={form!r}, backend="native").backward()
+    assert student.grad.abs().sum() > 0
+    return mebibytes("VmHWM") - before
+
+run(2)
+print(run(512))
+"""
+    assert float(child("-c", script)) <= 64
+
+
+def test_offsets_beyond_32_bits(backend, tmp_path):
+    """Images more than 2³¹ elements apart, in a sparse file of which only they exist."""
+    apart = 2**31 + 64
+    storage = torch.from_file(str(tmp_path / "features"), shared=True, size=apart + 4 * 4 * 4, dtype=torch.float32)
+    student, teacher = storage.as_strided((2, 4, 4, 4), (apart, 16, 4, 1)), torch.randn(2, 5, 4, 4)
+    student.copy_(torch.randn(2, 4, 4, 4))
+    near, far = (
+        loss_and_gradients(
+            lambda s: local_correlation_loss(s, teacher, 2, backend=backend), s.detach().requires_grad_()
+        )
+        for s in (student.contiguous(), student)
+    )
+    assert_close(far[0], near[0])
+    assert_close(far[1][0], near[1][0])
+
+
+# What explain says ----------------------------------------------------------------------------------------------------
+
+
+def test_explain_names_backend_form_and_costs():
+    small, large = (torch.randn(2, 64, 8, 8), torch.randn(2, 32, 8, 8)), (torch.randn(256, 2, 8, 8),) * 2
+    for (student, teacher), form in ((small, "gram"), (large, "feature")):
+        student = student.clone().requires_grad_()
+        told = str(kdkernels.explain("local_correlation_loss", student, teacher, 4, backend="reference"))
+        assert "reference" in told
+        assert form in told
+        for candidate in ("gram", "feature"):
+            assert candidate in told
+        assert any(character.isdigit() for character in told)
+    with pytest.raises(ValueError, match=r"name.*'no_such_loss'"):
+        kdkernels.explain("no_such_loss", *small, 4)
+    with pytest.raises(ValueError, match="batch"):
+        kdkernels.explain("local_correlation_loss", small[0], large[0], 4)

@@ -1,0 +1,43 @@
+# make demo and make test do all set-up on a fresh machine first; repeated, they only rebuild what changed.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+TORCH ?= torch==2.13.0
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+RUFF := $(PYTHON) -m ruff
+
+.PHONY: demo test lint bench setup clean
+
+demo: setup
+	$(PYTHON) examples/train_lkd.py
+	$(PYTHON) bench/compare.py
+
+# Triton's kernels are compiled in the first process and interpreted in the second.
+test: setup
+	$(PYTHON) -m pytest
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/interpreter
+
+lint: setup
+	$(RUFF) check .
+	$(RUFF) format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
+
+bench: setup
+	$(PYTHON) -m pytest bench/bench_congruence.py bench/bench_kd.py
+
+setup: $(VENV)/.built
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --upgrade "setuptools>=77" ninja wheel "$(TORCH)"
+	KDKERNELS_BUILD=0 $(PYTHON) -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py $(SOURCES)
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info kdkernels/*.so $(VENV)/.installed $(VENV)/.built
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

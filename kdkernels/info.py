@@ -1,0 +1,66 @@
+"""``python -m kdkernels.info``: what is installed here, which backends run, and why the others do not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from . import __version__, backends, native
+
+
+def rows() -> Iterator[tuple[str, str]]:
+    """The lines of the report, as a name and what there is to say about it."""
+    yield "kdkernels", __version__
+    yield "Python", platform.python_version()
+    yield "PyTorch", torch.__version__
+    yield "Triton", _version("triton")
+    yield "processor", f"{_processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    yield "native libraries", ", ".join(path.name for path in native.built()) or "none"
+    yield "  in use", "none" if native.why_not(torch.device("cpu")) else native.library().name
+    yield "  compiler", ", ".join(sorted({_compiler(path) for path in native.built()})) or "none"
+    yield "  CUDA architectures", "none: there are no CUDA kernels yet"
+    devices = [torch.device("cpu")]
+    for index in range(torch.cuda.device_count()):
+        devices.append(torch.device("cuda", index))
+        yield f"GPU {index}", torch.cuda.get_device_name(index)
+    if len(devices) == 1:
+        yield "GPU", "none"
+    for backend in backends.BACKENDS[1:]:
+        for device in devices:
+            reason = backends.why_not(backend, torch.empty(0, device=device))
+            yield f"{backend} on {device}", "runs" if reason is None else f"does not run: {reason}"
+
+
+def main() -> None:
+    report = list(rows())
+    width = max(len(name) for name, _ in report)
+    for name, value in report:
+        print(f"{name:<{width}}  {value}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1] if found else platform.machine()
+
+
+def _compiler(library: Path) -> str:
+    """What the compiler wrote about itself into the library."""
+    found = re.search(rb"GCC: \([^)]*\) [\d.]+|clang version [\d.]+", library.read_bytes())
+    return found[0].decode() if found else "unknown"
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ def patches(
 ) -> Tensor:
     maps = features.to(torch.promote_types(features.dtype, torch.float32))
     if mask is not None:
-        maps = masked_crop(maps, mask.to(maps.dtype), threshold)
+        maps = masked_crop(maps, mask.to(torch.promote_types(mask.dtype, torch.float32)), threshold)
     if partition == "resize":
         maps = resize_to_multiple(maps, k)
     return unit_rows(split(maps, k), eps)
@@ -27,6 +27,7 @@ def masked_crop(maps: Tensor, mask: Tensor, threshold: float | None) -> Tensor:
     """Multiply by the mask (Eq. 9), crop to its box, resample to the original size."""
     height, width = maps.shape[-2:]
     box = None if threshold is None else bounding_boxes(mask, threshold, height, width)
+    mask = mask.to(maps.dtype)
     if mask.shape[-2:] != maps.shape[-2:]:
         mask = F.interpolate(mask[:, None], size=(height, width), mode="bilinear")[:, 0]
     maps = maps * mask[:, None]

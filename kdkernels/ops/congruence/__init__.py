@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import backends, checks, native
+from ..autograd import scaled
 from . import reference
 from .plan import FORMS, GRAM, Coefficients, Plan, make_plan
 
@@ -46,12 +46,13 @@ def congruence(
         raise ValueError(f"coefficients must be the four of {Coefficients._fields}, got {coefficients!r}")
     coefficients = Coefficients(*map(float, coefficients))
     plan = plan_for(x, y, positions, form)
-    run = {"reference": _reference, "native": _Native.apply, "triton": _triton}[backends.choose(backend, x)]
+    run = {"reference": _reference, "native": _native, "triton": _triton}[backends.choose(backend, x)]
     return run(x, y, positions, coefficients, plan)
 
 
 def plan_for(x: Tensor, y: Tensor, positions: int, form: str) -> Plan:
-    return make_plan(form, x.shape[0], positions, x.shape[1], y.shape[1], x.requires_grad, y.requires_grad)
+    grads = (torch.is_grad_enabled() and rows.requires_grad for rows in (x, y))
+    return make_plan(form, x.shape[0], positions, x.shape[1], y.shape[1], *grads)
 
 
 def check(x: object, y: object, positions: int, form: str) -> None:
@@ -82,16 +83,25 @@ def _triton(x: Tensor, y: Tensor, positions: int, coefficients: Coefficients, pl
     return run(x, y, positions, coefficients, plan)
 
 
+def _native(x: Tensor, y: Tensor, positions: int, coefficients: Coefficients, plan: Plan) -> Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        return _Native.apply(x, y, positions, coefficients, plan)[0]
+    return native.ops.congruence(x, y, positions, coefficients, plan.codes, False, False)[0]
+
+
 class _Native(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, positions, coefficients, plan):
         want_x, want_y, *_ = ctx.needs_input_grad
         loss, grad_x, grad_y = native.ops.congruence(x, y, positions, coefficients, plan.codes, want_x, want_y)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_x, grad_y)
-        return loss
+        return loss, grad_x, grad_y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        grads = (saved * grad if want else None for saved, want in zip(ctx.saved_tensors, ctx.needs_input_grad))
+    def backward(ctx, grad_loss, *_):
+        grads = (
+            scaled(grad_loss, grad, grad.dtype) if want else None
+            for grad, want in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        )
         return *grads, None, None, None

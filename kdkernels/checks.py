@@ -49,7 +49,7 @@ def non_negative(name: str, value: float) -> None:
 
 
 def finite(name: str, value: float) -> None:
-    if not (isinstance(value, (int, float)) and math.isfinite(value)):
+    if not (isinstance(value, (int, float)) and -math.inf < value < math.inf):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 

@@ -162,53 +162,56 @@ for content in (None, b"not a library"):
 
 
 def operator_arguments() -> dict[str, list[tuple]]:
-    """Arguments for every native operator but kd (tests/test_kd.py), compact and permuted."""
-    features = torch.randn(3, 4, 6, 6)
-    permuted = torch.randn(3, 6, 6, 4).permute(0, 3, 1, 2)
-    mask = torch.rand(3, 6, 6)
-    rows, norms = native.ops.patches(features, 2, None, None, False, 1e-8)
+    """Arguments for every native operator but kd (tests/test_kd.py), in every layout the operators tell apart."""
+    features, mask = torch.randn(3, 4, 6, 6), torch.rand(3, 6, 6)
+    layouts = [
+        features,
+        features.to(memory_format=torch.channels_last),
+        torch.randn(6, 3, 4, 6).permute(1, 2, 0, 3),
+        torch.randn(3, 8, 6, 6)[:, ::2],
+        torch.randn(1, 4, 1, 6).expand(3, 4, 6, 6),
+        torch.randn(3, 1, 6, 6).to(memory_format=torch.channels_last),
+        torch.randn(1, 4, 6, 6).to(memory_format=torch.channels_last),
+    ]
+    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+    packed, unpacked, losses, gradients = [], [], [], []
+    for i, maps in enumerate(layouts):
+        maps = maps.to(dtypes[i % 4])
+        own_mask, threshold = ((None, None), (mask[: len(maps)], 0.5))[i % 2]
+        resize = i % 3 == 1
+        k = [4, 5] if resize else [2, 3]
+        packed.append((maps, k[0], own_mask, threshold, resize, 1e-8))
+        rows, norms = native.ops.patches(*packed[-1])
+        unpacked.append(
+            (torch.randn_like(rows), rows, norms, native.map_shape(maps), k[0], own_mask, threshold, resize)
+        )
+        other = torch.randn(len(maps), 2, 6, 3)
+        masks = [] if own_mask is None else [own_mask, own_mask]
+        wanted = [[1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 0, 0]][i % 3]
+        settings = (masks, k, [1.0, 0.5, 2.0, 0.3] * 2, [0, 7, 0] * 2, threshold, resize, 1e-8)
+        stages = [maps, maps], [torch.randn(len(maps), 2, 6, 2), other]
+        losses.append((*stages, *settings, wanted))
+        _, of_rows = native.ops.local_correlation(*losses[-1])
+        shapes = [number for stage in (*stages[0], *stages[1]) for number in native.map_shape(stage)]
+        gradients.append((torch.ones((), dtype=of_rows[0].dtype), of_rows, shapes, masks, k, threshold, resize))
     x, y = torch.randn(12, 5), torch.randn(4, 12).T
-    every_plan = [0, 7, 0]
+    congruences = [
+        (x, y, 3, [1.0, 0.5, 2.0, 0.3], [0, 7, 0], *wanted) for wanted in ((True, True), (True, False), (False, False))
+    ]
     return {
-        "patches": [
-            (features, 2, None, None, False, 1e-8),
-            (permuted, 2, None, None, False, 1e-8),
-            (permuted.bfloat16(), 4, mask, 0.5, True, 1e-8),
-            (features.double(), 3, mask.transpose(1, 2), None, False, 0.0),
-        ],
-        "patches_backward": [
-            (torch.randn_like(rows), rows, norms, features, 2, None, None, False),
-            (torch.randn_like(rows).T.contiguous().T, rows, norms, permuted, 2, mask, 0.5, False),
-            (torch.randn_like(rows), rows, norms, permuted.half(), 2, None, None, False),
-        ],
-        "congruence": [
-            (x, y, 3, [1.0, 0.5, 2.0, 0.3], every_plan, want_x, want_y)
-            for want_x, want_y in ((True, True), (True, False), (False, False))
-        ],
-        "local_correlation": [
-            (
-                [a, a.double()],
-                [b, b],
-                masks,
-                [2, 3],
-                [1.0, 0.5, 2.0, 0.3] * 2,
-                every_plan * 2,
-                threshold,
-                False,
-                1e-8,
-                want,
-            )
-            for a, b, masks, threshold, want in (
-                (features, permuted, [], None, [1, 1, 1, 1]),
-                (permuted, permuted[:, ::2], [mask, mask], 0.5, [1, 0, 0, 1]),
-                (permuted.half(), features, [mask, mask], None, [0, 0, 0, 0]),
-            )
-        ],
+        "patches": packed,
+        "patches_backward": unpacked,
+        "congruence": congruences,
+        "local_correlation": losses,
+        "local_correlation_backward": gradients,
     }
 
 
+OPERATORS = ("patches", "patches_backward", "congruence", "local_correlation", "local_correlation_backward")
+
+
 @needs_native
-@pytest.mark.parametrize("name", ["patches", "patches_backward", "congruence", "local_correlation"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name):
     for arguments in operator_arguments()[name]:
         torch.library.opcheck(getattr(native.ops, name).default, arguments)
@@ -217,31 +220,7 @@ def test_opcheck(name):
 @needs_native
 def test_every_operator_is_checked():
     declared = {s.name.removeprefix("kdkernels::") for s in torch._C._jit_get_all_schemas() if "kdkernels::" in s.name}
-    assert declared == {*operator_arguments(), "kd"}
-
-
-@needs_native
-def test_operators_agree_with_their_fakes_on_strides():
-    """A compiled program is laid out by the fakes."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    for features in (
-        torch.randn(3, 4, 2, 2),
-        torch.randn(3, 4, 1, 1),
-        torch.randn(3, 1, 2, 2),
-        torch.randn(1, 4, 2, 2),
-    ):
-        for layout in (features, features.to(memory_format=torch.channels_last), features.expand(3, -1, -1, -1)):
-            real = native.ops.local_correlation(
-                [layout], [layout], [], [1], [1.0] * 4, [0] * 3, None, False, 0.0, [1, 1]
-            )
-            with FakeTensorMode() as mode:
-                fake = mode.from_tensor(layout)
-                shape = native.ops.local_correlation(
-                    [fake], [fake], [], [1], [1.0] * 4, [0] * 3, None, False, 0.0, [1, 1]
-                )
-            for a, b in zip(real[1], shape[1], strict=True):
-                assert a.stride() == b.stride()
+    assert declared == {*OPERATORS, "kd"}
 
 
 @needs_native

@@ -55,6 +55,7 @@ def why_not(backend: str, *tensors: torch.Tensor) -> str | None:
     return native.why_not(device) if backend == "native" else _why_not_triton(device)
 
 
+@torch.compiler.assume_constant_result
 def _why_not_triton(device: torch.device) -> str | None:
     try:
         import triton

@@ -21,7 +21,7 @@ from .plan import FEATURE, GRAM, Coefficients, Form, Plan, multiply_adds
 # Rows, columns and depth of a tile by dtype and tl.dot's input precision.
 TILES = {
     (torch.float32, "ieee"): (64, 64, 16),
-    (torch.float32, "tf32"): (128, 128, 32),
+    (torch.float32, "tf32"): (128, 64, 32),
     (torch.float32, "tf32x3"): (64, 64, 32),
     (torch.float64, "ieee"): (32, 32, 16),
 }

@@ -318,7 +318,7 @@ def _pack_kernel(
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
 
     # The patch is read twice, the second time from cache: a row may be longer than the registers hold.
-    total = tl.full((), 0, dtype)
+    total = tl.full((), 0, tl.float64)
     for start in range(0, length, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         inside = offsets < length
@@ -327,11 +327,15 @@ def _pack_kernel(
             features_ptr, mask_ptr, channel, top + y, left + x, inside, strides, mask_strides, MASK, dtype,
             bounds, grid, CROP, RESIZE,
         )  # fmt: skip
-        total += tl.sum(values * values, 0)
+        wide = values.to(tl.float64)
+        total += tl.sum(wide * wide, 0)
     norm = tl.sqrt(total)
-    dead = norm <= tl.full((), eps, dtype)
-    tl.store(norms_ptr + row, tl.where(dead, 0, norm))
-    divisor = tl.where(dead, 1, norm)
+    dead = norm <= tl.full((), eps, tl.float64)
+    tl.store(norms_ptr + row, tl.where(dead, 0, norm).to(dtype))
+    # Brought within range: the norm of a row of float32 need not be a normal float32.
+    scale = tl.where(norm > 1e30, 1e-18, tl.where(norm < 1e-30, 1e18, 1.0))
+    divisor = tl.where(dead, 1, norm * scale).to(dtype)
+    scale = scale.to(dtype)
 
     for start in range(0, length, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
@@ -341,7 +345,7 @@ def _pack_kernel(
             features_ptr, mask_ptr, channel, top + y, left + x, inside, strides, mask_strides, MASK, dtype,
             bounds, grid, CROP, RESIZE,
         )  # fmt: skip
-        tl.store(rows_ptr + offsets, tl.where(dead, 0, values / divisor), mask=inside)
+        tl.store(rows_ptr + offsets, tl.where(dead, 0, values * scale / divisor), mask=inside)
 
 
 @triton.jit

@@ -1,0 +1,180 @@
+"""Every Triton kernel compiles, without a device, for the GPUs it may meet: it spills nothing, fits, uses tensor cores.
+
+The operators are called on CPU tensors, so that the kernels are specialised as their launchers specialise them.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET=1 is set: there is nothing to compile", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability  # noqa: E402
+from triton.compiler import CompiledKernel  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+ROOMS = [import_module(f"kdkernels.ops.{name}.triton") for name in ("congruence", "kd", "patches")]
+ops = torch.ops.kdkernels_triton
+KERNELS = {
+    "_kd_kernel",
+    "_pack_kernel",
+    "_project_kernel",
+    "_resample_backward_kernel",
+    "_product_kernel",
+    "_fold_kernel",
+    "_diagonal_kernel",
+}
+# Bytes of shared memory that one block may have.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
+# A register or two that ptxas stores around a loop: no loss that could be seen, and no telling when.
+SPILL_BYTES = 8
+
+
+class Driver(NamedTuple):
+    """What a launch asks of a GPU's driver up to the point where the kernel is compiled."""
+
+    target: GPUTarget
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return f"none, for {self.target.arch}"
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@pytest.fixture(
+    params=[
+        GPUTarget("cuda", 80, 32),
+        GPUTarget("cuda", 90, 32),
+        GPUTarget("cuda", 100, 32),
+        GPUTarget("hip", "gfx942", 64),
+    ],
+    ids=["sm_80", "sm_90", "sm_100", "gfx942"],
+)
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> GPUTarget:
+    monkeypatch.setattr(torch.version, "hip", "6.4" if request.param.backend == "hip" else None)
+    return request.param
+
+
+@pytest.fixture
+def compiled(target: GPUTarget, monkeypatch: pytest.MonkeyPatch) -> list[CompiledKernel]:
+    """The kernels that were compiled, where they would have been launched."""
+    kernels: list[CompiledKernel] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> None:
+        kernels.append(run(self, *args, grid=grid, warmup=True, **options))
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(driver, "_active", Driver(target))
+    return kernels
+
+
+@pytest.fixture
+def permit_tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def distinct(kernels: list[CompiledKernel]) -> list[CompiledKernel]:
+    return list({kernel.hash: kernel for kernel in kernels}.values())
+
+
+def spilled_bytes(kernel: CompiledKernel, target: GPUTarget, folder: Path) -> int:
+    if target.backend == "hip":
+        return 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])[1])
+    source = folder / "kernel.ptx"
+    source.write_text(kernel.asm["ptx"])
+    arch = sm_arch_from_capability(target.arch)
+    command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={arch}", source, "-o", folder / "kernel.cubin"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(map(int, re.findall(r"(\d+) bytes spill stores", report)))
+
+
+def check(kernels: list[CompiledKernel], target: GPUTarget, folder: Path, expected: set[str]) -> None:
+    assert {kernel.metadata.name for kernel in kernels} == expected
+    for kernel in distinct(kernels):
+        assert kernel.metadata.shared <= SHARED_MEMORY[target.arch], kernel.metadata
+        assert spilled_bytes(kernel, target, folder) <= SPILL_BYTES, kernel.metadata
+
+
+def test_kd(compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        logits = torch.zeros(8, 1000, dtype=dtype)
+        ops.kd(logits, logits, 4.0, 16.0, True, True)
+    check(compiled, target, tmp_path, {"_kd_kernel"})
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
+def test_patches(compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, channels_last: bool) -> None:
+    dtype = torch.bfloat16 if channels_last else torch.float32
+    mask, bounds = torch.zeros(4, 7, 7), torch.zeros(4, 4, dtype=torch.int64)
+    expected = {"_pack_kernel", "_project_kernel"}
+    pack_and_back(torch.zeros(4, 16, 32, 32, dtype=dtype), 4, channels_last, None, None, False)
+    pack_and_back(torch.zeros(4, 16, 8, 8, dtype=dtype), 2, channels_last, torch.zeros(4, 8, 8), None, False)
+    check(compiled, target, tmp_path, expected)
+    pack_and_back(torch.zeros(4, 64, 7, 7, dtype=dtype), 3, channels_last, mask, bounds, True)
+    check(compiled, target, tmp_path, {*expected, "_resample_backward_kernel"})
+
+
+def pack_and_back(
+    features: torch.Tensor, k: int, channels_last: bool, mask: object, bounds: object, resize: bool
+) -> None:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    features = features.to(memory_format=memory_format)
+    rows, norms = ops.patches(features, k, mask, bounds, resize, 1e-8)
+    ops.patches_backward(rows, rows, norms, features.shape, features.dtype, channels_last, k, mask, bounds, resize)
+
+
+def compare(dtype: torch.dtype, feature: bool) -> None:
+    """All terms of a loss, with one gradient and with none."""
+    x, y = torch.zeros(1024, 256, dtype=dtype), torch.zeros(1024, 64, dtype=dtype)
+    for grad in (True, False):
+        ops.congruence(x, y, 16, [1.0, 0.5, 0.5, 1.0], [feature] * 3, grad, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_congruence(compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, dtype: torch.dtype) -> None:
+    compare(dtype, feature=False)
+    check(compiled, target, tmp_path, {"_product_kernel"})
+    compare(dtype, feature=True)
+    check(compiled, target, tmp_path, {"_product_kernel", "_fold_kernel", "_diagonal_kernel"})
+    assert not any("tf32" in code(kernel, target) for kernel in compiled), "float32 products must not be rounded"
+
+
+def test_congruence_on_tensor_cores(
+    compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, permit_tf32: None
+) -> None:
+    compare(torch.float32, feature=False)
+    compare(torch.float32, feature=True)
+    check(compiled, target, tmp_path, {"_product_kernel", "_fold_kernel", "_diagonal_kernel"})
+    instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(target.arch)
+    if instruction:
+        whole = [kernel for kernel in distinct(compiled) if kernel.metadata.shared >= 32 * 1024]
+        assert whole
+        assert all(instruction in code(kernel, target) for kernel in whole)
+
+
+def test_no_kernel_is_left_out() -> None:
+    assert {name for room in ROOMS for name in vars(room) if name.endswith("_kernel")} == KERNELS
+
+
+def code(kernel: CompiledKernel, target: GPUTarget) -> str:
+    return kernel.asm["amdgcn" if target.backend == "hip" else "ptx"]

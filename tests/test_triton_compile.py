@@ -172,6 +172,21 @@ def test_congruence_on_tensor_cores(
         assert all(instruction in code(kernel, target) for kernel in whole)
 
 
+@pytest.mark.parametrize("target", [GPUTarget("cuda", 90, 32)], ids=["sm_90"], indirect=True)
+def test_sizes_of_one(compiled: list[CompiledKernel], target: GPUTarget) -> None:
+    """Compiled kernels, unlike interpreted ones, take an integer argument of 1 as a constant."""
+    for shape in ((1, 1, 1, 1), (3, 1, 1, 5), (1, 2, 5, 1)):
+        maps, mask, bounds = torch.zeros(shape), torch.zeros(shape[0], *shape[2:]), torch.zeros(4, shape[0]).long()
+        pack_and_back(maps, 1, False, None, None, False)
+        pack_and_back(maps, 2, False, mask, bounds, True)
+    for x, y in ((torch.zeros(1, 1), torch.zeros(1, 3)), (torch.zeros(3, 1), torch.zeros(3, 1))):
+        ops.kd(x, x, 4.0, 1.0, True, True)
+        for feature in (False, True):
+            ops.congruence(x, y, 1, [1.0, 0.5, 0.5, 1.0], [feature] * 3, True, True)
+            ops.congruence(x, y, 1, [1.0, 0.5, 0.5, 1.0], [feature] * 3, False, False)
+    assert {kernel.metadata.name for kernel in compiled} == KERNELS - {"_fold_kernel"}
+
+
 def test_no_kernel_is_left_out() -> None:
     assert {name for room in ROOMS for name in vars(room) if name.endswith("_kernel")} == KERNELS
 

@@ -29,6 +29,7 @@ ROOMS = [import_module(f"kdkernels.ops.{name}.triton") for name in ("congruence"
 ops = torch.ops.kdkernels_triton
 KERNELS = {
     "_kd_kernel",
+    "_bounds_kernel",
     "_pack_kernel",
     "_project_kernel",
     "_resample_backward_kernel",
@@ -125,8 +126,8 @@ def test_kd(compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path) -
 @pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
 def test_patches(compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, channels_last: bool) -> None:
     dtype = torch.bfloat16 if channels_last else torch.float32
-    mask, bounds = torch.zeros(4, 7, 7), torch.zeros(4, 4, dtype=torch.int64)
-    expected = {"_pack_kernel", "_project_kernel"}
+    mask, bounds = torch.zeros(4, 7, 7), ops.bounding_boxes(torch.zeros(4, 7, 7), 0.5, 7, 7)
+    expected = {"_bounds_kernel", "_pack_kernel", "_project_kernel"}
     pack_and_back(torch.zeros(4, 16, 32, 32, dtype=dtype), 4, channels_last, None, None, False)
     pack_and_back(torch.zeros(4, 16, 8, 8, dtype=dtype), 2, channels_last, torch.zeros(4, 8, 8), None, False)
     check(compiled, target, tmp_path, expected)
@@ -176,7 +177,8 @@ def test_congruence_on_tensor_cores(
 def test_sizes_of_one(compiled: list[CompiledKernel], target: GPUTarget) -> None:
     """Compiled kernels, unlike interpreted ones, take an integer argument of 1 as a constant."""
     for shape in ((1, 1, 1, 1), (3, 1, 1, 5), (1, 2, 5, 1)):
-        maps, mask, bounds = torch.zeros(shape), torch.zeros(shape[0], *shape[2:]), torch.zeros(4, shape[0]).long()
+        maps, mask = torch.zeros(shape), torch.zeros(shape[0], *shape[2:])
+        bounds = ops.bounding_boxes(mask, 0.5, *shape[2:])
         pack_and_back(maps, 1, False, None, None, False)
         pack_and_back(maps, 2, False, mask, bounds, True)
     for x, y in ((torch.zeros(1, 1), torch.zeros(1, 3)), (torch.zeros(3, 1), torch.zeros(3, 1))):

@@ -20,6 +20,7 @@ from kdkernels.ops.congruence import triton as congruence_triton
 from kdkernels.ops.congruence.plan import Coefficients
 from kdkernels.ops.kd import reference as kd_reference
 from kdkernels.ops.patches import patches
+from kdkernels.ops.patches import reference as patches_reference
 from kdkernels.ops.patches import triton as patches_triton
 
 ops = torch.ops.kdkernels_triton
@@ -171,6 +172,18 @@ def test_patches(device: str, dtype: torch.dtype, case: Case, layout: str) -> No
     assert_close(gradient, correct, "gradient")
     if layout == "channels_last" and case.c > 1:
         assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 7), (9, 4), (40, 33)])
+def test_bounding_boxes(device: str, height: int, width: int) -> None:
+    masks = torch.rand(6, 40, 33, device=device).mT.contiguous().mT
+    masks[torch.rand_like(masks) > 0.003] = 0
+    masks[0] = 0
+    masks[1, 3, 4] = float("nan")
+    masks[2] = 0.5
+    boxes = ops.bounding_boxes(masks, 0.5, height, width)
+    expected = torch.stack(patches_reference.bounding_boxes(masks, 0.5, height, width))
+    assert torch.equal(boxes.long(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -406,7 +419,8 @@ def test_compile_without_graph_breaks(device: str) -> None:
 
 def test_registration(device: str) -> None:
     features = [draw(2, 3, 4, 4, device=device), laid_out(draw(2, 3, 5, 5, device=device).bfloat16(), "channels_last")]
-    bounds = torch.tensor([[0, 1], [2, 3], [0, 1], [2, 3]], device=device)
+    bounds = torch.tensor([[0, 1], [2, 3], [0, 1], [2, 3]], dtype=torch.int32, device=device)
+    torch.library.opcheck(ops.bounding_boxes, (torch.rand(2, 5, 3, device=device), 0.5, 7, 7))
     for maps, resize in zip(features, (False, True), strict=True):
         options = (2, torch.rand(2, *maps.shape[-2:], device=device), bounds, resize)
         rows, norms = ops.patches(maps, *options, 1e-8)

@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..autograd import FirstDerivative
-from .reference import bounding_boxes
 
 ROW_BLOCK = 4096
 RESAMPLED_BLOCK = 512  # fewer pixels at a time where each has up to 16 taps
@@ -28,7 +27,7 @@ def patches(
         height, width = features.shape[-2:]
         mask = mask.to(_accumulator(features.dtype))
         if threshold is not None:
-            bounds = torch.stack(bounding_boxes(mask, threshold, height, width))
+            bounds = torch.ops.kdkernels_triton.bounding_boxes(mask, threshold, height, width)
         if mask.shape[-2:] != features.shape[-2:]:
             mask = F.interpolate(mask[:, None], size=(height, width), mode="bilinear")[:, 0]
     resize = partition == "resize" and any(side % k for side in features.shape[-2:])
@@ -51,7 +50,9 @@ class _Patches(torch.autograd.Function):
         gradient = torch.ops.kdkernels_triton.patches_backward(
             grad.detach(), rows.detach(), norms, *ctx.map, k, mask, bounds, resize
         )
-        return FirstDerivative.apply(gradient, rows), None, None, None, None, None
+        if torch.is_grad_enabled():
+            gradient = FirstDerivative.apply(gradient, rows)
+        return gradient, None, None, None, None, None
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -64,6 +65,10 @@ def _channels_last(features: Tensor) -> bool:
 
 
 torch.library.define(
+    "kdkernels_triton::bounding_boxes",
+    "(Tensor mask, float threshold, SymInt height, SymInt width) -> Tensor",
+)
+torch.library.define(
     "kdkernels_triton::patches",
     "(Tensor features, SymInt k, Tensor? mask, Tensor? bounds, bool resize, float eps) -> (Tensor rows, Tensor norms)",
 )
@@ -72,6 +77,11 @@ torch.library.define(
     "(Tensor grad, Tensor rows, Tensor norms, SymInt[] size, ScalarType dtype, bool channels_last, SymInt k,"
     " Tensor? mask, Tensor? bounds, bool resize) -> Tensor",
 )
+
+
+@torch.library.register_fake("kdkernels_triton::bounding_boxes")
+def _allocate_bounds(mask, threshold, height, width) -> Tensor:
+    return mask.new_empty((4, mask.shape[0]), dtype=torch.int32)
 
 
 @torch.library.register_fake("kdkernels_triton::patches")
@@ -90,6 +100,15 @@ def _allocate_map(grad, rows, norms, size, dtype, channels_last, k, mask, bounds
 def _new_map(like: Tensor, size: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Tensor:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(size, dtype=dtype, device=like.device, memory_format=memory_format)
+
+
+@torch.library.impl("kdkernels_triton::bounding_boxes", "CompositeExplicitAutograd")
+def _launch_bounding_boxes(mask, threshold, height, width):
+    bounds = _allocate_bounds(mask, threshold, height, width)
+    n, h, w = mask.shape
+    with torch.cuda.device_of(mask):
+        _bounds_kernel[(n,)](mask, bounds, *mask.stride(), n, h, w, height, width, threshold, BLOCK=1024)
+    return bounds
 
 
 @torch.library.impl("kdkernels_triton::patches", "CompositeExplicitAutograd")
@@ -190,6 +209,48 @@ def _launch_options(length: int, largest: int) -> dict[str, int]:
 
 
 @triton.jit
+def _bounds_kernel(
+    mask_ptr,
+    bounds_ptr,
+    image_stride,
+    y_stride,
+    x_stride,
+    n,
+    h,
+    w,
+    height,
+    width,
+    threshold: tl.float64,
+    BLOCK: tl.constexpr,
+):
+    """An image's box as ``reference.bounding_boxes`` has it: top, bottom, left and right, on a height x width map."""
+    image = tl.program_id(0).to(tl.int64)
+    mask_ptr += image * image_stride
+    threshold = tl.full((), threshold, mask_ptr.dtype.element_ty)
+    top = tl.full((), h, tl.int32)
+    left = tl.full((), w, tl.int32)
+    bottom = tl.full((), 0, tl.int32)
+    right = tl.full((), 0, tl.int32)
+    for start in range(0, h * w, BLOCK):
+        pixel = start + tl.arange(0, BLOCK)
+        y = pixel // w
+        x = pixel % w
+        offsets = y.to(tl.int64) * y_stride + x.to(tl.int64) * x_stride
+        below = tl.load(mask_ptr + offsets, mask=pixel < h * w, other=-float("inf")) <= threshold
+        above = (below == 0) & (pixel < h * w)
+        top = tl.minimum(top, tl.min(tl.where(above, y, h), 0))
+        left = tl.minimum(left, tl.min(tl.where(above, x, w), 0))
+        bottom = tl.maximum(bottom, tl.max(tl.where(above, y + 1, 0), 0))
+        right = tl.maximum(right, tl.max(tl.where(above, x + 1, 0), 0))
+    nothing = bottom == 0
+    bounds_ptr += image
+    tl.store(bounds_ptr, tl.where(nothing, 0, top * height // h))
+    tl.store(bounds_ptr + n, tl.where(nothing, height, tl.cdiv(bottom * height, h)))
+    tl.store(bounds_ptr + 2 * n, tl.where(nothing, 0, left * width // w))
+    tl.store(bounds_ptr + 3 * n, tl.where(nothing, width, tl.cdiv(right * width, w)))
+
+
+@triton.jit
 def _components(offsets, c, PATCH_HEIGHT: tl.constexpr, PATCH_WIDTH: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     """The (channel, y, x) of a patch's components, in the order in which memory holds them."""
     if CHANNELS_LAST:
@@ -203,10 +264,10 @@ def _components(offsets, c, PATCH_HEIGHT: tl.constexpr, PATCH_WIDTH: tl.constexp
 def _bounds(bounds_ptr, image, n, h, w, CROP: tl.constexpr):
     """Along height and along width: where an image's crop starts, its length, and the length of the whole."""
     if CROP:
-        top = tl.load(bounds_ptr + image).to(tl.int32)
-        bottom = tl.load(bounds_ptr + n + image).to(tl.int32)
-        left = tl.load(bounds_ptr + 2 * n + image).to(tl.int32)
-        right = tl.load(bounds_ptr + 3 * n + image).to(tl.int32)
+        top = tl.load(bounds_ptr + image)
+        bottom = tl.load(bounds_ptr + n + image)
+        left = tl.load(bounds_ptr + 2 * n + image)
+        right = tl.load(bounds_ptr + 3 * n + image)
         return (top, bottom - top, h), (left, right - left, w)
     return (0, h, h), (0, w, w)
 

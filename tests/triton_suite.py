@@ -310,6 +310,27 @@ def test_congruence_of_mixed_forms(device: str) -> None:
     compare(device, 12, 4, (4, 200), (1.0, 0.0, 0.0, 1.0), "auto", wanted=(True, False))
 
 
+def test_no_tensor_of_the_size_of_all_pairs(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher's allocations, with kernels that do nothing."""
+    rows, sizes = 4096, []
+    new_empty = Tensor.new_empty
+
+    def recording(self: Tensor, *size, **options) -> Tensor:
+        result = new_empty(self, *size, **options)
+        sizes.append(result.numel())
+        return result
+
+    class Idle:
+        def __getitem__(self, grid: tuple[int, ...]):
+            return lambda *args, **options: None
+
+    monkeypatch.setattr(congruence_triton, "_product_kernel", Idle())
+    monkeypatch.setattr(Tensor, "new_empty", recording)
+    x = torch.zeros(rows, 8, device=device)
+    ops.congruence(x, x, 16, [0.7, 0.5, -0.3, 0.2], [False] * 3, True, True)
+    assert rows * 128 <= max(sizes) <= rows**2 // 8
+
+
 @pytest.mark.parametrize("form", ["gram", "feature"])
 def test_congruence_of_broken_rows(device: str, form: str) -> None:
     for place in range(2):

@@ -8,22 +8,26 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
   m.def(
       "kd(Tensor student, Tensor teacher, float temperature, float scale, bool grad_student, bool grad_teacher)"
       " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)");
-  // Unit patch vectors and the norms they were divided by, 0 for a dead patch.
+  // Unit patch vectors and the norms they were divided by, 0 for a dead patch. Shapes of features are four numbers: channels,
+  // height, width, and whether the channels are neighbours in memory.
   m.def(
       "patches(Tensor features, int k, Tensor? mask, float? threshold, bool resize, float eps)"
       " -> (Tensor rows, Tensor norms)");
   m.def(
-      "patches_backward(Tensor grad_rows, Tensor rows, Tensor norms, Tensor features, int k, Tensor? mask,"
+      "patches_backward(Tensor grad_rows, Tensor rows, Tensor norms, int[] shape, int k, Tensor? mask,"
       " float? threshold, bool resize) -> Tensor grad_features");
   // coefficients: those of the sums over all pairs, one image's, one position's, the diagonal; plan: three form codes.
   m.def(
       "congruence(Tensor x, Tensor y, int positions, float[] coefficients, int[] plan, bool grad_x, bool grad_y)"
       " -> (Tensor loss, Tensor grad_x, Tensor grad_y)");
-  // masks: none, or one per stage. coefficients and plans: four and three numbers per stage. wanted, grads: a flag and a
-  // gradient for the student's features of every stage, then for the teacher's.
+  // masks: none, or one per stage. coefficients and plans: four and three numbers per stage. wanted and grad_rows: a flag and
+  // the gradient of the patches before normalisation for the student's features of every stage, then for the teacher's.
   m.def(
       "local_correlation(Tensor[] students, Tensor[] teachers, Tensor[] masks, int[] k, float[] coefficients,"
-      " int[] plans, float? threshold, bool resize, float eps, int[] wanted) -> (Tensor loss, Tensor[] grads)");
+      " int[] plans, float? threshold, bool resize, float eps, int[] wanted) -> (Tensor loss, Tensor[] grad_rows)");
+  m.def(
+      "local_correlation_backward(Tensor grad_loss, Tensor[] grad_rows, int[] shapes, Tensor[] masks, int[] k,"
+      " float? threshold, bool resize) -> Tensor[] grad_features");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
@@ -32,4 +36,5 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("patches_backward", TORCH_BOX(&kdkernels::patches_backward));
   m.impl("congruence", TORCH_BOX(&kdkernels::congruence));
   m.impl("local_correlation", TORCH_BOX(&kdkernels::local_correlation));
+  m.impl("local_correlation_backward", TORCH_BOX(&kdkernels::local_correlation_backward));
 }

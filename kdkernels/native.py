@@ -83,13 +83,13 @@ def _register_fakes() -> None:
         grad_rows: Tensor,
         rows: Tensor,
         norms: Tensor,
-        features: Tensor,
+        shape: list[int],
         k: int,
         mask: Tensor | None,
         threshold: float | None,
         resize: bool,
     ) -> Tensor:
-        return _new_gradient(features, features.dtype)
+        return _new_maps(rows, shape, k)
 
     @torch.library.register_fake("kdkernels::congruence")
     def congruence(
@@ -118,19 +118,41 @@ def _register_fakes() -> None:
         wanted: list[int],
     ) -> tuple[Tensor, list[Tensor]]:
         dtypes = [accumulation_dtype(*stage) for stage in zip(students, teachers, strict=True)]
-        grads = [
-            _new_gradient(features, dtype) if want else features.new_empty((0,), dtype=dtype)
-            for features, dtype, want in zip([*students, *teachers], [*dtypes, *dtypes], wanted, strict=True)
-        ]
+        grads = []
+        for i, (features, want) in enumerate(zip([*students, *teachers], wanted, strict=True)):
+            side = k[i % len(k)]
+            n, c, h, w = features.shape
+            shape = (n * side**2, c * -(-h // side) * -(-w // side)) if want else (0,)
+            grads.append(features.new_empty(shape, dtype=dtypes[i % len(k)]))
         return students[0].new_empty((), dtype=accumulation_dtype(*students, *teachers)), grads
 
+    @torch.library.register_fake("kdkernels::local_correlation_backward")
+    def local_correlation_backward(
+        grad_loss: Tensor,
+        grad_rows: list[Tensor],
+        shapes: list[int],
+        masks: list[Tensor],
+        k: list[int],
+        threshold: float | None,
+        resize: bool,
+    ) -> list[Tensor]:
+        return [
+            _new_maps(rows, shapes[4 * i : 4 * i + 4], k[i % len(k)]) if rows.dim() == 2 else rows.new_empty((0,))
+            for i, rows in enumerate(grad_rows)
+        ]
 
-def _new_gradient(features: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient as the native operators allocate it: channels_last where the features' channels are neighbours."""
-    n, c, h, w = features.shape
-    if features.stride(1) == 1 and c > 1 and h * w > 1:
-        return features.new_empty((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
-    return features.new_empty((n, c, h, w), dtype=dtype)
+
+def map_shape(features: Tensor) -> tuple[int, int, int, bool]:
+    """Channels, height, width and whether the channels are neighbours in memory, as the backward operators take them."""
+    _, c, h, w = features.shape
+    return c, h, w, features.stride(1) == 1 and c > 1 and h * w > 1
+
+
+def _new_maps(rows: Tensor, shape: list[int], k: int) -> Tensor:
+    """Gradient maps as the native operators allocate them: compact, in the memory format of the features."""
+    c, h, w, channels_last = shape
+    n = rows.shape[0] // k**2
+    return rows.new_empty((n, h, w, c)).permute(0, 3, 1, 2) if channels_last else rows.new_empty((n, c, h, w))
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

@@ -10,7 +10,7 @@ namespace kdkernels {
 namespace {
 
 // Rows of the Gram matrices that exist at a time: enough to keep the products efficient, a fraction of the matrix.
-int64_t strip_height(int64_t rows) { return std::clamp<int64_t>(round_up(rows / 4, 32), 64, 512); }
+int64_t strip_height(int64_t rows) { return std::clamp<int64_t>(round_up(rows / 2, 32), 64, 512); }
 
 template <typename T>
 struct Operand {
@@ -78,22 +78,27 @@ class Strips {
  public:
   Strips(int64_t rows, const Operand<T>* plus, const Operand<T>* minus, const Coefficients& weights, int64_t positions,
          std::vector<Target<T>> targets)
-      : rows_(rows), plus_(plus), minus_(minus), weights_(weights), positions_(positions), targets_(std::move(targets)) {}
+      : rows_(rows),
+        plus_(plus),
+        minus_(minus),
+        weights_(weights),
+        positions_(positions),
+        targets_(std::move(targets)) {}
 
   double run() {
     const int64_t height = std::min(rows_, strip_height(rows_));
-    Buffer<T> strip(height * rows_);
+    T* strip = workspace<T, Scratch::strip>(height * rows_);
     Buffer<double> losses(height);
     double loss = 0;
     for (int64_t begin = 0; begin < rows_; begin += height) {
       const int64_t count = std::min(height, rows_ - begin), columns = rows_ - begin;
-      products(begin, count, columns, strip.data());
+      products(begin, count, columns, strip);
       parallel_blocks(count, 1, 1 + (1 << 15) / columns, [&](int64_t i0, int64_t i1) {
-        for (int64_t i = i0; i < i1; ++i) losses.data()[i] = weigh(begin + i, strip.data() + i * columns + i);
+        for (int64_t i = i0; i < i1; ++i) losses.data()[i] = weigh(begin + i, strip + i * columns + i);
       });
       loss = std::accumulate(losses.data(), losses.data() + count, loss);
-      if (!targets_.empty()) mirror_upper(strip.data(), count, columns);
-      for (Target<T>& target : targets_) add_gradient(begin, count, columns, strip.data(), target);
+      if (!targets_.empty()) mirror_upper(strip, count, columns);
+      for (Target<T>& target : targets_) add_gradient(begin, count, columns, strip, target);
     }
     return loss;
   }
@@ -154,14 +159,19 @@ template <typename T>
 class Block {
  public:
   Block(int64_t rows, Operand<T> x, Operand<T> y, double coefficient, Gradient<T>& grad_x, Gradient<T>& grad_y)
-      : rows_(rows), x_(x), y_(y), coefficient_(coefficient), slope_(4 * coefficient), grad_x_(grad_x), grad_y_(grad_y) {}
+      : rows_(rows),
+        x_(x),
+        y_(y),
+        coefficient_(coefficient),
+        slope_(4 * coefficient),
+        grad_x_(grad_x),
+        grad_y_(grad_y) {}
 
   double run(Form form) {
     if (form.gram()) return strips(&x_, &y_, targets(&grad_x_, &grad_y_));
     double loss = 0;
     // Cross first: in sample space it reads its value off the student's gradient while nothing else is in there.
-    if (form.cross)
-      loss -= 2 * coefficient_ * cross_feature();
+    if (form.cross) loss -= 2 * coefficient_ * cross_feature();
     if (form.teacher)
       loss += coefficient_ * own_feature(y_, grad_y_);
     else
@@ -183,24 +193,24 @@ class Block {
 
   // ‖RᵀR‖², and R (RᵀR) to R's own gradient.
   double own_feature(const Operand<T>& own, Gradient<T>& gradient) const {
-    Buffer<T> product(own.width * own.width);
-    gemm<T>(own.width, own.width, rows_, own.rows.transposed(), own.rows, product.data(), own.width, {1, false, true});
-    const double norm = sum_squares_symmetric(product.data(), own.width);
+    T* product = workspace<T, Scratch::product>(own.width * own.width);
+    gemm<T>(own.width, own.width, rows_, own.rows.transposed(), own.rows, product, own.width, {1, false, true});
+    const double norm = sum_squares_symmetric(product, own.width);
     if (gradient.data) {
-      mirror_upper(product.data(), own.width, own.width);
-      add_product(own, {product.data(), own.width, 1}, own.width, slope_, gradient);
+      mirror_upper(product, own.width, own.width);
+      add_product(own, {product, own.width, 1}, own.width, slope_, gradient);
     }
     return norm;
   }
 
   // ‖YᵀX‖², and −Y (YᵀX) and −X (XᵀY) to the gradients.
   double cross_feature() const {
-    Buffer<T> product(y_.width * x_.width);
-    gemm<T>(y_.width, x_.width, rows_, y_.rows.transposed(), x_.rows, product.data(), x_.width);
-    const View<T> matrix{product.data(), x_.width, 1};
+    T* product = workspace<T, Scratch::product>(y_.width * x_.width);
+    gemm<T>(y_.width, x_.width, rows_, y_.rows.transposed(), x_.rows, product, x_.width);
+    const View<T> matrix{product, x_.width, 1};
     if (grad_x_.data) add_product(y_, matrix, x_.width, -slope_, grad_x_);
     if (grad_y_.data) add_product(x_, matrix.transposed(), y_.width, -slope_, grad_y_);
-    return sum_squares(product.data(), x_.width * y_.width);
+    return sum_squares(product, x_.width * y_.width);
   }
 
   // ‖Y Yᵀ‖² − 2 ⟨X, (Y Yᵀ) X⟩, whose second factor is the cross term's gradient.
@@ -306,16 +316,23 @@ std::tuple<Tensor, Tensor, Tensor> congruence(const Tensor& x, const Tensor& y, 
                                               bool want_x, bool want_y) {
   return with_compute_type(x, [&](auto type) {
     using T = decltype(type);
-    const auto view = [](const Tensor& rows) { return View<T>{rows.const_data_ptr<T>(), rows.stride(0), rows.stride(1)}; };
+    const auto view = [](const Tensor& rows) {
+      return View<T>{rows.const_data_ptr<T>(), rows.stride(0), rows.stride(1)};
+    };
     const auto gradient = [](const Tensor& rows, bool wanted) {
       return wanted ? new_compact(rows, {rows.size(0), rows.size(1)}) : new_compact(rows, {0});
     };
     const Tensor grad_x = gradient(x, want_x), grad_y = gradient(y, want_y);
-    const Congruence<T> problem{view(x),      view(y),   x.size(0), x.size(1),
-                                y.size(1),    positions, coefficients_of(coefficients.data()),
+    const Congruence<T> problem{view(x),
+                                view(y),
+                                x.size(0),
+                                x.size(1),
+                                y.size(1),
+                                positions,
+                                coefficients_of(coefficients.data()),
                                 plan_of(plan.data())};
-    const double loss = problem.run(want_x ? grad_x.mutable_data_ptr<T>() : nullptr,
-                                    want_y ? grad_y.mutable_data_ptr<T>() : nullptr);
+    const double loss =
+        problem.run(want_x ? grad_x.mutable_data_ptr<T>() : nullptr, want_y ? grad_y.mutable_data_ptr<T>() : nullptr);
     return std::make_tuple(new_scalar<T>(x, loss), grad_x, grad_y);
   });
 }

@@ -121,10 +121,10 @@ void edge_tile(Tile<T> run, int64_t rows, int64_t cols, int64_t length, const T*
 // left alone.
 template <typename T>
 void product(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t ldc, T alpha, bool accumulate,
-            int64_t diagonal) {
+             int64_t diagonal) {
   const auto sequence = std::make_integer_sequence<int, MR>{};
-  T* packed_b = workspace<T, 0>(KC * std::min(NC, round_up(n, NR<T>)));
-  T* packed_a = workspace<T, 1>(KC * std::min(MC, round_up(m, int64_t(MR))) + kSlack<T>);
+  T* packed_b = workspace<T, Scratch::packed_b>(KC * std::min(NC, round_up(n, NR<T>)));
+  T* packed_a = workspace<T, Scratch::packed_a>(KC * std::min(MC, round_up(m, int64_t(MR))) + kSlack<T>);
   for (int64_t jc = 0; jc < n; jc += NC) {
     const int64_t nc = std::min(NC, n - jc);
     for (int64_t pc = 0; pc < k; pc += KC) {
@@ -207,7 +207,8 @@ void fastest_product(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c
 inline std::pair<int64_t, int64_t> equal_share(int64_t m, int64_t n, int64_t part, int64_t count) {
   const auto boundary = [&](int64_t p) {
     if (p == count) return n;
-    const double rows = m, triangle = rows * rows / 2, area = (n > m ? triangle + (n - m) * rows : n * double(n) / 2) * p / count;
+    const double rows = m, triangle = rows * rows / 2,
+                 area = (n > m ? triangle + (n - m) * rows : n * double(n) / 2) * p / count;
     const double column = area < triangle ? std::sqrt(2 * area) : m + (area - triangle) / rows;
     return std::min(n, round_up(int64_t(column), 32));
   };
@@ -228,20 +229,20 @@ void gemm(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t l
     // Every thread sums a part of the products, rather than all of them packing the same long rows. The first part goes
     // straight to C, the others are added to it in order.
     const Blocks parts(k, 1, grain_of(m * n));
-    Buffer<T> partial((parts.count - 1) * m * n);
+    T* partial = workspace<T, Scratch::partial_sums>((parts.count - 1) * m * n);
     parts.parallel([&](int64_t part, int64_t begin, int64_t end) {
-      T* out = part == 0 ? c : partial.data() + (part - 1) * m * n;
+      T* out = part == 0 ? c : partial + (part - 1) * m * n;
       fastest_product<T>(m, n, end - begin, a.from(0, begin), b.from(begin, 0), out, part == 0 ? ldc : n, how.alpha,
                          part == 0 && how.accumulate, how.upper ? 0 : -everything);
     });
     for (int64_t part = 1; part < parts.count; ++part)
       for (int64_t i = 0; i < m; ++i)
-        for (int64_t j = how.upper ? i : 0; j < n; ++j) c[i * ldc + j] += partial.data()[((part - 1) * m + i) * n + j];
+        for (int64_t j = how.upper ? i : 0; j < n; ++j) c[i * ldc + j] += partial[((part - 1) * m + i) * n + j];
     return;
   }
   const auto share = [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
-    fastest_product<T>(i1 - i0, j1 - j0, k, a.from(i0, 0), b.from(0, j0), c + i0 * ldc + j0, ldc, how.alpha, how.accumulate,
-                       how.upper ? i0 - j0 : -everything);
+    fastest_product<T>(i1 - i0, j1 - j0, k, a.from(i0, 0), b.from(0, j0), c + i0 * ldc + j0, ldc, how.alpha,
+                       how.accumulate, how.upper ? i0 - j0 : -everything);
   };
   if (how.upper) {
     const Blocks parts(n, NR<T>, grain_of(k * m));

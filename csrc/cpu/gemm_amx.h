@@ -37,7 +37,7 @@ inline bool available() {
 inline constexpr int64_t kLines = 16, kDepth = 32, kTile = kLines * kDepth;
 // A chunk is what one step of the block product reads of A or B: h, m and l of two tiles each.
 inline constexpr int64_t kBlock = 2 * kLines, kChunk = 6 * kTile;
-inline constexpr int64_t KC = 256, MC = 256, NC = 512;
+inline constexpr int64_t KC = 512, MC = 256, NC = 1024;
 
 struct Split {
   __m512i high, middle, low;  // each lane's upper 16 bits are the bfloat16
@@ -100,25 +100,31 @@ void pack_tile(const float* source, int64_t line, int64_t depth, float alpha, ui
     for (int64_t part = 0; part < 3; ++part) transpose(tiles + 2 * part * kTile);
 }
 
-// Pack `lines` x `depths` of a matrix whose element (i, k) is source[i * line + k * depth] into blocks of 32 lines.
+// Pack `lines` x `depths` of a matrix whose element (i, k) is source[i * line + k * depth] into blocks of 32 lines, each a row of
+// chunks.
 template <bool by_line>
 void pack(const float* source, int64_t line, int64_t depth, int64_t lines, int64_t depths, float alpha, uint16_t* out) {
-  alignas(64) float corner[kTile];
-  for (int64_t i = 0; i < lines; i += kBlock)
-    for (int64_t k = 0; k < depths; k += kDepth, out += kChunk)
-      for (int64_t half = 0; half < 2; ++half) {
-        const int64_t first = i + half * kLines, rows = std::clamp<int64_t>(lines - first, 0, kLines);
-        const int64_t columns = std::min(kDepth, depths - k);
-        const float* from = source + first * line + k * depth;
-        if (rows == kLines && columns == kDepth && (line == 1 || depth == 1)) {
-          pack_tile<by_line>(from, line, depth, alpha, out + half * kTile);
-          continue;
-        }
-        std::fill_n(corner, kTile, 0.f);
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t q = 0; q < columns; ++q) corner[r * kDepth + q] = from[r * line + q * depth];
-        pack_tile<by_line>(corner, kDepth, 1, alpha, out + half * kTile);
-      }
+  const int64_t blocks = (lines + kBlock - 1) / kBlock, chunks = (depths + kDepth - 1) / kDepth;
+  const auto pack_half = [&](int64_t block, int64_t chunk, int64_t half) {
+    const int64_t first = block * kBlock + half * kLines, k = chunk * kDepth;
+    const int64_t rows = std::clamp<int64_t>(lines - first, 0, kLines), columns = std::min(kDepth, depths - k);
+    const float* from = source + first * line + k * depth;
+    uint16_t* tiles = out + (block * chunks + chunk) * kChunk + half * kTile;
+    if (rows == kLines && columns == kDepth && (line == 1 || depth == 1))
+      return pack_tile<by_line>(from, line, depth, alpha, tiles);
+    alignas(64) float corner[kTile] = {};
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t q = 0; q < columns; ++q) corner[r * kDepth + q] = from[r * line + q * depth];
+    pack_tile<by_line>(corner, kDepth, 1, alpha, tiles);
+  };
+  // Along the contiguous side of the source.
+  if (line == 1)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+      for (int64_t block = 0; block < blocks; ++block) pack_half(block, chunk, 0), pack_half(block, chunk, 1);
+  else
+    for (int64_t block = 0; block < blocks; ++block)
+      for (int64_t half = 0; half < 2; ++half)
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) pack_half(block, chunk, half);
 }
 
 struct alignas(64) TileConfig {
@@ -172,9 +178,7 @@ inline void block_product(int64_t chunks, const uint16_t* a, const uint16_t* b, 
 
 // Sums over more than KC are added here rather than in the tiles, which keeps the rounding error that of short sums.
 inline void add_block(const float* block, int64_t rows, int64_t columns, float* c, int64_t ldc, bool accumulate) {
-  const auto mask = [&](int64_t from) {
-    return __mmask16((1u << std::clamp<int64_t>(columns - from, 0, kLines)) - 1);
-  };
+  const auto mask = [&](int64_t from) { return __mmask16((1u << std::clamp<int64_t>(columns - from, 0, kLines)) - 1); };
   const __mmask16 masks[2] = {mask(0), mask(kLines)};
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t half = 0; half < 2; ++half) {
@@ -192,8 +196,8 @@ inline void product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> 
   const auto packed_size = [](int64_t lines, int64_t depths) {
     return round_up(lines, kBlock) * round_up(depths, kDepth) * 3;
   };
-  uint16_t* packed_b = workspace<uint16_t, 0>(packed_size(std::min(n, NC), std::min(k, KC)));
-  uint16_t* packed_a = workspace<uint16_t, 1>(packed_size(std::min(m, MC), std::min(k, KC)));
+  uint16_t* packed_b = workspace<uint16_t, Scratch::packed_b>(packed_size(std::min(n, NC), std::min(k, KC)));
+  uint16_t* packed_a = workspace<uint16_t, Scratch::packed_a>(packed_size(std::min(m, MC), std::min(k, KC)));
   alignas(64) float block[kBlock * kBlock];
   const TileConfig config;
   _tile_loadconfig(&config);
@@ -211,7 +215,8 @@ inline void product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> 
             if (jc + std::min(j + kBlock, nc) <= ic + i + diagonal) break;
             float* out = c + (ic + i) * ldc + jc + j;
             const int64_t rows = std::min(kBlock, mc - i), columns = std::min(kBlock, nc - j);
-            block_product(chunks, packed_a + i / kBlock * chunks * kChunk, packed_b + j / kBlock * chunks * kChunk, block);
+            block_product(chunks, packed_a + i / kBlock * chunks * kChunk, packed_b + j / kBlock * chunks * kChunk,
+                          block);
             add_block(block, rows, columns, out, ldc, accumulate || pc > 0);
           }
       }

@@ -158,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teac
 
   std::vector<double> losses(rows);
   parallel_blocks(rows, 1, std::max<int64_t>(kElementsPerThread / classes, 1), [&](int64_t begin, int64_t end) {
-    T* buffer = workspace<T, 0>(4 * classes);
+    T* buffer = workspace<T, Scratch::row>(4 * classes);
     for (int64_t i = begin; i < end; ++i) {
       Row<T> row{
           students.row(i, buffer), teachers.row(i, buffer + classes), classes, T(1 / temperature), buffer + 2 * classes,

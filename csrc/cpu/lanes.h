@@ -1,6 +1,10 @@
 // Single lanes of vectors: rows whose length is no multiple of a vector's, and sums over all lanes.
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include <type_traits>
 
 #include "vec.h"
@@ -31,16 +35,44 @@ inline Mask<T> first_lanes(int64_t count) {
 // The first `count` <= size elements, and `rest` in the other lanes.
 template <typename T>
 inline typename Vec<T>::type load_first(const T* source, int64_t count, T rest) {
+  using V = typename Vec<T>::type;
   if (count == Vec<T>::size) return load<T>(source);
-  typename Vec<T>::type value = typename Vec<T>::type{} + rest;
+#if defined(__AVX512F__)
+  const auto first = (1u << count) - 1;
+  if constexpr (std::is_same_v<T, float>)
+    return (V)_mm512_mask_loadu_ps((__m512)(V{} + rest), first, source);
+  else
+    return (V)_mm512_mask_loadu_pd((__m512d)(V{} + rest), first, source);
+#elif defined(__AVX2__)
+  const Mask<T> first = first_lanes<T>(count);
+  if constexpr (std::is_same_v<T, float>)
+    return first ? (V)_mm256_maskload_ps(source, (__m256i)first) : V{} + rest;
+  else
+    return first ? (V)_mm256_maskload_pd(source, (__m256i)first) : V{} + rest;
+#else
+  V value = V{} + rest;
   std::memcpy(&value, source, count * sizeof(T));
   return value;
+#endif
 }
 
 template <typename T>
 inline void store_first(T* out, typename Vec<T>::type value, int64_t count) {
   if (count == Vec<T>::size) return store<T>(out, value);
+#if defined(__AVX512F__)
+  const auto first = (1u << count) - 1;
+  if constexpr (std::is_same_v<T, float>)
+    _mm512_mask_storeu_ps(out, first, (__m512)value);
+  else
+    _mm512_mask_storeu_pd(out, first, (__m512d)value);
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>)
+    _mm256_maskstore_ps(out, (__m256i)first_lanes<T>(count), (__m256)value);
+  else
+    _mm256_maskstore_pd(out, (__m256i)first_lanes<T>(count), (__m256d)value);
+#else
   std::memcpy(out, &value, count * sizeof(T));
+#endif
 }
 
 // Call f(j, count) for the vectors that cover [begin, end); only the last may have count < size.

@@ -7,26 +7,12 @@
 namespace kdkernels {
 namespace {
 
+// Where one network's gradient goes: a new tensor of the size of its patches, or nowhere.
 template <typename T>
-struct Patches {
-  Partition partition;
-  Buffer<T> rows, norms, grad;
-
-  Patches(const Partition& partition, double eps, bool wanted)
-      : partition(partition),
-        rows(partition.rows() * partition.length()),
-        norms(partition.rows()),
-        grad(wanted ? partition.rows() * partition.length() : 0) {
-    partition.pack(rows.data(), norms.data(), eps);
-  }
-
-  View<T> view() const { return {rows.data(), partition.length(), 1}; }
-  T* wanted_grad() const { return grad.size() ? grad.data() : nullptr; }
-  Tensor unpack() const {
-    if (!grad.size()) return new_compact(partition.features, {0}, kScalarType<T>);
-    return partition.unpack(grad.data(), rows.data(), norms.data(), kScalarType<T>);
-  }
-};
+Tensor new_gradient(const Partition& partition, const Tensor& like, bool wanted) {
+  if (!wanted) return new_compact(like, {0}, kScalarType<T>);
+  return new_compact(like, {partition.rows(), partition.length()}, kScalarType<T>);
+}
 
 struct Result {
   double loss;
@@ -34,17 +20,34 @@ struct Result {
 };
 
 template <typename T>
-Result run_stage(const Partition& student, const Partition& teacher, double eps, const Coefficients& coefficients,
-                 const Plan& plan, bool want_student, bool want_teacher) {
-  const Patches<T> x(student, eps, want_student), y(teacher, eps, want_teacher);
-  Congruence<T> problem{x.view(),          y.view(),           student.rows(), student.length(),
-                        teacher.length(), student.positions(), coefficients,   plan};
+Result run_stage(const Tensor& student, const Tensor& teacher, const Partition& cut_x, const Partition& cut_y,
+                 double eps, const Coefficients& coefficients, const Plan& plan, bool want_student, bool want_teacher) {
+  const int64_t rows = cut_x.rows();
+  T* x = workspace<T, Scratch::rows_x>(rows * cut_x.length());
+  T* y = workspace<T, Scratch::rows_y>(rows * cut_y.length());
+  T* norms_x = workspace<T, Scratch::norms_x>(rows);
+  T* norms_y = workspace<T, Scratch::norms_y>(rows);
+  cut_x.pack(student, x, norms_x, eps);
+  cut_y.pack(teacher, y, norms_y, eps);
+
+  const Tensor grad_student = new_gradient<T>(cut_x, student, want_student);
+  const Tensor grad_teacher = new_gradient<T>(cut_y, student, want_teacher);
+  T* grad_x = want_student ? grad_student.mutable_data_ptr<T>() : nullptr;
+  T* grad_y = want_teacher ? grad_teacher.mutable_data_ptr<T>() : nullptr;
+  Congruence<T> problem{{x, cut_x.length(), 1}, {y, cut_y.length(), 1}, rows,         cut_x.length(),
+                        cut_y.length(),         cut_x.positions(),      coefficients, plan};
   // D_rr of unit rows is 0, or ±1 where one network's patch is dead and the other's is not; its gradient is radial.
   problem.coefficients.diagonal = 0;
-  double loss = problem.run(x.wanted_grad(), y.wanted_grad());
-  for (int64_t r = 0; r < student.rows(); ++r)
-    if ((x.norms.data()[r] == 0) != (y.norms.data()[r] == 0)) loss += coefficients.diagonal;
-  return {loss, x.unpack(), y.unpack()};
+  double loss = problem.run(grad_x, grad_y);
+  for (int64_t r = 0; r < rows; ++r)
+    if ((norms_x[r] == 0) != (norms_y[r] == 0)) loss += coefficients.diagonal;
+  if (grad_x) cut_x.denormalise(grad_x, x, norms_x, grad_x);
+  if (grad_y) cut_y.denormalise(grad_y, y, norms_y, grad_y);
+  return {loss, grad_student, grad_teacher};
+}
+
+std::optional<Tensor> mask_of(const std::vector<Tensor>& masks, int64_t stage) {
+  return masks.empty() ? std::nullopt : std::optional<Tensor>(masks[stage]);
 }
 
 }  // namespace
@@ -58,12 +61,12 @@ std::tuple<Tensor, std::vector<Tensor>> local_correlation(
   double loss = 0;
   bool any_double = false;
   for (int64_t s = 0; s < stages; ++s) {
-    const auto mask = masks.empty() ? std::nullopt : std::optional<Tensor>(masks[s]);
-    const Partition student(students[s], k[s], mask, threshold, resize);
-    const Partition teacher(teachers[s], k[s], mask, threshold, resize);
+    const Partition student(Shape::of(students[s]), k[s], mask_of(masks, s), threshold, resize);
+    const Partition teacher(Shape::of(teachers[s]), k[s], mask_of(masks, s), threshold, resize);
     const auto run = [&](auto type) {
-      return run_stage<decltype(type)>(student, teacher, eps, coefficients_of(&coefficients[4 * s]), plan_of(&plans[3 * s]),
-                                       wanted[s], wanted[stages + s]);
+      return run_stage<decltype(type)>(students[s], teachers[s], student, teacher, eps,
+                                       coefficients_of(&coefficients[4 * s]), plan_of(&plans[3 * s]), wanted[s],
+                                       wanted[stages + s]);
     };
     const bool is_double =
         students[s].scalar_type() == ScalarType::Double || teachers[s].scalar_type() == ScalarType::Double;
@@ -74,6 +77,28 @@ std::tuple<Tensor, std::vector<Tensor>> local_correlation(
     grads[stages + s] = result.grad_teacher;
   }
   return {any_double ? new_scalar<double>(students[0], loss) : new_scalar<float>(students[0], loss), grads};
+}
+
+std::vector<Tensor> local_correlation_backward(const Tensor& grad_loss, const std::vector<Tensor>& grad_rows,
+                                               const std::vector<int64_t>& shapes, const std::vector<Tensor>& masks,
+                                               const std::vector<int64_t>& k, std::optional<double> threshold,
+                                               bool resize) {
+  const double scale =
+      with_compute_type(grad_loss, [&](auto type) { return double(*grad_loss.const_data_ptr<decltype(type)>()); });
+  const int64_t stages = k.size();
+  std::vector<Tensor> grads;
+  for (int64_t i = 0; i < 2 * stages; ++i) {
+    const Tensor& rows = grad_rows[i];
+    grads.push_back(with_compute_type(rows, [&](auto type) {
+      using T = decltype(type);
+      if (rows.numel() == 0) return new_compact(rows, {0});
+      const int64_t side = k[i % stages];
+      const Shape shape = Shape::read(rows.size(0) / (side * side), &shapes[i * Shape::kNumbers]);
+      const Partition partition(shape, side, mask_of(masks, i % stages), threshold, resize);
+      return partition.unpack(rows.const_data_ptr<T>(), T(scale), rows);
+    }));
+  }
+  return grads;
 }
 
 }  // namespace kdkernels

@@ -18,8 +18,9 @@ std::tuple<Tensor, Tensor, Tensor> kd(const Tensor& student, const Tensor& teach
 std::tuple<Tensor, Tensor> patches(const Tensor& features, int64_t k, const std::optional<Tensor>& mask,
                                    std::optional<double> threshold, bool resize, double eps);
 
-Tensor patches_backward(const Tensor& grad_rows, const Tensor& rows, const Tensor& norms, const Tensor& features, int64_t k,
-                        const std::optional<Tensor>& mask, std::optional<double> threshold, bool resize);
+Tensor patches_backward(const Tensor& grad_rows, const Tensor& rows, const Tensor& norms,
+                        const std::vector<int64_t>& shape, int64_t k, const std::optional<Tensor>& mask,
+                        std::optional<double> threshold, bool resize);
 
 std::tuple<Tensor, Tensor, Tensor> congruence(const Tensor& x, const Tensor& y, int64_t positions,
                                               const std::vector<double>& coefficients, const std::vector<int64_t>& plan,
@@ -29,5 +30,10 @@ std::tuple<Tensor, std::vector<Tensor>> local_correlation(
     const std::vector<Tensor>& students, const std::vector<Tensor>& teachers, const std::vector<Tensor>& masks,
     const std::vector<int64_t>& k, const std::vector<double>& coefficients, const std::vector<int64_t>& plans,
     std::optional<double> threshold, bool resize, double eps, const std::vector<int64_t>& wanted);
+
+std::vector<Tensor> local_correlation_backward(const Tensor& grad_loss, const std::vector<Tensor>& grad_rows,
+                                               const std::vector<int64_t>& shapes, const std::vector<Tensor>& masks,
+                                               const std::vector<int64_t>& k, std::optional<double> threshold,
+                                               bool resize);
 
 }  // namespace kdkernels

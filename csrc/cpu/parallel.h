@@ -25,8 +25,7 @@ struct Blocks {
   void parallel(const F& f) const {
     if (count == 1) return f(int64_t(0), int64_t(0), size);
     torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
-      for (int64_t block = first; block < last; ++block)
-        f(block, block * length, std::min(size, (block + 1) * length));
+      for (int64_t block = first; block < last; ++block) f(block, block * length, std::min(size, (block + 1) * length));
     });
   }
 };

@@ -10,6 +10,9 @@
 namespace kdkernels {
 namespace {
 
+// Elements worth waking another thread for.
+constexpr int64_t kGrain = 1 << 13;
+
 // One image's maps: element (c, y, x) lies at data[c * channel + y * line + x * pixel].
 template <typename T>
 struct Maps {
@@ -56,7 +59,8 @@ struct Resampling {
 
 // From height x width maps to `out`; both planes are compact.
 template <typename T>
-void resample(const typename Resampling<T>::Step& step, int64_t height, int64_t width, const T* in, T* scratch, T* out) {
+void resample(const typename Resampling<T>::Step& step, int64_t height, int64_t width, const T* in, T* scratch,
+              T* out) {
   for (int64_t y = 0; y < height; ++y)
     for (int64_t x = 0; x < step.width; ++x) {
       const auto& [low, high, weight] = step.columns[x];
@@ -71,8 +75,8 @@ void resample(const typename Resampling<T>::Step& step, int64_t height, int64_t 
 
 // The transpose of `resample`: from the gradient of its output to that of its input.
 template <typename T>
-void resample_transposed(const typename Resampling<T>::Step& step, int64_t height, int64_t width, const T* in, T* scratch,
-                         T* out) {
+void resample_transposed(const typename Resampling<T>::Step& step, int64_t height, int64_t width, const T* in,
+                         T* scratch, T* out) {
   std::fill_n(scratch, height * step.width, T(0));
   for (int64_t y = 0; y < step.height; ++y) {
     const auto& [low, high, weight] = step.rows[y];
@@ -120,8 +124,7 @@ struct Lens {
     if (p.mask) with_element_type(*p.mask, [&](auto type) { read_mask<decltype(type)>(p, i); });
     if (p.resampled()) {
       const int64_t height = p.patch_height * p.k, width = p.patch_width * p.k;
-      resampling.steps.push_back(
-          {height, width, stretch<T>(0, p.height, height), stretch<T>(0, p.width, width)});
+      resampling.steps.push_back({height, width, stretch<T>(0, p.height, height), stretch<T>(0, p.width, width)});
     }
   }
 
@@ -147,8 +150,8 @@ struct Lens {
       }
     if (!p.threshold) return;
     const Box box = bounding_box(source, height, width, T(*p.threshold), p.height, p.width);
-    resampling.steps.push_back({p.height, p.width, stretch<T>(box.top, box.bottom, p.height),
-                                stretch<T>(box.left, box.right, p.width)});
+    resampling.steps.push_back(
+        {p.height, p.width, stretch<T>(box.top, box.bottom, p.height), stretch<T>(box.left, box.right, p.width)});
   }
 };
 
@@ -223,43 +226,34 @@ T normalise(T* row, int64_t length, double eps) {
   return T(norm);
 }
 
-// The gradient before division by the norm: (g − x̂ ⟨g, x̂⟩) / ‖x‖.
-template <typename T>
-void denormalise(const T* grad, const T* row, T norm, int64_t length, T* out) {
-  if (norm == 0) {
-    std::fill_n(out, length, T(0));
-    return;
-  }
-  const T radial = T(dot(grad, row, length)), inverse = 1 / norm;
-  for (int64_t j = 0; j < length; ++j) out[j] = (grad[j] - row[j] * radial) * inverse;
-}
-
 }  // namespace
 
-Partition::Partition(const Tensor& features, int64_t k, const std::optional<Tensor>& mask,
-                     std::optional<double> threshold, bool resize)
-    : images(features.size(0)),
-      channels(features.size(1)),
-      height(features.size(2)),
-      width(features.size(3)),
+Shape Shape::of(const Tensor& features) {
+  Shape shape{features.size(0), features.size(1), features.size(2), features.size(3), false};
+  shape.channels_last = features.stride(1) == 1 && shape.channels > 1 && shape.height * shape.width > 1;
+  return shape;
+}
+
+Partition::Partition(const Shape& shape, int64_t k, const std::optional<Tensor>& mask, std::optional<double> threshold,
+                     bool resize)
+    : Shape(shape),
       k(k),
       patch_height(resize ? (height + k - 1) / k : height / k),
       patch_width(resize ? (width + k - 1) / k : width / k),
       pixel_major(false),
-      features(features),
       mask(mask),
       threshold(threshold) {
   // Masked or resampled maps go through a compact copy of the image, channel by channel.
-  pixel_major = features.stride(1) == 1 && channels > 1 && height * width > 1 && !mask && !resampled();
+  pixel_major = channels_last && !mask && !resampled();
 }
 
 template <typename T>
-void Partition::pack(T* rows, T* norms, double eps) const {
+void Partition::pack(const Tensor& features, T* rows, T* norms, double eps) const {
   const int64_t stored = positions() * length(), area = height * width;
   const int64_t padded = patch_height * k * patch_width * k, plane = std::max(area, padded);
   with_element_type(features, [&](auto type) {
     using E = decltype(type);
-    parallel_blocks(images, 1, 1 + (1 << 13) / stored, [&](int64_t begin, int64_t end) {
+    parallel_blocks(images, 1, 1 + kGrain / stored, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Maps<const E> maps = image_of(features, features.const_data_ptr<E>(), i);
         T* patches = rows + i * stored;
@@ -267,9 +261,9 @@ void Partition::pack(T* rows, T* norms, double eps) const {
           for_each_element(*this, maps, patches, [](const E& map, T& patch) { patch = T(map); });
         } else {
           const Lens<T> lens(*this, i);
-          T *image = workspace<T, 0>(channels * padded + 3 * plane), *a = image + channels * padded;
-          T *b = a + plane, *scratch = b + plane;
+          T* image = workspace<T, Scratch::image>(channels * padded + 3 * plane);
           for (int64_t c = 0; c < channels; ++c) {
+            T *a = image + channels * padded, *b = a + plane, *scratch = b + plane;
             for (int64_t y = 0; y < height; ++y)
               for (int64_t x = 0; x < width; ++x) a[y * width + x] = T(*maps.at(c, y, x));
             if (!lens.mask.empty())
@@ -291,75 +285,90 @@ void Partition::pack(T* rows, T* norms, double eps) const {
 }
 
 template <typename T>
-Tensor Partition::unpack(const T* grad_rows, const T* rows, const T* norms, ScalarType dtype) const {
+void Partition::denormalise(const T* grad, const T* rows, const T* norms, T* out) const {
+  const int64_t size = length();
+  parallel_blocks(this->rows(), 1, 1 + kGrain / size, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const T *g = grad + r * size, *row = rows + r * size;
+      T* result = out + r * size;
+      if (norms[r] == 0) {
+        std::fill_n(result, size, T(0));
+        continue;
+      }
+      const T radial = T(dot(g, row, size)), inverse = 1 / norms[r];
+      for (int64_t j = 0; j < size; ++j) result[j] = (g[j] - row[j] * radial) * inverse;
+    }
+  });
+}
+
+template <typename T>
+Tensor Partition::unpack(const T* grad, T scale, const Tensor& like) const {
   using torch::headeronly::MemoryFormat;
   const int64_t stored = positions() * length(), area = height * width;
   const int64_t padded = patch_height * k * patch_width * k, plane = std::max(area, padded);
-  const bool channels_last = features.stride(1) == 1 && channels > 1 && area > 1;
-  const Tensor grad = torch::stable::empty({images, channels, height, width}, dtype, std::nullopt, features.device(),
-                                           std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  with_element_type(grad, [&](auto type) {
-    using E = decltype(type);
-    parallel_blocks(images, 1, 1 + (1 << 13) / stored, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Maps<E> maps = image_of(grad, grad.mutable_data_ptr<E>(), i);
-        T* patches = workspace<T, 1>(stored);
-        for (int64_t p = 0; p < positions(); ++p) {
-          const int64_t r = i * positions() + p;
-          denormalise(grad_rows + r * length(), rows + r * length(), norms[r], length(), patches + p * length());
-        }
-        if (!mask && !resampled()) {
-          for_each_element(*this, maps, patches, [](E& map, const T& patch) { map = E(patch); });
-          continue;
-        }
-        const Lens<T> lens(*this, i);
-        T *image = workspace<T, 0>(channels * padded + 3 * plane), *buffers = image + channels * padded;
-        const Maps<T> whole{image, padded, patch_width * k, 1};
-        for_each_element(*this, whole, patches, [](T& map, const T& patch) { map = patch; });
-        for (int64_t c = 0; c < channels; ++c) {
-          T *a = image + c * padded, *b = buffers, *other = buffers + plane, *scratch = other + plane;
-          for (auto step = lens.resampling.steps.rbegin(); step != lens.resampling.steps.rend(); ++step) {
-            resample_transposed<T>(*step, height, width, a, scratch, b);
-            a = b;
-            std::swap(b, other);
-          }
-          for (int64_t y = 0; y < height; ++y)
-            for (int64_t x = 0; x < width; ++x) {
-              const int64_t j = y * width + x;
-              *maps.at(c, y, x) = E(lens.mask.empty() ? a[j] : a[j] * lens.mask[j]);
-            }
-        }
+  const Tensor result =
+      torch::stable::empty({images, channels, height, width}, kScalarType<T>, std::nullopt, like.device(), std::nullopt,
+                           channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  T* data = result.mutable_data_ptr<T>();
+  parallel_blocks(images, 1, 1 + kGrain / stored, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Maps<T> maps = image_of(result, data, i);
+      const T* patches = grad + i * stored;
+      if (!mask && !resampled()) {
+        for_each_element(*this, maps, patches, [&](T& map, const T& patch) { map = scale * patch; });
+        continue;
       }
-    });
+      const Lens<T> lens(*this, i);
+      T* image = workspace<T, Scratch::image>(channels * padded + 3 * plane);
+      const Maps<T> whole{image, padded, patch_width * k, 1};
+      for_each_element(*this, whole, patches, [&](T& map, const T& patch) { map = scale * patch; });
+      for (int64_t c = 0; c < channels; ++c) {
+        T *a = image + c * padded, *b = image + channels * padded, *other = b + plane, *scratch = other + plane;
+        for (auto step = lens.resampling.steps.rbegin(); step != lens.resampling.steps.rend(); ++step) {
+          resample_transposed<T>(*step, height, width, a, scratch, b);
+          a = b;
+          std::swap(b, other);
+        }
+        for (int64_t y = 0; y < height; ++y)
+          for (int64_t x = 0; x < width; ++x) {
+            const int64_t j = y * width + x;
+            *maps.at(c, y, x) = lens.mask.empty() ? a[j] : a[j] * lens.mask[j];
+          }
+      }
+    }
   });
-  return grad;
+  return result;
 }
 
-template void Partition::pack<float>(float*, float*, double) const;
-template void Partition::pack<double>(double*, double*, double) const;
-template Tensor Partition::unpack<float>(const float*, const float*, const float*, ScalarType) const;
-template Tensor Partition::unpack<double>(const double*, const double*, const double*, ScalarType) const;
+template void Partition::pack<float>(const Tensor&, float*, float*, double) const;
+template void Partition::pack<double>(const Tensor&, double*, double*, double) const;
+template void Partition::denormalise<float>(const float*, const float*, const float*, float*) const;
+template void Partition::denormalise<double>(const double*, const double*, const double*, double*) const;
+template Tensor Partition::unpack<float>(const float*, float, const Tensor&) const;
+template Tensor Partition::unpack<double>(const double*, double, const Tensor&) const;
 
 std::tuple<Tensor, Tensor> patches(const Tensor& features, int64_t k, const std::optional<Tensor>& mask,
                                    std::optional<double> threshold, bool resize, double eps) {
-  const Partition partition(features, k, mask, threshold, resize);
+  const Partition partition(Shape::of(features), k, mask, threshold, resize);
   return with_compute_type(features, [&](auto type) {
     using T = decltype(type);
     const Tensor rows = new_compact(features, {partition.rows(), partition.length()}, kScalarType<T>);
     const Tensor norms = new_compact(features, {partition.rows()}, kScalarType<T>);
-    partition.pack(rows.mutable_data_ptr<T>(), norms.mutable_data_ptr<T>(), eps);
+    partition.pack(features, rows.mutable_data_ptr<T>(), norms.mutable_data_ptr<T>(), eps);
     return std::make_tuple(rows, norms);
   });
 }
 
-Tensor patches_backward(const Tensor& grad_rows, const Tensor& rows, const Tensor& norms, const Tensor& features, int64_t k,
-                        const std::optional<Tensor>& mask, std::optional<double> threshold, bool resize) {
-  const Partition partition(features, k, mask, threshold, resize);
-  const Tensor compact = torch::stable::contiguous(grad_rows);
-  return with_compute_type(features, [&](auto type) {
+Tensor patches_backward(const Tensor& grad_rows, const Tensor& rows, const Tensor& norms,
+                        const std::vector<int64_t>& shape, int64_t k, const std::optional<Tensor>& mask,
+                        std::optional<double> threshold, bool resize) {
+  const Partition partition(Shape::read(rows.size(0) / (k * k), shape.data()), k, mask, threshold, resize);
+  const Tensor grad = torch::stable::contiguous(grad_rows);
+  return with_compute_type(rows, [&](auto type) {
     using T = decltype(type);
-    return partition.unpack(compact.const_data_ptr<T>(), rows.const_data_ptr<T>(), norms.const_data_ptr<T>(),
-                            features.scalar_type());
+    T* patches = workspace<T, Scratch::patches>(partition.rows() * partition.length());
+    partition.denormalise(grad.const_data_ptr<T>(), rows.const_data_ptr<T>(), norms.const_data_ptr<T>(), patches);
+    return partition.unpack(patches, T(1), rows);
   });
 }
 

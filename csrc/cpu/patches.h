@@ -9,17 +9,27 @@
 
 namespace kdkernels {
 
-// How the maps of one stage are cut into patches; all sizes in pixels.
-struct Partition {
-  int64_t images, channels, height, width;  // of the features
+// Sizes of feature maps, and whether their channels are neighbours in memory.
+struct Shape {
+  int64_t images, channels, height, width;
+  bool channels_last;
+
+  static Shape of(const Tensor& features);
+  static Shape read(int64_t images, const int64_t* numbers) {
+    return {images, numbers[0], numbers[1], numbers[2], numbers[3] != 0};
+  }
+  static constexpr int64_t kNumbers = 4;
+};
+
+// How maps of one shape are cut into patches.
+struct Partition : Shape {
   int64_t k;
-  int64_t patch_height, patch_width;  // after resampling to multiples of k
-  bool pixel_major;                   // components of a patch vector in the order pixel, channel rather than channel, pixel
-  Tensor features;
+  int64_t patch_height, patch_width;  // in pixels, after resampling to multiples of k
+  bool pixel_major;            // the components of a patch vector are ordered pixel, channel rather than channel, pixel
   std::optional<Tensor> mask;  // images x mask height x mask width
   std::optional<double> threshold;
 
-  Partition(const Tensor& features, int64_t k, const std::optional<Tensor>& mask, std::optional<double> threshold,
+  Partition(const Shape& shape, int64_t k, const std::optional<Tensor>& mask, std::optional<double> threshold,
             bool resize);
 
   int64_t positions() const { return k * k; }
@@ -29,11 +39,15 @@ struct Partition {
 
   // Write rows() x length() unit vectors and the norms they were divided by; a patch of norm <= eps gives zeros and norm 0.
   template <typename T>
-  void pack(T* rows, T* norms, double eps) const;
+  void pack(const Tensor& features, T* rows, T* norms, double eps) const;
 
-  // The gradient of the features, in their memory format and element type `dtype`, from the gradient of the rows.
+  // The gradient before normalisation, from `grad`, that after it: (g − x̂ ⟨g, x̂⟩) / ‖x‖. May be in place.
   template <typename T>
-  Tensor unpack(const T* grad_rows, const T* rows, const T* norms, ScalarType dtype) const;
+  void denormalise(const T* grad, const T* rows, const T* norms, T* out) const;
+
+  // `scale` times the gradient of the features, compact in their memory format, from that of the unnormalised patches.
+  template <typename T>
+  Tensor unpack(const T* grad, T scale, const Tensor& like) const;
 };
 
 }  // namespace kdkernels

@@ -31,11 +31,30 @@ class Buffer {
   int64_t count_ = 0;
 };
 
-// The calling thread's buffer number `slot`, at least `count` elements; valid until the same slot is asked for again.
-template <typename T, int slot>
+// What a thread keeps scratch memory for.
+enum class Scratch {
+  row,
+  packed_a,
+  packed_b,
+  partial_sums,
+  strip,
+  product,
+  image,
+  patches,
+  rows_x,
+  rows_y,
+  norms_x,
+  norms_y,
+};
+
+// The calling thread's buffer for `use`, at least `count` elements; valid until it is asked for again.
+template <typename T, Scratch use>
 T* workspace(int64_t count) {
   static thread_local Buffer<T> buffer;
-  if (buffer.size() < count) buffer = Buffer<T>(count);
+  if (buffer.size() < count) {
+    buffer = Buffer<T>();  // freed before the larger one is allocated
+    buffer = Buffer<T>(count);
+  }
   return buffer.data();
 }
 

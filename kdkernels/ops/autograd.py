@@ -10,11 +10,12 @@ class FirstDerivative(torch.autograd.Function):
     """Pass a gradient on, and raise if it is differentiated in turn.
 
     ``once_differentiable`` raises only where the incoming gradient requires grad: a penalty on the gradient of a sum
-    would silently lose its derivative. The anchor is a saved output of the forward pass, by which the graph goes on.
+    would silently lose its derivative. The anchors, by which the graph goes on, are inputs of the forward pass or
+    outputs that it saved.
     """
 
     @staticmethod
-    def forward(ctx, gradient: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx, gradient: Tensor, *anchors: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
@@ -22,8 +23,8 @@ class FirstDerivative(torch.autograd.Function):
         raise RuntimeError("kdkernels losses have no second derivative; use backend='reference' for one")
 
 
-def scaled(grad_loss: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient computed in the forward pass and saved as one of its outputs, times the gradient of the loss."""
-    with torch.no_grad():
-        result = (grad_loss * gradient).to(dtype)
-    return FirstDerivative.apply(result, gradient) if torch.is_grad_enabled() else result
+def scaled(grad_loss: Tensor, gradient: Tensor, dtype: torch.dtype, *anchors: Tensor) -> Tensor:
+    """A gradient computed in the forward pass, times the gradient of the loss; its own anchor if none is given."""
+    if not torch.is_grad_enabled():
+        return (grad_loss * gradient).to(dtype)
+    return FirstDerivative.apply((grad_loss.detach() * gradient.detach()).to(dtype), *(anchors or (gradient,)))

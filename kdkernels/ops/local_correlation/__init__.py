@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import backends, checks, native
+from ..autograd import FirstDerivative
 from ..congruence.plan import FORMS, Coefficients, Plan, make_plan
 from ..congruence.reference import feature_form
 from ..patches import check as check_features
@@ -50,8 +50,8 @@ class Stage(NamedTuple):
             self.k**2,
             length(self.student),
             length(self.teacher),
-            self.student.requires_grad,
-            self.teacher.requires_grad,
+            torch.is_grad_enabled() and self.student.requires_grad,
+            torch.is_grad_enabled() and self.teacher.requires_grad,
         )
 
 
@@ -97,46 +97,51 @@ def _triton_stage(stage: Stage, settings: Settings) -> Tensor:
 
 
 def _native(stages: Sequence[Stage], settings: Settings) -> Tensor:
-    return _Native.apply(
+    features = [stage.student for stage in stages] + [stage.teacher for stage in stages]
+    arguments = (
         [stage.mask for stage in stages if stage.mask is not None],
         [stage.k for stage in stages],
         [coefficient for stage in stages for coefficient in stage.coefficients],
         [code for stage in stages for code in stage.plan(settings.form).codes],
-        settings,
-        *(stage.student for stage in stages),
-        *(stage.teacher for stage in stages),
+        settings.threshold,
+        settings.partition == "resize",
+        settings.eps,
     )
+    if torch.is_grad_enabled() and any(f.requires_grad for f in features):
+        return _Native.apply(arguments, *features)[0]
+    return _call(arguments, features, [0] * len(features))[0]
+
+
+def _call(arguments: tuple, features: Sequence[Tensor], wanted: list[int]) -> tuple[Tensor, list[Tensor]]:
+    stages = len(features) // 2
+    return native.ops.local_correlation(features[:stages], features[stages:], *arguments, wanted)
 
 
 class _Native(torch.autograd.Function):
-    """Every stage of both networks in one call, which leaves the gradients ready to be scaled."""
+    """Every stage of both networks in one call. What is saved are the gradients of the patches, yet to be scaled."""
 
     @staticmethod
-    def forward(ctx, masks, k, coefficients, plans, settings, *features):
-        wanted = [int(want) for want in ctx.needs_input_grad[5:]]
-        stages = len(k)
-        loss, grads = native.ops.local_correlation(
-            features[:stages],
-            features[stages:],
-            masks,
-            k,
-            coefficients,
-            plans,
-            settings.threshold,
-            settings.partition == "resize",
-            settings.eps,
-            wanted,
-        )
-        ctx.save_for_backward(*(grad for grad, want in zip(grads, wanted, strict=True) if want))
-        ctx.dtypes = [f.dtype if want else None for f, want in zip(features, wanted, strict=True)]
-        return loss
+    def forward(ctx, arguments, *features):
+        loss, grads = _call(arguments, features, [int(want) for want in ctx.needs_input_grad[1:]])
+        masks, k, _, _, threshold, resize, _ = arguments
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*grads, *masks)
+        shapes = [number for f in features for number in native.map_shape(f)]
+        ctx.settings = shapes, k, threshold, resize
+        ctx.dtypes = [f.dtype for f in features]
+        return loss, *grads
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        saved = iter(ctx.saved_tensors)
-        grads = ((next(saved) * grad).to(dtype) if dtype else None for dtype in ctx.dtypes)
-        return None, None, None, None, None, *grads
+    def backward(ctx, grad_loss, *_):
+        count = len(ctx.dtypes)
+        rows, masks = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        shapes, k, threshold, resize = ctx.settings
+        with torch.no_grad():
+            grads = native.ops.local_correlation_backward(grad_loss, rows, shapes, masks, k, threshold, resize)
+            grads = [grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
+        wanted = ctx.needs_input_grad[1:]
+        anchored = zip(grads, rows, wanted, strict=True)
+        return None, *(FirstDerivative.apply(grad, anchor) if want else None for grad, anchor, want in anchored)
 
 
 def _patches(stage: Stage, features: Tensor, settings: Settings, backend: str) -> Tensor:
@@ -212,13 +217,13 @@ def _factors(
 
 
 def _check_weights(weights: Sequence[float]) -> tuple[float, float, float]:
-    expected = f"weights must be three finite numbers (intra, inter_same, inter_diff), got {weights!r}"
     try:
         intra, same, diff = map(float, weights)
+        finite = all(-math.inf < weight < math.inf for weight in (intra, same, diff))
     except (TypeError, ValueError):
-        raise ValueError(expected) from None
-    if not math.isfinite(intra + same + diff):
-        raise ValueError(expected)
+        finite = False
+    if not finite:
+        raise ValueError(f"weights must be three finite numbers (intra, inter_same, inter_diff), got {weights!r}")
     return intra, same, diff
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import backends, checks, native
+from ..autograd import FirstDerivative
 from . import reference
 
 PARTITIONS = ("exact", "resize")
@@ -70,17 +70,18 @@ class _Native(torch.autograd.Function):
     def forward(ctx, features, k, mask, threshold, partition, eps):
         resize = partition == "resize"
         rows, norms = native.ops.patches(features, k, mask, threshold, resize, eps)
-        ctx.save_for_backward(rows, norms, features, mask)
-        ctx.settings = k, threshold, resize
+        ctx.save_for_backward(rows, norms, mask)
+        ctx.settings = native.map_shape(features), k, threshold, resize
+        ctx.dtype = features.dtype
         return rows
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        rows, norms, features, mask = ctx.saved_tensors
-        k, threshold, resize = ctx.settings
-        grad = native.ops.patches_backward(grad, rows, norms, features, k, mask, threshold, resize)
-        return grad, None, None, None, None, None
+        rows, norms, mask = ctx.saved_tensors
+        shape, k, threshold, resize = ctx.settings
+        with torch.no_grad():
+            result = native.ops.patches_backward(grad, rows, norms, shape, k, mask, threshold, resize).to(ctx.dtype)
+        return FirstDerivative.apply(result, rows), None, None, None, None, None
 
 
 def check(name: str, features: object, k: object, partition: str) -> None:

@@ -132,9 +132,11 @@ class _Sums:
             self.partials.append(_product(x, x.mT, y, y.mT, **weights, symmetric=True, precision=precision))
             return
         batch, rows, _ = x.shape
-        for first in range(0, rows, _strip_rows(batch, rows)):
-            mine = slice(first, first + _strip_rows(batch, rows))
-            strip = x.new_empty(batch, x[:, mine].shape[1], rows)
+        height = min(_strip_rows(batch, rows), rows)
+        memory = x.new_empty(batch, height, rows)
+        for first in range(0, rows, height):
+            mine = slice(first, first + height)
+            strip = memory[:, : rows - first]
             partials = _product(
                 x[:, mine],
                 x.mT,

@@ -15,7 +15,9 @@ def agree(features: Tensor, k: int, *, mask: Tensor | None = None, backend: str,
     """The rows' cosines, and the gradient of a random combination of them, are the oracle's."""
     expected = oracle.Patches(oracle.array(features), k, None if mask is None else oracle.array(mask), **settings)
     unit = torch.from_numpy(expected.unit)
-    mix = torch.randn(len(unit), len(unit), dtype=torch.float64)
+    # Symmetric and without the diagonal, whose gradients would cancel.
+    mix = torch.randn(len(unit), len(unit), dtype=torch.float64).triu(1)
+    mix = mix + mix.T
 
     def combination(features: Tensor) -> Tensor:
         rows = patches(features, k, mask=mask, backend=backend, **settings)
@@ -25,7 +27,7 @@ def agree(features: Tensor, k: int, *, mask: Tensor | None = None, backend: str,
         return (rows @ rows.T * mix.to(rows.dtype)).sum()
 
     _, (gradient,) = loss_and_gradients(combination, features.detach().requires_grad_())
-    exact = torch.from_numpy(expected.gradient(((mix + mix.T) @ unit).numpy()))
+    exact = torch.from_numpy(expected.gradient((2 * mix @ unit).numpy()))
     assert gradient.dtype == features.dtype
     if features.dtype in HALF_DTYPES:
         assert relative_error(gradient, exact) <= torch.finfo(features.dtype).eps

@@ -12,7 +12,7 @@ checkpoint: however a run was interrupted, the same command goes on from there.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -48,12 +48,12 @@ class Recipe:
 
 RECIPES = {
     "demo": Recipe(
-        teacher="resnet14-narrow",
-        student="resnet8-narrow",
+        teacher="resnet14-half",
+        student="resnet8-half",
         teacher_schedule=Schedule(epochs=30, lr=0.1, milestones=(12, 18, 24)),
         caat_schedule=Schedule(epochs=20, lr=0.05, milestones=(10, 13, 17)),
         student_schedule=Schedule(epochs=60, lr=0.1, milestones=(24, 36, 48)),
-        share=0.5,
+        share=0.25,
         k=4,
         alpha=1.0,
         temperature=4.0,
@@ -94,9 +94,9 @@ METHODS = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     recipe = recipe_of(arguments)
     dataset = options.load_data(parser, arguments)
     if arguments.fresh:
@@ -163,7 +163,7 @@ class Experiment:
                 loss,
                 Batches(self.dataset, schedule.batch_size, 0, self.device),
                 schedule,
-                lambda: training.measure(teacher, self.dataset, self.device),
+                lambda: self.measure(lambda images: teacher(images)[0]),
                 self.checkpoint("teacher"),
                 self.data_settings | {"network": self.recipe.teacher},
             )
@@ -181,15 +181,12 @@ class Experiment:
 
         def evaluate() -> dict[str, float]:
             """How well each auxiliary classifier tells the classes from the masked features."""
-            accuracy = {}
-            for number in range(len(caat)):
-
-                def network(images: Tensor, number: int = number) -> tuple[Tensor, None]:
-                    return caat[number].logits(teacher(images)[1][number]), None
-
-                measured = training.measure(network, self.dataset, self.device)
-                accuracy[f"test_accuracy_stage{number + 1}"] = measured["test_accuracy"]
-            return accuracy
+            measured = self.measure(
+                lambda images: torch.stack(
+                    [module.logits(stage) for module, stage in zip(caat, teacher(images)[1], strict=True)]
+                )
+            )
+            return {f"test_accuracy_stage_{n}": accuracy for n, accuracy in enumerate(measured["test_accuracy"], 1)}
 
         schedule = self.recipe.caat_schedule
         training.fit(
@@ -219,7 +216,7 @@ class Experiment:
             self.student_loss(method, student, teacher, caat),
             Batches(dataset, schedule.batch_size, seed, self.device),
             schedule,
-            lambda: training.measure(student, dataset, self.device),
+            lambda: self.measure(lambda images: student(images)[0]),
             self.checkpoint(f"{name.lower()}-seed{seed}"),
             self.student_settings(method, teacher, caat) | {"seed": seed},
         )
@@ -272,6 +269,9 @@ class Experiment:
     def network(self, name: str) -> StagedNetwork:
         return networks.build(name, self.dataset.channels, self.dataset.num_classes).to(self.device)
 
+    def measure(self, classify: Callable[[Tensor], Tensor]) -> dict:
+        return training.measure(classify, self.dataset, self.device)
+
     def checkpoint(self, name: str) -> Path:
         return self.out / "checkpoints" / f"{name}.pt"
 
@@ -284,7 +284,7 @@ class Experiment:
     ) -> None:
         """Write the table, results.json and the figures, and print the table."""
         recipe = self.recipe
-        teacher_accuracy = training.measure(teacher, self.dataset, self.device)["test_accuracy"]
+        teacher_accuracy = self.measure(lambda images: teacher(images)[0])["test_accuracy"]
         accuracies = {name: [history[-1]["test_accuracy"] for history in runs] for name, runs in histories.items()}
         cosines = self.cosines(teacher, students)
         table = results.table((recipe.teacher, teacher_accuracy), accuracies, baseline="KD")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -100,21 +101,27 @@ def masks(
         for number, (features, mask) in enumerate(stages):
             grid[1 + 2 * number, column].imshow(features[column], cmap="viridis", extent=extent)
             axes = grid[2 + 2 * number, column]
-            axes.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=1, extent=extent)
-            axes.imshow(mask[column], cmap="turbo", vmin=0, vmax=1, alpha=0.6, extent=extent)
+            axes.imshow(_tint(image, mask[column]), extent=extent)
             top, bottom, left, right = _box(mask[column] > threshold)
             scale_y, scale_x = height / mask.shape[1], width / mask.shape[2]
             corner, size = (left * scale_x, top * scale_y), ((right - left) * scale_x, (bottom - top) * scale_y)
-            axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor="white", linewidth=1.6, clip_on=False))
+            axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor="white", linewidth=1.4))
     for row, label in zip(grid, labels, strict=True):
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
         for axes in row:
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
     colours = ScalarMappable(Normalize(0, 1), "turbo")
-    bar = figure.colorbar(colours, ax=grid[2::2].ravel().tolist(), shrink=0.5, aspect=30, alpha=0.6)
+    bar = figure.colorbar(colours, ax=grid[2::2].ravel().tolist(), shrink=0.5, aspect=30)
     bar.set_label("mask")
     return save(figure, path)
+
+
+def _tint(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The mask's colours, as bright as the image."""
+    (height, width), (rows, columns) = image.shape[:2], mask.shape
+    over_image = mask[np.arange(height)[:, None] * rows // height, np.arange(width) * columns // width]
+    return colormaps["turbo"](over_image)[..., :3] * (0.35 + 0.65 * image.mean(-1, keepdims=True))
 
 
 def _box(inside: np.ndarray) -> tuple[int, int, int, int]:

@@ -1,4 +1,4 @@
-"""Networks for small images: ResNets and wide ResNets in three stages, and narrow ones for 16x16 digits.
+"""Networks for small images: ResNets and wide ResNets in three stages, and ResNets of half the width for digits.
 
 Every network maps images to ``(logits, stages)``, ``stages`` being the feature maps at the end of each stage, and has
 ``channels``, the width of each.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -116,8 +115,8 @@ def wide_resnet(depth: int, factor: int, in_channels: int, num_classes: int) -> 
 
 
 NETWORKS: dict[str, Callable[[int, int], StagedNetwork]] = {
-    "resnet8-narrow": lambda channels, classes: resnet(8, channels, classes, width=4),
-    "resnet14-narrow": lambda channels, classes: resnet(14, channels, classes, width=8),
+    "resnet8-half": lambda channels, classes: resnet(8, channels, classes, width=8),
+    "resnet14-half": lambda channels, classes: resnet(14, channels, classes, width=8),
     "resnet14": lambda channels, classes: resnet(14, channels, classes),
     "resnet20": lambda channels, classes: resnet(20, channels, classes),
     "resnet110": lambda channels, classes: resnet(110, channels, classes),
@@ -133,7 +132,3 @@ def build(name: str, in_channels: int, num_classes: int) -> StagedNetwork:
 
 def parameter_count(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
-
-
-def images_to(network: nn.Module) -> torch.device:
-    return next(network.parameters()).device

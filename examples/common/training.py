@@ -11,7 +11,6 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -98,7 +97,8 @@ def fit(
             save(checkpoint, state, settings, history)
             bar.set_postfix({key: f"{value:.4g}" for key, value in record.items() if key != "epoch"})
     module.eval()
-    measured = ", ".join(f"{key} {value:.2f}" for key, value in history[-1].items() if key.startswith("test_accuracy"))
+    accuracies = {key.replace("_", " "): value for key, value in history[-1].items() if "accuracy" in key}
+    measured = ", ".join(f"{key} {value:.2f} %" for key, value in accuracies.items())
     origin = f"epochs {done + 1} to {schedule.epochs} in {perf_counter() - started:.1f} s"
     print(f"{name}: {measured} ({origin if done < schedule.epochs else 'finished before'})", flush=True)
     return history
@@ -178,13 +178,17 @@ def fingerprint(module: nn.Module) -> str:
 
 
 @torch.no_grad()
-def measure(network: nn.Module, dataset: Dataset, device: torch.device) -> dict[str, float]:
-    """Accuracy in percent and cross-entropy on the test images, of a network in evaluation mode."""
-    hits, loss = 0, 0.0
+def measure(classify: Callable[[Tensor], Tensor], dataset: Dataset, device: torch.device) -> dict:
+    """Accuracy in percent and cross-entropy on the test images.
+
+    Args:
+        classify: maps images to logits, b x K, or L x b x K of several classifiers, whose numbers are then lists.
+    """
+    hits, loss = 0, 0
     for pixels, labels in zip(dataset.test.pixels.split(1000), dataset.test.labels.split(1000), strict=True):
-        logits, _ = network(dataset.normalise(pixels.to(device)))
-        labels = labels.to(device)
-        hits += (logits.argmax(1) == labels).sum().item()
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        logits = classify(dataset.normalise(pixels.to(device)))
+        labels = labels.to(device).expand(logits.shape[:-1])
+        hits = hits + (logits.argmax(-1) == labels).sum(-1)
+        loss = loss - logits.log_softmax(-1).gather(-1, labels[..., None]).sum((-2, -1))
     count = len(dataset.test)
-    return {"test_accuracy": 100 * hits / count, "test_loss": loss / count}
+    return {"test_accuracy": (100 * hits / count).tolist(), "test_loss": (loss / count).tolist()}

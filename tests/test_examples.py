@@ -1,0 +1,504 @@
+"""The examples: data files, networks, training that survives being killed, and a whole small run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kdkernels
+
+for package in ("matplotlib", "sklearn", "tqdm"):
+    pytest.importorskip(package)
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import common  # noqa: E402
+import train_lkd  # noqa: E402
+from common import data, figures, networks, options, results, training  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+# ----- data
+
+
+def write_cifar100(folder: Path, name: str, count: int) -> np.ndarray:
+    """A file in the format of CIFAR-100's binary version, and its records."""
+    records = np.random.default_rng(torch.randint(2**31, ()).item()).integers(0, 256, (count, 3074), dtype=np.uint8)
+    records[:, 0] %= 20
+    records[:, 1] %= 100
+    folder.mkdir(exist_ok=True, parents=True)
+    records.tofile(folder / name)
+    return records
+
+
+@pytest.mark.filterwarnings("ignore:.*where the official file holds")
+@pytest.mark.parametrize("inner", ["", "cifar-100-binary"])
+def test_cifar100_is_read_byte_by_byte(tmp_path: Path, inner: str) -> None:
+    train, test = (
+        write_cifar100(tmp_path / inner, name, count) for name, count in (("train.bin", 130), ("test.bin", 7))
+    )
+    dataset = data.load("cifar100", tmp_path)
+    for images, records in ((dataset.train, train), (dataset.test, test)):
+        assert images.labels.tolist() == records[:, 1].tolist()
+        for image, channel, row, column in ((0, 0, 0, 0), (3, 1, 5, 7), (6, 2, 31, 31)):
+            expected = records[image, 2 + channel * 1024 + row * 32 + column]
+            assert images.pixels[image, channel, row, column] == expected
+    normalised = dataset.normalise(dataset.train.pixels)
+    torch.testing.assert_close(normalised.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normalised.std((0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
+    assert (dataset.num_classes, dataset.channels, dataset.padding, dataset.flip) == (100, 3, 4, True)
+
+
+def test_a_count_that_is_not_the_official_one_is_told(tmp_path: Path) -> None:
+    write_cifar100(tmp_path, "test.bin", 3)
+    with pytest.warns(UserWarning, match=r"test\.bin holds 3 images where the official file holds 10000"):
+        data.read_cifar100(tmp_path / "test.bin")
+
+
+@pytest.mark.parametrize(
+    ("cut", "got"), [(1, "2 of them and 3073 bytes more"), (3074 * 3, "0 of them and 0 bytes more")]
+)
+def test_a_truncated_file_is_named(tmp_path: Path, cut: int, got: str) -> None:
+    write_cifar100(tmp_path, "train.bin", 3)
+    path = tmp_path / "train.bin"
+    path.write_bytes(path.read_bytes()[: 3 * 3074 - cut])
+    with pytest.raises(ValueError, match=rf"train\.bin is truncated.*records of 3074 bytes, got {got}"):
+        data.read_cifar100(path)
+
+
+@pytest.mark.parametrize(("column", "what", "value"), [(0, "coarse", 20), (1, "fine", 100)])
+def test_a_corrupt_label_is_named(tmp_path: Path, column: int, what: str, value: int) -> None:
+    records = write_cifar100(tmp_path, "train.bin", 5)
+    records[3, column] = value
+    records.tofile(tmp_path / "train.bin")
+    with pytest.raises(ValueError, match=rf"train\.bin is corrupt: record 3 has {what} label {value}, expected 0 to"):
+        data.read_cifar100(tmp_path / "train.bin")
+
+
+def test_data_errors_are_told_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        ([], "needs --root"),
+        (["--root", str(tmp_path)], f"{tmp_path}/train.bin does not exist"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            train_lkd.main(["--data", "cifar100", *arguments])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_digits_are_real_and_whole() -> None:
+    from sklearn.datasets import load_digits
+
+    dataset = data.load("digits")
+    assert len(dataset.train) + len(dataset.test) == len(load_digits().target)
+    assert dataset.train.pixels.shape[1:] == (1, 16, 16)
+    # Every class is split alike, and every digit keeps its ink wherever it lies.
+    share = dataset.test.labels.bincount() / (dataset.test.labels.bincount() + dataset.train.labels.bincount())
+    assert ((share - 1 / 3).abs() < 0.01).all()
+    ink = torch.cat([dataset.train.pixels, dataset.test.pixels]).double().sum((1, 2, 3)).sum()
+    assert ink / (load_digits().images.sum() * 255 / 16 * (12 / 8) ** 2) == pytest.approx(1, abs=0.01)
+
+
+def test_held_out_images_are_training_images() -> None:
+    dataset = data.load("digits")
+    held = dataset.hold_out()
+    assert len(held.train) + len(held.test) == len(dataset.train)
+    known = {image.numpy().tobytes() for image in dataset.train.pixels}
+    assert all(image.numpy().tobytes() in known for image in held.test.pixels)
+    assert len(dataset.only(0.1).train) == pytest.approx(0.1 * len(dataset.train), abs=5)
+
+
+def numbered(count: int, side: int = 6) -> data.Dataset:
+    """Images whose every pixel tells image and place, labelled by their number."""
+    pixels = (torch.arange(count * side * side) % 251 + 1).to(torch.uint8).view(count, 1, side, side)
+    images = data.Images(pixels, torch.arange(count))
+    return data.Dataset(images, images, tuple(map(str, range(count))), torch.zeros(1), torch.ones(1), 2, True)
+
+
+def test_crops_are_windows_of_the_bordered_image_some_mirrored() -> None:
+    dataset = numbered(40)
+    bordered = F.pad(dataset.train.pixels, [2] * 4)[:, 0]
+    crops = data.crop(bordered[:, None], 6, torch.Generator().manual_seed(torch.randint(2**31, ()).item()), flip=True)
+    windows = bordered.unfold(1, 6, 1).unfold(2, 6, 1).flatten(1, 2)
+    plain = (windows == crops).all((2, 3)).any(1)
+    mirrored = (windows.flip(3) == crops).all((2, 3)).any(1)
+    assert (plain | mirrored).all()
+    assert plain.any()
+    assert mirrored.any()
+
+
+def test_an_epoch_depends_on_seed_and_number_alone_and_shows_no_image_twice() -> None:
+    dataset = numbered(40)
+    batches = data.Batches(dataset, 16, 3, CPU)
+    first = list(batches.epoch(0))
+    assert len(first) == len(batches) == 2
+    labels = torch.cat([labels for _, labels in first])
+    assert len(labels.unique()) == 32
+    list(batches.epoch(1))
+    again, other, reseeded = (
+        list(b.epoch(e)) for b, e in ((batches, 0), (batches, 1), (data.Batches(dataset, 16, 4, CPU), 0))
+    )
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0][1], other[0][1])
+    assert not torch.equal(first[0][1], reseeded[0][1])
+    with pytest.raises(ValueError, match="batch_size=41 is more than the 40 training images"):
+        data.Batches(dataset, 41, 0, CPU)
+
+
+# ----- networks
+
+
+def half_resnet_size(blocks: int) -> int:
+    """Parameters of a ResNet of 8, 16 and 32 channels with so many blocks a stage."""
+
+    def block(inputs: int, outputs: int) -> int:
+        shortcut = inputs * outputs + 2 * outputs if inputs != outputs else 0
+        return 9 * outputs * (inputs + outputs) + 4 * outputs + shortcut
+
+    stages = sum(block(max(c // 2, 8), c) + (blocks - 1) * block(c, c) for c in (8, 16, 32))
+    return 9 * 3 * 8 + 2 * 8 + stages + 33 * 100
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "channels"),
+    [
+        ("resnet8-half", half_resnet_size(1), (8, 16, 32)),
+        ("resnet14-half", half_resnet_size(2), (8, 16, 32)),
+        ("resnet14", 181_108, (16, 32, 64)),
+        ("resnet20", 278_324, (16, 32, 64)),
+        ("resnet110", 1_736_564, (16, 32, 64)),
+        ("wrn-16-1", 180_916, (16, 32, 64)),
+        ("wrn-16-2", 703_284, (32, 64, 128)),
+        ("wrn-40-2", 2_255_156, (32, 64, 128)),
+    ],
+)
+def test_networks_have_their_papers_sizes(name: str, parameters: int, channels: tuple[int, ...]) -> None:
+    network = networks.build(name, 3, 100)
+    assert networks.parameter_count(network) == parameters
+    assert network.channels == channels
+    logits, stages = network(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 100)
+    sides = (32, 16, 8)
+    assert [stage.shape for stage in stages] == [(2, c, side, side) for c, side in zip(channels, sides, strict=True)]
+
+
+def test_every_network_is_tested() -> None:
+    marks = test_networks_have_their_papers_sizes.pytestmark
+    assert {case[0] for case in marks[0].args[1]} == set(networks.NETWORKS)
+
+
+# ----- training
+
+
+class Tiny(nn.Module):
+    """A network whose training draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.3), nn.ReLU(), nn.Flatten())
+        self.classifier = nn.Linear(64, 40)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, None]:
+        return self.classifier(self.body(images)), None
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def fit_tiny(checkpoint: Path, *, stop_after: int | None = None, **settings: object) -> tuple[Tiny, training.History]:
+    torch.manual_seed(5)
+    dataset = numbered(40)
+    network = Tiny()
+    evaluations = 0
+
+    def evaluate() -> dict[str, float]:
+        nonlocal evaluations
+        evaluations += 1
+        if stop_after is not None and evaluations > stop_after:
+            raise Interrupted
+        return training.measure(lambda images: network(images)[0], dataset, CPU)
+
+    def loss(images: Tensor, labels: Tensor) -> training.Losses:
+        return {"loss": F.cross_entropy(network(images)[0], labels)}
+
+    schedule = training.Schedule(epochs=5, lr=0.1, milestones=(2, 4), batch_size=8)
+    batches = data.Batches(dataset, 8, 0, CPU)
+    return network, training.fit("tiny", network, loss, batches, schedule, evaluate, checkpoint, settings)
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 4])
+def test_interrupted_training_goes_on_bit_for_bit(tmp_path: Path, stop_after: int) -> None:
+    network, history = fit_tiny(tmp_path / "whole.pt")
+    with pytest.raises(Interrupted):
+        fit_tiny(tmp_path / "parts.pt", stop_after=stop_after)
+    torch.manual_seed(0)
+    resumed, resumed_history = fit_tiny(tmp_path / "parts.pt")
+    assert resumed_history == history
+    assert_equal(resumed.state_dict(), network.state_dict())
+    assert_equal(training.read(tmp_path / "parts.pt"), training.read(tmp_path / "whole.pt"))
+    assert (tmp_path / "parts.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert [record["lr"] for record in history] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
+
+
+def assert_equal(left: object, right: object) -> None:
+    """Equal to the last bit."""
+    assert type(left) is type(right)
+    if isinstance(left, Tensor):
+        assert torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_equal(left[key], right[key])
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right)
+        for a, b in zip(left, right, strict=True):
+            assert_equal(a, b)
+    else:
+        assert left == right
+
+
+def test_a_write_cut_short_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    training.replace_file(path, lambda temporary: temporary.write_text("whole"))
+
+    def cut_short(temporary: Path) -> None:
+        temporary.write_text("ha")
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        training.replace_file(path, cut_short)
+    assert path.read_text() == "whole"
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    fit_tiny(tmp_path / "tiny.pt", beta=0.1)
+    with pytest.raises(training.CheckpointError, match=r"tiny\.pt was trained with beta=0\.1 \(now 0\.2\)"):
+        fit_tiny(tmp_path / "tiny.pt", beta=0.2)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.pt"
+    fit_tiny(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(training.CheckpointError, match=r"tiny\.pt cannot be read as a checkpoint"):
+        fit_tiny(path)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.pt"
+    torch.save({"settings": Interrupted()}, path)
+    with pytest.raises(training.CheckpointError, match="cannot be read"):
+        fit_tiny(path)
+
+
+def test_weights_are_loaded_from_a_checkpoint_or_a_state_dictionary(tmp_path: Path) -> None:
+    network, _ = fit_tiny(tmp_path / "tiny.pt")
+    torch.save(network.state_dict(), tmp_path / "state.pt")
+    for name in ("tiny.pt", "state.pt"):
+        other = Tiny()
+        assert training.fingerprint(other) != training.fingerprint(network)
+        training.load_weights(other, tmp_path / name)
+        assert training.fingerprint(other) == training.fingerprint(network)
+    with pytest.raises(training.CheckpointError, match=r"state\.pt does not hold this network's weights"):
+        training.load_weights(networks.build("resnet14", 1, 10), tmp_path / "state.pt")
+
+
+def test_measuring_one_and_several_classifiers() -> None:
+    dataset = numbered(40)
+    logits = torch.randn(3, 40, 40)
+    several = training.measure(lambda _: logits, dataset, CPU)
+    for index in range(3):
+        one = training.measure(lambda _, index=index: logits[index], dataset, CPU)
+        assert one["test_loss"] == pytest.approx(F.cross_entropy(logits[index], dataset.test.labels).item(), rel=1e-5)
+        assert one["test_accuracy"] == pytest.approx(100 * (logits[index].argmax(1) == torch.arange(40)).float().mean())
+        assert (one["test_accuracy"], one["test_loss"]) == pytest.approx(
+            (several["test_accuracy"][index], several["test_loss"][index])
+        )
+
+
+# ----- recipe, loss and table
+
+
+def recipe(*arguments: str) -> train_lkd.Recipe:
+    return train_lkd.recipe_of(train_lkd.build_parser().parse_args(arguments))
+
+
+def test_the_papers_recipe() -> None:
+    paper = recipe("--recipe", "paper")
+    assert paper == recipe("--data", "cifar100")
+    assert (paper.k, paper.alpha, paper.temperature, paper.threshold, paper.share) == (4, 1, 4, 0, 1)
+    assert 0.001 <= paper.beta <= 0.1
+    student, caat = paper.student_schedule, paper.caat_schedule
+    assert (student.epochs, student.lr, student.milestones) == (200, 0.1, (80, 120, 160))
+    assert (caat.epochs, caat.lr, caat.milestones) == (60, 0.05, (30, 40, 50))
+    assert {(s.batch_size, s.momentum, s.weight_decay) for s in (student, caat)} == {(64, 0.9, 5e-4)}
+
+
+def test_flags_override_the_recipe() -> None:
+    changed = recipe(
+        "--recipe", "paper", "--epochs", "20", "--beta", "0.01", "--teacher", "wrn-40-2", "--batch-size", "32"
+    )
+    assert changed.student_schedule == training.Schedule(20, 0.1, (8, 12, 16), batch_size=32)
+    assert changed.teacher_schedule.epochs == 200
+    assert (changed.beta, changed.teacher, changed.student) == (0.01, "wrn-40-2", "resnet20")
+
+
+@pytest.mark.parametrize("name", train_lkd.METHODS)
+def test_the_loss_is_eq_11(tmp_path: Path, name: str) -> None:
+    arguments = train_lkd.build_parser().parse_args(["--out", str(tmp_path), "--alpha", "0.3", "--beta", "0.01"])
+    settings = train_lkd.recipe_of(arguments)
+    experiment = train_lkd.Experiment(arguments, settings, data.load("digits"))
+    student, teacher = (networks.build(n, 1, 10).eval() for n in (settings.student, settings.teacher))
+    caat = nn.ModuleList(kdkernels.nn.ClassAwareAttention(c, 10).freeze() for c in teacher.channels)
+    images, labels = torch.randn(6, 1, 16, 16), torch.randint(10, (6,))
+    method = train_lkd.METHODS[name]
+    losses = experiment.student_loss(method, student, teacher, caat)(images, labels)
+
+    (logits, stages), (teacher_logits, teacher_stages) = student(images), teacher(images)
+    expected = F.cross_entropy(logits, labels)
+    if name != "CE":
+        p, q = (torch.log_softmax(values.double() / 4, 1) for values in (teacher_logits, logits))
+        expected = 0.7 * expected + 0.3 * 16 * (p.exp() * (p - q)).sum(1).mean()
+    if "LKD" in name:
+        masks = [mask(stage) for mask, stage in zip(caat, teacher_stages, strict=True)] if method.masked else None
+        with kdkernels.use_backend("reference"):
+            expected = expected + 0.01 * kdkernels.local_correlation_loss(
+                stages, teacher_stages, 4, mask=masks, threshold=settings.threshold if masks else None
+            )
+    assert losses["loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_table_shows_mean_deviation_and_paired_gain() -> None:
+    table = results.table(("big", 99.0), {"KD": [90.0, 92.0, 94.0], "LKD": [91.0, 94.0, 94.0]}, baseline="KD")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert cells[2:] == [
+        ["teacher (big)", "99.00", ""],
+        ["KD", "92.00 ± 2.00", ""],
+        ["LKD", "93.00 ± 1.73", "1.00 ± 1.00"],
+    ]
+    assert len({len(line) for line in table.splitlines()}) == 1
+
+
+def test_the_overlap_of_histograms() -> None:
+    features = torch.randn(5, 3, 8, 8)
+    density = train_lkd.density(features, 4)
+    assert train_lkd.overlap(density, density) == pytest.approx(1)
+    assert train_lkd.overlap(density, np.roll(density, 50)) < 1
+    # Without the cosine of each patch with itself, nothing is near 1.
+    assert density[-1] == 0
+
+
+def test_the_drawn_box_bounds_what_exceeds_the_threshold() -> None:
+    inside = np.zeros((8, 6), dtype=bool)
+    assert figures._box(inside) == (0, 8, 0, 6)
+    inside[2, 3] = inside[5, 1] = True
+    assert figures._box(inside) == (2, 6, 1, 4)
+
+
+def test_a_missing_dependency_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(SystemExit, match="The examples need tqdm, not installed here"):
+        importlib.reload(common)
+
+
+# ----- the whole example
+
+ARGUMENTS = ["--epochs", "3", "--teacher-epochs", "2", "--caat-epochs", "1", "--seeds", "2", "--threads", "1"]
+
+
+def start(out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(EXAMPLES / "train_lkd.py"), *ARGUMENTS, "--out", str(out), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return output
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("whole")
+    return out, finish(start(out))
+
+
+def test_the_example_writes_table_numbers_and_figures(whole_run: tuple[Path, str]) -> None:
+    out, output = whole_run
+    content = json.loads((out / "results.json").read_text())
+    accuracy = content["test_accuracy"]
+    assert accuracy.keys() == {"teacher", *train_lkd.METHODS}
+    assert (out / "table.md").read_text().strip() in output
+    for name in train_lkd.METHODS:
+        assert results.spread(accuracy[name]) in output
+        for seed in range(2):
+            run = json.loads((out / "checkpoints" / f"{name.lower()}-seed{seed}.json").read_text())
+            assert [record["epoch"] for record in run["history"]] == [1, 2, 3]
+            assert run["history"][-1]["test_accuracy"] == accuracy[name][seed]
+            assert ("lkd" in run["history"][0]) == ("LKD" in name)
+    from matplotlib.image import imread
+
+    for name in ("curves", "cosines", "masks"):
+        picture = imread(out / "figures" / f"{name}.png")
+        assert min(picture.shape[:2]) > 300
+        assert picture.std() > 0.05
+
+
+def test_a_finished_run_is_read_not_repeated(whole_run: tuple[Path, str]) -> None:
+    out, output = whole_run
+    before = {path: path.stat().st_mtime_ns for path in (out / "checkpoints").glob("*.pt")}
+    again = finish(start(out))
+    assert {path: path.stat().st_mtime_ns for path in (out / "checkpoints").glob("*.pt")} == before
+    assert again.count("finished before") == len(before)
+    assert (out / "table.md").read_text().strip() in again
+
+
+def test_a_killed_run_goes_on_bit_for_bit(whole_run: tuple[Path, str], tmp_path: Path) -> None:
+    whole, _ = whole_run
+    for name, interruption in (("teacher", signal.SIGINT), ("lkd-seed0", signal.SIGKILL)):
+        process = start(tmp_path)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "checkpoints" / f"{name}.pt").exists():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(interruption)
+        _, errors = process.communicate()
+        assert "Traceback" not in errors
+    finish(start(tmp_path))
+    for path in (whole / "checkpoints").glob("*.pt"):
+        assert_equal(training.read(tmp_path / "checkpoints" / path.name), training.read(path))
+    assert (tmp_path / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+
+
+def test_runs_of_other_settings_are_kept_until_fresh(
+    whole_run: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(whole_run[0] / "checkpoints", checkpoints)
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(SystemExit) as stopped:
+        train_lkd.main([*ARGUMENTS, "--teacher-epochs", "7", "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert "teacher.pt was trained with epochs=2 (now 7)" in message
+    assert "--fresh" in message
+    assert list(checkpoints.iterdir())
+    options.forget(tmp_path)
+    assert not list(checkpoints.iterdir())
+    assert (tmp_path / "mine.txt").exists()

@@ -11,7 +11,7 @@ from kdkernels import native
 
 from .helpers import DTYPES, HALF_DTYPES, assert_as_good_as, assert_close, exactly, loss_and_gradients, relative_error
 
-SHAPES = [(1, 1), (1, 2), (2, 1), (3, 7), (5, 16), (64, 10), (17, 33), (9, 100), (33, 1000), (2, 4099)]
+SHAPES = [(1, 1), (1, 3), (2, 1), (8, 2), (3, 7), (5, 16), (64, 10), (17, 33), (9, 100), (33, 1000), (2, 4099)]
 TEMPERATURES = [1.0, 4.0, 0.7]
 
 needs_native = pytest.mark.skipif(
@@ -31,7 +31,7 @@ def definition(student: Tensor, teacher: Tensor, temperature: float, scale: bool
 
 
 def logits(*shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = True) -> Tensor:
-    return (3 * torch.randn(shape)).to(dtype).requires_grad_(requires_grad)
+    return (2 * torch.randn(shape)).to(dtype).requires_grad_(requires_grad)
 
 
 def pair(
@@ -219,6 +219,18 @@ def test_a_second_derivative_raises(backend):
     (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         (loss + gradient.square().sum()).backward()
+
+
+@needs_native
+def test_logits_may_be_overwritten_before_backward():
+    """As by an in-place activation: the native gradient is there already."""
+    leaf, teacher = logits(6, 15), logits(6, 15, requires_grad=False)
+    student = 1 * leaf
+    loss = kdkernels.kd_loss(student, teacher, backend="native")
+    student.zero_()
+    loss.backward()
+    (expected,) = torch.autograd.grad(definition(leaf.double(), teacher.double(), 4.0), leaf)
+    assert_close(leaf.grad, expected)
 
 
 def test_repeats_bit_by_bit(backend):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ... import backends, checks, native
 from ..autograd import scaled
@@ -26,15 +25,13 @@ def check(student: object, teacher: object, temperature: float) -> None:
     checks.same_batch("teacher_logits", teacher, "student_logits", student)
     checks.same_device("teacher_logits", teacher, "student_logits", student)
     if student.shape[1] != teacher.shape[1]:
-        raise ValueError(
-            f"teacher_logits must have student_logits' {student.shape[1]} classes, got {teacher.shape[1]}"
-        )
+        raise ValueError(f"teacher_logits must have student_logits' {student.shape[1]} classes, got {teacher.shape[1]}")
     checks.positive("temperature", temperature)
 
 
 def _native(student: Tensor, teacher: Tensor, temperature: float, scale: float) -> Tensor:
     if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-        return _Native.apply(student, teacher, temperature, scale)[0]
+        return _Native.apply(student, teacher, temperature, scale)
     return native.ops.kd(student, teacher, temperature, scale, False, False)[0]
 
 
@@ -48,19 +45,17 @@ class _Native(torch.autograd.Function):
     """The forward pass computes the gradients as well: the loss is a scalar, so backward only scales them."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, student: Tensor, teacher: Tensor, temperature: float, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx, student: Tensor, teacher: Tensor, temperature: float, scale: float) -> Tensor:
         loss, *gradients = native.ops.kd(student, teacher, temperature, scale, *ctx.needs_input_grad[:2])
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*gradients)
-        ctx.dtypes = student.dtype, teacher.dtype
-        return loss, *gradients
+        # Not saved: only their place in the graph is asked for, so they may be overwritten.
+        ctx.inputs = student, teacher
+        return loss
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        gradients = (
-            scaled(grad_loss, gradient, dtype) if wanted else None
-            for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
-        )
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [
+            scaled(grad_loss, gradient, x.dtype, *ctx.inputs) if wanted else None
+            for gradient, x, wanted in zip(ctx.saved_tensors, ctx.inputs, ctx.needs_input_grad, strict=False)
+        ]
         return *gradients, None, None

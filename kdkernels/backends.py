@@ -55,7 +55,6 @@ def why_not(backend: str, *tensors: torch.Tensor) -> str | None:
     return native.why_not(device) if backend == "native" else _why_not_triton(device)
 
 
-@torch.compiler.assume_constant_result
 def _why_not_triton(device: torch.device) -> str | None:
     try:
         import triton
@@ -64,6 +63,9 @@ def _why_not_triton(device: torch.device) -> str | None:
     if device.type == "cpu" and not triton.knobs.runtime.interpret:
         return "Triton kernels need a GPU tensor; on CPU they only run under TRITON_INTERPRET=1"
     return None
+
+
+_why_not_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in native.py
 
 
 def _check(backend: str) -> None:

@@ -99,13 +99,13 @@ struct Box {
 
 // Tight bounds of mask > threshold, scaled to height x width and widened to whole pixels; the whole map when nothing exceeds
 // the threshold. NaN counts as exceeding it, so that it is never cropped away.
-template <typename T, typename M>
-Box bounding_box(const Maps<M>& mask, int64_t mask_height, int64_t mask_width, T threshold, int64_t height,
+template <typename C, typename M>
+Box bounding_box(const Maps<M>& mask, int64_t mask_height, int64_t mask_width, C threshold, int64_t height,
                  int64_t width) {
   Box box{mask_height, 0, mask_width, 0};
   for (int64_t y = 0; y < mask_height; ++y)
     for (int64_t x = 0; x < mask_width; ++x) {
-      if (T(*mask.at(0, y, x)) <= threshold) continue;
+      if (C(*mask.at(0, y, x)) <= threshold) continue;
       box = {std::min(box.top, y), std::max(box.bottom, y + 1), std::min(box.left, x), std::max(box.right, x + 1)};
     }
   if (box.bottom == 0) box = {0, mask_height, 0, mask_width};
@@ -149,7 +149,8 @@ struct Lens {
                 v * ((1 - u) * value(bottom, left) + u * value(bottom, right));
       }
     if (!p.threshold) return;
-    const Box box = bounding_box(source, height, width, T(*p.threshold), p.height, p.width);
+    using Compare = std::conditional_t<std::is_same_v<M, double>, double, float>;  // precision of the mask
+    const Box box = bounding_box(source, height, width, Compare(*p.threshold), p.height, p.width);
     resampling.steps.push_back(
         {p.height, p.width, stretch<T>(box.top, box.bottom, p.height), stretch<T>(box.left, box.right, p.width)});
   }

@@ -1,7 +1,7 @@
 """Loads the native library on first use, and says in words why when it cannot.
 
-Native operators are declared in ``csrc/library.cpp``; their fake kernels, which tell ``torch.compile`` the shapes of the
-results, are here.
+Native operators are declared in ``csrc/library.cpp``; their fake kernels, which tell ``torch.compile`` the shapes of
+the results, are here.
 """
 
 from __future__ import annotations

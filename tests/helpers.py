@@ -37,7 +37,7 @@ def _assert_error(error: float, tolerance: float, what: str) -> None:
 
 
 def loss_and_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-    """The loss at fresh leaves with the data, strides and requires_grad of ``inputs``, and each one's gradient or None."""
+    """The loss at leaves with the data, strides and requires_grad of ``inputs``, and each one's gradient or None."""
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
     loss = function(*leaves)
     loss.backward()

@@ -2,8 +2,9 @@
 
 from . import functional, nn
 from .backends import use_backend
+from .explanation import explain
 from .functional import *  # noqa: F403
 from .functional import __all__ as _functions
 
 __version__ = "0.1.0"
-__all__ = [*_functions, "functional", "nn", "use_backend"]
+__all__ = [*_functions, "explain", "functional", "nn", "use_backend"]

@@ -168,23 +168,20 @@ class Block {
         grad_y_(grad_y) {}
 
   double run(Form form) {
-    if (form.gram()) return strips(&x_, &y_, targets(&grad_x_, &grad_y_));
-    double loss = 0;
-    // Cross first: in sample space it reads its value off the student's gradient while nothing else is in there.
-    if (form.cross) loss -= 2 * coefficient_ * cross_feature();
-    if (form.teacher)
-      loss += coefficient_ * own_feature(y_, grad_y_);
-    else
-      loss += form.cross ? strips(nullptr, &y_, {}) : teacher_and_cross_gram();
-    return loss + (form.student ? coefficient_ * own_feature(x_, grad_x_) : strips(&x_, nullptr, targets(&grad_x_)));
+    if (form == Form::gram) return difference();
+    // The mixed form reads the cross term off the student's gradient, so that must come while nothing else is in there.
+    const double teacher_and_cross = form == Form::mixed
+                                         ? teacher_and_cross_gram()
+                                         : coefficient_ * (own_feature(y_, grad_y_) - 2 * cross_feature());
+    return teacher_and_cross + coefficient_ * own_feature(x_, grad_x_);
   }
 
  private:
-  std::vector<Target<T>> targets(Gradient<T>* grad_x, Gradient<T>* grad_y = nullptr) const {
-    std::vector<Target<T>> wanted;
-    if (grad_x->data) wanted.push_back({x_, grad_x, slope_});
-    if (grad_y && grad_y->data) wanted.push_back({y_, grad_y, -slope_});
-    return wanted;
+  double difference() const {
+    std::vector<Target<T>> targets;
+    if (grad_x_.data) targets.push_back({x_, &grad_x_, slope_});
+    if (grad_y_.data) targets.push_back({y_, &grad_y_, -slope_});
+    return strips(&x_, &y_, std::move(targets));
   }
 
   double strips(const Operand<T>* plus, const Operand<T>* minus, std::vector<Target<T>> targets) const {
@@ -290,7 +287,7 @@ double Congruence<T>::run(T* grad_x_data, T* grad_y_data) const {
   const Coefficients& c = coefficients;
   const int64_t images = rows / positions;
   double loss = 0;
-  if (c.full != 0 && plan.full.gram()) {
+  if (c.full != 0 && plan.full == Form::gram) {
     std::vector<Target<T>> targets;
     if (grad_x.data) targets.push_back({own_x, &grad_x, T(4 * c.full)});
     if (grad_y.data) targets.push_back({own_y, &grad_y, T(-4 * c.full)});
@@ -311,9 +308,13 @@ double Congruence<T>::run(T* grad_x_data, T* grad_y_data) const {
 template double Congruence<float>::run(float*, float*) const;
 template double Congruence<double>::run(double*, double*) const;
 
-std::tuple<Tensor, Tensor, Tensor> congruence(const Tensor& x, const Tensor& y, int64_t positions,
+std::tuple<Tensor, Tensor, Tensor> congruence(const Tensor& rows_x, const Tensor& rows_y, int64_t positions,
                                               const std::vector<double>& coefficients, const std::vector<int64_t>& plan,
                                               bool want_x, bool want_y) {
+  const auto with_contiguous_rows = [](const Tensor& rows) {
+    return rows.stride(1) == 1 ? rows : torch::stable::contiguous(rows);
+  };
+  const Tensor x = with_contiguous_rows(rows_x), y = with_contiguous_rows(rows_y);
   return with_compute_type(x, [&](auto type) {
     using T = decltype(type);
     const auto view = [](const Tensor& rows) {

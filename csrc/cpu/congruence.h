@@ -12,13 +12,9 @@ struct Coefficients {
   double full, intra, inter_same, diagonal;
 };
 
-// Which terms of a loss are computed in feature space, as kdkernels/ops/congruence/plan.py encodes them.
-struct Form {
-  bool student, teacher, cross;
-
-  explicit Form(int64_t code) : student(code & 1), teacher(code & 2), cross(code & 4) {}
-  bool gram() const { return !student && !teacher && !cross; }
-};
+// In which space a loss is computed, by the numbers of kdkernels/ops/congruence/plan.py. Mixed: the student's norm in feature
+// space, the teacher's and the cross term in sample space.
+enum class Form : int64_t { gram = 0, mixed = 1, feature = 7 };
 
 struct Plan {
   Form full, intra, inter_same;

@@ -45,14 +45,14 @@ def congruence(
     if len(coefficients) != len(Coefficients._fields):
         raise ValueError(f"coefficients must be the four of {Coefficients._fields}, got {coefficients!r}")
     coefficients = Coefficients(*map(float, coefficients))
-    plan = plan_for(x, y, positions, form)
+    plan = plan_for(x, y, positions, coefficients, form)
     run = {"reference": _reference, "native": _native, "triton": _triton}[backends.choose(backend, x)]
     return run(x, y, positions, coefficients, plan)
 
 
-def plan_for(x: Tensor, y: Tensor, positions: int, form: str) -> Plan:
+def plan_for(x: Tensor, y: Tensor, positions: int, coefficients: Coefficients, form: str) -> Plan:
     grads = (torch.is_grad_enabled() and rows.requires_grad for rows in (x, y))
-    return make_plan(form, x.shape[0], positions, x.shape[1], y.shape[1], *grads)
+    return make_plan(form, coefficients, x.shape[0], positions, x.shape[1], y.shape[1], *grads)
 
 
 def check(x: object, y: object, positions: int, form: str) -> None:

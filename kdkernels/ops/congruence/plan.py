@@ -39,16 +39,16 @@ class Form(NamedTuple):
         return self.student + 2 * self.teacher + 4 * self.cross
 
     def __str__(self) -> str:
-        if self in (GRAM, FEATURE):
-            return "gram" if self == GRAM else "feature"
-        return ", ".join(f"{name}: {'feature' if feature else 'gram'}" for name, feature in self._asdict().items())
+        if self == MIXED:
+            return "mixed"
+        return "gram" if self == GRAM else "feature"
 
 
 GRAM = Form(False, False, False)
 FEATURE = Form(True, True, True)
-# Sample space for the cross term needs the teacher's Gram; with both Grams at hand it is never worth leaving.
-MIXED = (Form(True, False, False), Form(True, False, True), Form(False, True, True))
-
+# The student's norm over features, the teacher's and the cross term from the teacher's Gram: for N < d_T and a narrow student.
+# Every other combination costs more than one of these three, whatever the sizes.
+MIXED = Form(True, False, False)
 
 # What it costs to square, weigh and store an entry of a Gram tile, in multiply-adds of the products.
 TILE_ENTRY = 16
@@ -69,9 +69,7 @@ class Plan(NamedTuple):
         return [form.code for form in self]
 
 
-def multiply_adds(
-    form: Form, rows: int, d_student: int, d_teacher: int, grad_student: bool, grad_teacher: bool
-) -> int:
+def multiply_adds(form: Form, rows: int, d_student: int, d_teacher: int, grad_student: bool, grad_teacher: bool) -> int:
     """Modelled multiply-adds of one loss over ``rows`` rows. Symmetric products are computed by halves."""
 
     def own(feature: bool, d: int, grad: bool) -> int:
@@ -87,8 +85,8 @@ def multiply_adds(
 
 
 def candidates(whole: bool, grad_teacher: bool) -> tuple[Form, ...]:
-    """The forms worth comparing. Mixed ones serve the sum over all pairs, and a teacher that does not learn."""
-    return (GRAM, FEATURE, *MIXED) if whole and not grad_teacher else (GRAM, FEATURE)
+    """The forms worth comparing. The mixed one serves the sum over all pairs and a teacher that does not learn."""
+    return (GRAM, FEATURE, MIXED) if whole and not grad_teacher else (GRAM, FEATURE)
 
 
 def choose_form(
@@ -107,6 +105,7 @@ def choose_form(
 
 def make_plan(
     form: str,
+    coefficients: Coefficients,
     rows: int,
     positions: int,
     d_student: int,
@@ -115,6 +114,18 @@ def make_plan(
     grad_teacher: bool,
 ) -> Plan:
     """Choose the form of each sum. ``rows`` is N, ``positions`` the number of patches per image."""
-    sizes = (rows, positions, rows // positions)
-    widths_and_wishes = (d_student, d_teacher, grad_student, grad_teacher)
-    return Plan(*(choose_form(form, i == 0, size, *widths_and_wishes) for i, size in enumerate(sizes)))
+    images = rows // positions
+    sizes = (d_student, d_teacher, grad_student, grad_teacher)
+    plan = Plan(
+        choose_form(form, True, rows, *sizes),
+        choose_form(form, False, positions, *sizes),
+        choose_form(form, False, images, *sizes),
+    )
+    if form == "auto" and plan.full != GRAM and coefficients.full:
+        # Tiles of the whole Gram matrix would serve the other two sums for nothing.
+        cost = multiply_adds(plan.full, rows, *sizes)
+        cost += images * multiply_adds(plan.intra, positions, *sizes) if coefficients.intra else 0
+        cost += positions * multiply_adds(plan.inter_same, images, *sizes) if coefficients.inter_same else 0
+        if multiply_adds(GRAM, rows, *sizes) < cost:
+            return plan._replace(full=GRAM)
+    return plan

@@ -39,20 +39,22 @@ class Stage(NamedTuple):
             return Coefficients(intra, 0.0, 0.0, same)
         return Coefficients(diff, intra - diff, same - diff, diff)
 
-    def plan(self, form: str) -> Plan:
-        def length(features: Tensor) -> int:
-            _, c, h, w = features.shape
-            return c * -(-h // self.k) * -(-w // self.k)
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Components of a patch vector of the student and of the teacher."""
+        student, teacher = (c * -(-h // self.k) * -(-w // self.k) for _, c, h, w in (f.shape for f in self[:2]))
+        return student, teacher
 
-        return make_plan(
-            form,
-            self.student.shape[0] * self.k**2,
-            self.k**2,
-            length(self.student),
-            length(self.teacher),
-            torch.is_grad_enabled() and self.student.requires_grad,
-            torch.is_grad_enabled() and self.teacher.requires_grad,
-        )
+    @property
+    def wanted(self) -> tuple[bool, bool]:
+        """Whether the student and the teacher get a gradient."""
+        learning = torch.is_grad_enabled()
+        return learning and self.student.requires_grad, learning and self.teacher.requires_grad
+
+    def plan(self, form: str) -> Plan:
+        positions = self.k**2
+        rows = self.student.shape[0] * positions
+        return make_plan(form, self.coefficients, rows, positions, *self.lengths, *self.wanted)
 
 
 class Settings(NamedTuple):
@@ -237,4 +239,3 @@ def _per_stage(name: str, value: object, count: int | None) -> list:
     if count is not None and len(value) != count:
         raise ValueError(f"{name} must hold one entry per stage of student, {count}, got {len(value)}")
     return list(value)
-

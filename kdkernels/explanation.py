@@ -1,0 +1,100 @@
+"""What a call would do, without doing it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from . import backends, functional
+from .ops import kd, local_correlation
+from .ops.congruence.plan import GRAM, Form, candidates, multiply_adds
+from .ops.local_correlation import Stage
+
+
+@dataclass(frozen=True)
+class Sum:
+    """One of the sums that make up a stage's loss, with the modelled cost of each form in multiply-adds."""
+
+    name: str
+    rows: int
+    count: int
+    form: Form
+    costs: dict[Form, int]
+
+    def __str__(self) -> str:
+        costs = ", ".join(f"{form} {cost * self.count / 1e9:.3g}" for form, cost in self.costs.items())
+        return f"{self.name}: {self.form} form ({self.count} x {self.rows} rows; in 1e9 multiply-adds: {costs})"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The backend a call takes, why the others cannot run it, and the form of each sum of each stage."""
+
+    name: str
+    backend: str
+    obstacles: dict[str, str]
+    stages: list[list[Sum]]
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.backend} backend"]
+        lines += [f"  not {backend}: {reason}" for backend, reason in self.obstacles.items()]
+        for i, sums in enumerate(self.stages):
+            lines += [f"  stage {i}"] + [f"    {part}" for part in sums]
+        return "\n".join(lines)
+
+
+def explain(name: str, *args: object, **settings: object) -> Explanation:
+    """Which backend and form a call would take, and the modelled cost of each form.
+
+    Args:
+        name: of a function, "local_correlation_loss" or "kd_loss".
+        args, settings: as that function takes them.
+
+    Returns:
+        An ``Explanation`` to print.
+
+    Raises:
+        ValueError: for another name; and whatever the call itself would raise for its arguments.
+    """
+    explainers = {"local_correlation_loss": _local_correlation_stages, "kd_loss": _kd_stages}
+    if name not in explainers:
+        raise ValueError(f"name must be one of {tuple(explainers)}, got {name!r}")
+    bound = inspect.signature(getattr(functional, name)).bind(*args, **settings)
+    bound.apply_defaults()
+    tensor, stages = explainers[name](**bound.arguments)
+    backend = backends.choose(bound.arguments["backend"], tensor)
+    reasons = {other: backends.why_not(other, tensor) for other in backends.BACKENDS[1:]}
+    return Explanation(name, backend, {b: reason for b, reason in reasons.items() if reason is not None}, stages)
+
+
+def _kd_stages(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, **_) -> tuple[Tensor, list]:
+    kd.check(student_logits, teacher_logits, temperature)
+    return student_logits, []
+
+
+def _local_correlation_stages(
+    student, teacher, k, *, weights, mask, threshold, partition, reduction, eps, form, **_
+) -> tuple[Tensor, list]:
+    settings = local_correlation.Settings(threshold, partition, eps, form)
+    stages = local_correlation.check(student, teacher, k, weights, mask, reduction, settings)
+    return stages[0].student, [_sums(stage, form) for stage in stages]
+
+
+def _sums(stage: Stage, form: str) -> list[Sum]:
+    images, positions = stage.student.shape[0], stage.k**2
+    coefficients, plan = stage.coefficients, stage.plan(form)
+    sums = [
+        Sum("all pairs", images * positions, 1, plan.full, _costs(stage, images * positions, True)),
+        Sum("pairs of one image", positions, images, plan.intra, _costs(stage, positions, False)),
+        Sum("pairs of one position", images, positions, plan.inter_same, _costs(stage, images, False)),
+    ]
+    if coefficients.full and plan.full == GRAM:
+        return sums[:1]  # its tiles hold every pair, and the other sums are weights on them
+    return [part for part, coefficient in zip(sums, coefficients, strict=False) if coefficient]
+
+
+def _costs(stage: Stage, rows: int, whole: bool) -> dict[Form, int]:
+    forms = candidates(whole, stage.wanted[1])
+    return {form: multiply_adds(form, rows, *stage.lengths, *stage.wanted) for form in forms}

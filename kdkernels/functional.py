@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import checks
 from .ops import local_correlation as _local_correlation
 from .ops.kd import kd
 from .ops.local_correlation.reference import RELATIONS, correlation
 from .ops.patches import patches
-from . import checks
 
 __all__ = ["kd_loss", "local_correlation", "local_correlation_loss"]
 
@@ -33,12 +33,13 @@ def local_correlation_loss(
 ) -> Tensor:
     """Local correlation consistency between two networks (LKD Eqs. 4-7, with a mask Eq. 10).
 
-    Every map is split into k x k patches; with ``D`` the difference of the two networks' N x N matrices of cosines between
-    patches (N = n·k²), ``loss = w₁·ΣD²[same image] + w₂·ΣD²[same position] + w₃·ΣD²[neither]``, summed over stages.
+    Every map is split into k x k patches; with ``D`` the difference of the two networks' N x N matrices of cosines
+    between patches (N = n·k²), ``loss = w₁·ΣD²[same image] + w₂·ΣD²[same position] + w₃·ΣD²[neither]``, summed
+    over stages.
 
     Args:
-        student: n x c x h x w features, or a sequence of them, one per stage. Channels, height and width may differ from the
-            teacher's. float32, float64, bfloat16 or float16, any strides.
+        student: n x c x h x w features, or a sequence of them, one per stage. Channels, height and width may differ
+            from the teacher's. float32, float64, bfloat16 or float16, any strides.
         teacher: the teacher's features of the same stages. They receive a gradient only if they require one.
         k: patches per side, one number or one per stage.
         weights: (intra, inter_same, inter_diff), the factors of Eqs. 4, 5 and 6 in Eq. 7.
@@ -47,8 +48,8 @@ def local_correlation_loss(
         partition: "exact" wants k to divide height and width; "resize" first resamples bilinearly to the next multiple.
         reduction: "sum" is the paper's; "mean" divides each relation by its own number of pairs.
         eps: patches of this norm or less have cosine 0 with everything and gradient 0.
-        form: "gram" works on tiles of the N x N matrices, "feature" on d x d sums, linear in the batch; "auto" takes the
-            cheaper of the two for each term.
+        form: "gram" works on tiles of the N x N matrices, "feature" on d x d sums, linear in the batch; "auto" takes
+            the cheaper for each term.
         backend: "auto", "reference", "native" or "triton".
         group: a torch.distributed process group over which the batch is spread.
 
@@ -82,8 +83,8 @@ def local_correlation(
     Args:
         features: n x c x h x w.
         k: patches per side; N = n·k².
-        relation: "full" N x N over all pairs; "intra" n x k² x k² within each image; "inter_same" k² x n x n between images
-            at each position; "inter_diff" N x N with the pairs of one image or one position set to 0.
+        relation: "full" N x N over all pairs; "intra" n x k² x k² within each image; "inter_same" k² x n x n between
+            images at each position; "inter_diff" N x N with the pairs of one image or one position set to 0.
         partition, eps, backend: as in ``local_correlation_loss``; the backend is that of the patches.
 
     Returns:

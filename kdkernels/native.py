@@ -143,7 +143,7 @@ def _register_fakes() -> None:
 
 
 def map_shape(features: Tensor) -> tuple[int, int, int, bool]:
-    """Channels, height, width and whether the channels are neighbours in memory, as the backward operators take them."""
+    """Channels, height, width and whether the channels are neighbours in memory, for the backward operators."""
     _, c, h, w = features.shape
     return c, h, w, features.stride(1) == 1 and c > 1 and h * w > 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -86,8 +87,8 @@ class KDLoss(nn.Module):
 class ClassAwareAttention(nn.Module):
     """Class-aware attention (LKD Eqs. 8-9): a mask generator and the auxiliary classifier that trains it.
 
-    Train it on a frozen teacher's features of one stage by minimising ``loss(features, labels)``, then call ``freeze()``; from
-    then on ``module(features)`` is the mask that ``local_correlation_loss`` takes.
+    Train it on a frozen teacher's features of one stage by minimising ``loss(features, labels)``, then call
+    ``freeze()``; from then on ``module(features)`` is the mask that ``local_correlation_loss`` takes.
 
     Args:
         channels: channels of the teacher's features.
@@ -105,7 +106,7 @@ class ClassAwareAttention(nn.Module):
         width = width or max(channels // 2, 8)
         widths = [channels] + [width] * depth
         self.generator = nn.Sequential(
-            *(_conv_bn_relu(a, b, 3) for a, b in zip(widths, widths[1:], strict=False)),
+            *(_conv_bn_relu(a, b, 3) for a, b in pairwise(widths)),
             nn.Conv2d(width, 1, 1),
             nn.Sigmoid(),
         )

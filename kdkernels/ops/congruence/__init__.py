@@ -22,16 +22,16 @@ def congruence(
 ) -> Tensor:
     """Sum the squared differences of two dot-product structures.
 
-    With ``D = X Xᵀ − Y Yᵀ`` and row ``r`` belonging to image ``r // positions`` and position ``r % positions``, the result is
-    ``full·ΣD² + intra·ΣD²[same image] + inter_same·ΣD²[same position] + diagonal·Σ D_rr²``.
+    With ``D = X Xᵀ − Y Yᵀ`` and row ``r`` belonging to image ``r // positions`` and position ``r % positions``, the
+    result is ``full·ΣD² + intra·ΣD²[same image] + inter_same·ΣD²[same position] + diagonal·Σ D_rr²``.
 
     Args:
         x: N x d_S student rows, float32 or float64.
         y: N x d_T teacher rows of the same dtype.
         positions: rows per image; it divides N.
         coefficients: (full, intra, inter_same, diagonal).
-        form: "gram" compares N x N tiles and drops them; "feature" uses ‖XᵀX‖² + ‖YᵀY‖² − 2‖YᵀX‖²; "auto" takes the cheaper
-            form of each term.
+        form: "gram" compares N x N tiles and drops them; "feature" uses ‖XᵀX‖² + ‖YᵀY‖² − 2‖YᵀX‖²; "auto" takes the
+            cheaper form of each term.
         backend: "auto", "reference", "native" or "triton".
 
     Returns:

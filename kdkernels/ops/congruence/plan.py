@@ -6,8 +6,8 @@ For rows X (N x d_S) and Y (N x d_T) the loss is made of three squared norms, an
     teacher   ‖Y Yᵀ‖² = ‖YᵀY‖²
     cross     ⟨X Xᵀ, Y Yᵀ⟩ = ‖YᵀX‖²     its gradient half is (Y Yᵀ) X = Y (YᵀX)
 
-The first of each is sample space ("gram", N x N, computed in tiles), the second feature space ("feature", d x d). With all
-three in sample space the difference D = X Xᵀ − Y Yᵀ is formed entry by entry and nothing cancels.
+The first of each is sample space ("gram", N x N, computed in tiles), the second feature space ("feature", d x d). With
+all three in sample space the difference D = X Xᵀ − Y Yᵀ is formed entry by entry and nothing cancels.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Form(NamedTuple):
 
 GRAM = Form(False, False, False)
 FEATURE = Form(True, True, True)
-# The student's norm over features, the teacher's and the cross term from the teacher's Gram: for N < d_T and a narrow student.
-# Every other combination costs more than one of these three, whatever the sizes.
+# The student's norm over features, the teacher's and the cross term from the teacher's Gram: for N < d_T and a narrow
+# student. Every other combination costs more than one of these three, whatever the sizes.
 MIXED = Form(True, False, False)
 
 # What it costs to square, weigh and store an entry of a Gram tile, in multiply-adds of the products.

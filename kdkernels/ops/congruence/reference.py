@@ -1,4 +1,4 @@
-"""How far two sets of rows are from having the same correlations, in plain PyTorch: the specification of ``congruence``."""
+"""How far two sets of rows are from equal correlations, in plain PyTorch: the specification of ``congruence``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Feature maps to unit patch vectors: mask, crop, resample, split and normalise in one pass.
 
-Row ``i * k² + p`` of the result is patch ``p`` of image ``i``, divided by its norm. A patch of norm <= eps becomes the zero
-vector. Within a row the components follow the memory format of the features (channel-major for NCHW, pixel-major for
-channels_last), which no dot product between rows can tell apart.
+Row ``i * k² + p`` of the result is patch ``p`` of image ``i``, divided by its norm. A patch of norm <= eps becomes the
+zero vector. Within a row the components follow the memory format of the features (channel-major for NCHW, pixel-major
+for channels_last), which no dot product between rows can tell apart.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def patches(
     Args:
         features: n x c x h x w, float32, float64, bfloat16 or float16, in any memory format.
         k: patches per side.
-        mask: n x h' x w' or n x 1 x h' x w' weights in [0, 1], multiplied in (LKD Eq. 9) after bilinear resampling to h x w.
-            No gradient goes to it.
-        threshold: crop to the tight box of ``mask > threshold`` (the whole map where nothing exceeds it) and resample the crop
-            to h x w, bilinearly. None does not crop.
+        mask: n x h' x w' or n x 1 x h' x w' weights in [0, 1], multiplied in (LKD Eq. 9) after bilinear resampling to
+            h x w. No gradient goes to it.
+        threshold: crop to the tight box of ``mask > threshold`` (the whole map where nothing exceeds it) and resample
+            the crop to h x w, bilinearly. None does not crop.
         partition: "exact" wants k to divide h and w; "resize" first resamples to the next multiple, bilinearly.
         eps: patches of this norm or less are zero vectors, with gradient 0.
         backend: "auto", "reference", "native" or "triton".
@@ -95,9 +95,7 @@ def check(name: str, features: object, k: object, partition: str) -> None:
         )
 
 
-def check_mask(
-    name: str, mask: object, threshold: float | None, features_name: str, features: Tensor
-) -> Tensor | None:
+def check_mask(name: str, mask: object, threshold: float | None, features_name: str, features: Tensor) -> Tensor | None:
     """The mask as n x h' x w', or None."""
     if threshold is not None:
         checks.finite("threshold", threshold)

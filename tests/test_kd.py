@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import DTYPES, HALF_DTYPES, assert_as_good_as, assert_close, exactly, loss_and_gradients, relative_error
 from torch import Tensor
 
 import kdkernels
 from kdkernels import native
-
-from .helpers import DTYPES, HALF_DTYPES, assert_as_good_as, assert_close, exactly, loss_and_gradients, relative_error
 
 SHAPES = [(1, 1), (1, 3), (2, 1), (8, 2), (3, 7), (5, 16), (64, 10), (17, 33), (9, 100), (33, 1000), (2, 4099)]
 TEMPERATURES = [1.0, 4.0, 0.7]

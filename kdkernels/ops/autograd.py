@@ -23,8 +23,13 @@ class FirstDerivative(torch.autograd.Function):
         raise RuntimeError("kdkernels losses have no second derivative; use backend='reference' for one")
 
 
+def once(gradient: Tensor, *anchors: Tensor) -> Tensor:
+    """A gradient that raises if it is differentiated; as it is where nothing is recorded anyway."""
+    return FirstDerivative.apply(gradient, *anchors) if torch.is_grad_enabled() else gradient
+
+
 def scaled(grad_loss: Tensor, gradient: Tensor, dtype: torch.dtype, *anchors: Tensor) -> Tensor:
     """A gradient computed in the forward pass, times the gradient of the loss; its own anchor if none is given."""
-    if not torch.is_grad_enabled():
-        return (grad_loss * gradient).to(dtype)
-    return FirstDerivative.apply((grad_loss.detach() * gradient.detach()).to(dtype), *(anchors or (gradient,)))
+    with torch.no_grad():
+        result = (grad_loss * gradient).to(dtype)
+    return once(result, *(anchors or (gradient,)))

@@ -12,7 +12,10 @@ all three in sample space the difference D = X Xᵀ − Y Yᵀ is formed entry b
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
+
+import torch
 
 FORMS = ("auto", "gram", "feature")
 
@@ -114,6 +117,20 @@ def make_plan(
     grad_teacher: bool,
 ) -> Plan:
     """Choose the form of each sum. ``rows`` is N, ``positions`` the number of patches per image."""
+    choose = _make_plan if torch.compiler.is_compiling() else _make_plan_once
+    return choose(form, coefficients, rows, positions, d_student, d_teacher, grad_student, grad_teacher)
+
+
+def _make_plan(
+    form: str,
+    coefficients: Coefficients,
+    rows: int,
+    positions: int,
+    d_student: int,
+    d_teacher: int,
+    grad_student: bool,
+    grad_teacher: bool,
+) -> Plan:
     images = rows // positions
     sizes = (d_student, d_teacher, grad_student, grad_teacher)
     plan = Plan(
@@ -129,3 +146,7 @@ def make_plan(
         if multiply_adds(GRAM, rows, *sizes) < cost:
             return plan._replace(full=GRAM)
     return plan
+
+
+# Training asks for the same few plans at every step, and the arithmetic costs more than a small loss.
+_make_plan_once = functools.lru_cache(maxsize=1024)(_make_plan)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import backends, checks, native
-from ..autograd import FirstDerivative
+from ..autograd import once
 from ..congruence.plan import FORMS, Coefficients, Plan, make_plan
 from ..congruence.reference import feature_form
 from ..patches import check as check_features
@@ -143,7 +143,7 @@ class _Native(torch.autograd.Function):
             grads = [grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
         wanted = ctx.needs_input_grad[1:]
         anchored = zip(grads, rows, wanted, strict=True)
-        return None, *(FirstDerivative.apply(grad, anchor) if want else None for grad, anchor, want in anchored)
+        return None, *(once(grad, anchor) if want else None for grad, anchor, want in anchored)
 
 
 def _patches(stage: Stage, features: Tensor, settings: Settings, backend: str) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import backends, checks, native
-from ..autograd import FirstDerivative
+from ..autograd import once
 from . import reference
 
 PARTITIONS = ("exact", "resize")
@@ -81,7 +81,7 @@ class _Native(torch.autograd.Function):
         shape, k, threshold, resize = ctx.settings
         with torch.no_grad():
             result = native.ops.patches_backward(grad, rows, norms, shape, k, mask, threshold, resize).to(ctx.dtype)
-        return FirstDerivative.apply(result, rows), None, None, None, None, None
+        return once(result, rows), None, None, None, None, None
 
 
 def check(name: str, features: object, k: object, partition: str) -> None:

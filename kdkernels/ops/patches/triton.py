@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..autograd import FirstDerivative
+from ..autograd import once
 
 ROW_BLOCK = 4096
 RESAMPLED_BLOCK = 512  # fewer pixels at a time where each has up to 16 taps
@@ -50,9 +50,7 @@ class _Patches(torch.autograd.Function):
         gradient = torch.ops.kdkernels_triton.patches_backward(
             grad.detach(), rows.detach(), norms, *ctx.map, k, mask, bounds, resize
         )
-        if torch.is_grad_enabled():
-            gradient = FirstDerivative.apply(gradient, rows)
-        return gradient, None, None, None, None, None
+        return once(gradient, rows), None, None, None, None, None
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 # Okabe and Ito's colours, told apart with any colour vision.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#F0E442")
 TEACHER = "#333333"
+MASK_COLOURS = colormaps["RdYlBu_r"]
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -51,6 +52,8 @@ def curves(
             axes.axhline(level[2], color=TEACHER, linestyle="--", linewidth=1.2, label=level[1])
         if key in log:
             axes.set_yscale("log")
+        else:
+            axes.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
         _tidy(axes, title, "epoch")
         axes.legend(frameon=False, fontsize=9)
     return save(figure, path)
@@ -111,7 +114,7 @@ def masks(
         for axes in row:
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
-    colours = ScalarMappable(Normalize(0, 1), "turbo")
+    colours = ScalarMappable(Normalize(0, 1), MASK_COLOURS)
     bar = figure.colorbar(colours, ax=grid[2::2].ravel().tolist(), shrink=0.5, aspect=30)
     bar.set_label("mask")
     return save(figure, path)
@@ -121,7 +124,7 @@ def _tint(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The mask's colours, as bright as the image."""
     (height, width), (rows, columns) = image.shape[:2], mask.shape
     over_image = mask[np.arange(height)[:, None] * rows // height, np.arange(width) * columns // width]
-    return colormaps["turbo"](over_image)[..., :3] * (0.35 + 0.65 * image.mean(-1, keepdims=True))
+    return MASK_COLOURS(over_image)[..., :3] * (0.5 + 0.5 * image.mean(-1, keepdims=True))
 
 
 def _box(inside: np.ndarray) -> tuple[int, int, int, int]:

@@ -157,10 +157,11 @@ void product(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_
 
 // For a handful of rows and columns: every entry is a dot product of two contiguous lines, with nothing to pack.
 template <typename T>
-void few_entries(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t ldc, T alpha, bool accumulate) {
+void few_entries(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t ldc, T alpha, bool accumulate,
+                 int64_t diagonal) {
   constexpr int64_t lanes = kLanes<T>;
   for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < n; ++j) {
+    for (int64_t j = std::max<int64_t>(0, i + diagonal); j < n; ++j) {
       const T *left = a.at(i, 0), *right = b.at(0, j);
       typename Vec<T>::type sums[4] = {};
       int64_t l = 0;
@@ -178,22 +179,26 @@ void few_entries(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, in
 // For a short sum over contiguous rows of B: C's rows are combinations of them, with nothing to pack.
 template <typename T>
 void few_terms(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t ldc, T alpha, bool accumulate) {
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t l = 0; l < k; ++l) {
-      const T factor = alpha * *a.at(i, l), *row = b.at(l, 0);
-      T* out = c + i * ldc;
-      if (l == 0 && !accumulate)
-        for (int64_t j = 0; j < n; ++j) out[j] = factor * row[j];
-      else
-        for (int64_t j = 0; j < n; ++j) out[j] += factor * row[j];
-    }
+  constexpr int64_t columns = 1024;  // of which all the rows of B stay in the first cache
+  for (int64_t jc = 0; jc < n; jc += columns)
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t l = 0; l < k; ++l) {
+        const T factor = alpha * *a.at(i, l), *row = b.at(l, jc);
+        T* out = c + i * ldc + jc;
+        const int64_t count = std::min(columns, n - jc);
+        if (l == 0 && !accumulate)
+          for (int64_t j = 0; j < count; ++j) out[j] = factor * row[j];
+        else
+          for (int64_t j = 0; j < count; ++j) out[j] += factor * row[j];
+      }
 }
 
 // As `product`, by the fastest means for the size.
 template <typename T>
 void fastest_product(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t ldc, T alpha, bool accumulate,
                      int64_t diagonal) {
-  if (std::max(m, n) <= 8 && a.col == 1 && b.row == 1) return few_entries<T>(m, n, k, a, b, c, ldc, alpha, accumulate);
+  if (std::max(m, n) <= 8 && a.col == 1 && b.row == 1)
+    return few_entries<T>(m, n, k, a, b, c, ldc, alpha, accumulate, diagonal);
   if (0 < k && k <= 8 && b.col == 1) return few_terms<T>(m, n, k, a, b, c, ldc, alpha, accumulate);
 #if KDKERNELS_AMX
   if constexpr (std::is_same_v<T, float>)

@@ -161,6 +161,10 @@ struct Lens {
 template <typename M, typename T, typename F>
 void for_each_element(const Partition& p, const Maps<M>& maps, T* patches, const F& f) {
   const int64_t length = p.length(), ph = p.patch_height, pw = p.patch_width;
+  if (p.k == 1 && maps.pixel == 1 && maps.line == pw && maps.channel == ph * pw) {  // the patch is the map as it lies
+    for (int64_t j = 0; j < length; ++j) f(maps.data[j], patches[j]);
+    return;
+  }
   if (p.pixel_major) {
     for (int64_t y = 0; y < ph * p.k; ++y)
       for (int64_t x = 0; x < pw * p.k; ++x) {

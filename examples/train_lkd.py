@@ -325,6 +325,7 @@ class Experiment:
                 ("test_accuracy", "test accuracy, %"),
             ],
             log=("loss",),
+            zoom=("test_accuracy",),
             level=("test_accuracy", "teacher", teacher_accuracy),
         )
         panels = {

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,13 @@ import train_lkd  # noqa: E402
 from common import data, figures, networks, options, results, training  # noqa: E402
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 # ----- data
@@ -484,6 +492,21 @@ def test_a_killed_run_goes_on_bit_for_bit(whole_run: tuple[Path, str], tmp_path:
     for path in (whole / "checkpoints").glob("*.pt"):
         assert_equal(training.read(tmp_path / "checkpoints" / path.name), training.read(path))
     assert (tmp_path / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:.*where the official file holds")
+def test_the_example_on_cifar100_with_a_loaded_teacher(tmp_path: Path) -> None:
+    for name in data.CIFAR100_COUNTS:
+        write_cifar100(tmp_path, name, 70)
+    teacher = networks.build("resnet14", 3, 100)
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+    places = ["--root", str(tmp_path), "--out", str(tmp_path), "--teacher-weights", str(tmp_path / "teacher.pt")]
+    sizes = ["--epochs", "1", "--caat-epochs", "1", "--seeds", "1", "--batch-size", "16", "--methods", "LKD+CAAT"]
+    train_lkd.main(["--data", "cifar100", "--teacher", "resnet14", "--student", "wrn-16-1", *places, *sizes])
+    run = training.read(tmp_path / "checkpoints" / "lkd+caat-seed0.pt")
+    assert run["settings"]["teacher"] == training.fingerprint(teacher)
+    assert run["history"][0]["lkd"] > 0
+    assert not (tmp_path / "checkpoints" / "teacher.pt").exists()
 
 
 def test_runs_of_other_settings_are_kept_until_fresh(

@@ -30,6 +30,7 @@ def curves(
     panels: Sequence[tuple[str, str]],
     *,
     log: Sequence[str] = (),
+    zoom: Sequence[str] = (),
     level: tuple[str, str, float] | None = None,
 ) -> Path:
     """One panel per ``(key, title)`` against the epoch: each method's mean over its runs, shaded from low to high.
@@ -37,6 +38,7 @@ def curves(
     Args:
         runs: for every method its runs' histories.
         log: the keys drawn on a logarithmic axis.
+        zoom: the keys whose axis shows the values of the second half of training.
         level: key, label and height of a horizontal line.
     """
     figure = Figure(figsize=(4.6 * len(panels), 3.7), layout="constrained")
@@ -50,6 +52,11 @@ def curves(
             axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
         if level is not None and level[0] == key:
             axes.axhline(level[2], color=TEACHER, linestyle="--", linewidth=1.2, label=level[1])
+        if key in zoom:
+            late = [record[key] for run in runs.values() for history in run for record in history[len(history) // 2 :]]
+            high = max([*late, *([level[2]] if level is not None and level[0] == key else [])])
+            margin = 0.1 * (high - min(late)) or 1
+            axes.set_ylim(min(late) - margin, high + margin)
         if key in log:
             axes.set_yscale("log")
         else:
@@ -108,7 +115,7 @@ def masks(
             top, bottom, left, right = _box(mask[column] > threshold)
             scale_y, scale_x = height / mask.shape[1], width / mask.shape[2]
             corner, size = (left * scale_x, top * scale_y), ((right - left) * scale_x, (bottom - top) * scale_y)
-            axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor="white", linewidth=1.4))
+            axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor="white", linewidth=1.4, clip_on=False))
     for row, label in zip(grid, labels, strict=True):
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
         for axes in row:

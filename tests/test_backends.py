@@ -264,8 +264,8 @@ def test_any_number_of_threads(form):
 
 
 @needs_native
-@pytest.mark.parametrize("level", ["avx512", "avx2", "default"])
-def test_every_instruction_set(level):
+@pytest.mark.parametrize(("level", "amx"), [("avx512", "1"), ("avx512", "0"), ("avx2", "1"), ("default", "1")])
+def test_every_instruction_set(level, amx):
     """The library of each: built, chosen as PyTorch chooses its own, and right."""
     if level == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("this processor has no AVX-512")
@@ -274,7 +274,18 @@ def test_every_instruction_set(level):
     assert chosen == [f"_native_cpu_{level}.so", "True"]
     tests = ["tests/test_local_correlation.py", "tests/test_patches.py", "tests/test_congruence.py"]
     which = "native and (random_problems or test_shapes or half_precision or test_mask or test_many_rows)"
-    report = child("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", which, ATEN_CPU_CAPABILITY=level)
+    report = child(
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *tests,
+        "-k",
+        which,
+        ATEN_CPU_CAPABILITY=level,
+        KDKERNELS_AMX=amx,
+    )
     assert " passed" in report
     assert "skipped" not in report
 

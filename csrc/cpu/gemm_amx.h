@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 
 #include "vec.h"
 #include "view.h"
@@ -21,9 +22,11 @@
 
 namespace kdkernels::amx {
 
-// Whether the processor has the tiles and the kernel lets this process use them.
+// Whether the processor has the tiles and the kernel lets this process use them. KDKERNELS_AMX=0 does without.
 inline bool available() {
   static const bool answer = [] {
+    const char* wish = std::getenv("KDKERNELS_AMX");
+    if (wish && wish[0] == '0') return false;
     constexpr long request_permission = 0x1023, tile_data = 18;
     unsigned eax, ebx, ecx, edx;
     __asm__("cpuid" : "=a"(eax), "=b"(ebx), "=c"(ecx), "=d"(edx) : "a"(7), "c"(0));

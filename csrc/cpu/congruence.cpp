@@ -63,14 +63,6 @@ void mirror_upper(T* matrix, int64_t size, int64_t line) {
   });
 }
 
-template <typename T>
-double dot(const View<T>& a, const T* b, int64_t rows, int64_t width) {
-  double total = 0;
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < width; ++j) total += double(*a.at(i, j)) * b[i * width + j];
-  return total;
-}
-
 // The Gram matrix of `plus` less that of `minus`, a strip of rows at a time and the upper triangle only: sums its weighted
 // squares and adds its products with the targets' rows to their gradients.
 template <typename T>

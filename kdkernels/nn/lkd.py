@@ -1,4 +1,4 @@
-"""The losses as modules: they hold settings and call ``kdkernels.functional``."""
+"""Local correlation consistency (LKD) and its class-aware attention."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checks, functional
+from .. import checks, functional
 
-__all__ = ["ClassAwareAttention", "KDLoss", "LocalCorrelationLoss"]
+__all__ = ["ClassAwareAttention", "LocalCorrelationLoss"]
 
 
 class LocalCorrelationLoss(nn.Module):
@@ -64,24 +64,6 @@ class LocalCorrelationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"k={self.k}, weights={self.weights}, threshold={self.threshold}, reduction={self.reduction!r}"
-
-
-class KDLoss(nn.Module):
-    """Temperature-softened KL divergence (LKD Eq. 1); see ``kdkernels.kd_loss`` for the settings."""
-
-    def __init__(self, temperature: float = 4.0, *, scale: bool = True, backend: str = "auto") -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.scale = scale
-        self.backend = backend
-
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        return functional.kd_loss(
-            student_logits, teacher_logits, temperature=self.temperature, scale=self.scale, backend=self.backend
-        )
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, scale={self.scale}"
 
 
 class ClassAwareAttention(nn.Module):

@@ -1,4 +1,4 @@
-"""The losses as functions: student first, teacher second, settings by keyword."""
+"""Local correlation consistency (LKD)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks
-from .ops import local_correlation as _local_correlation
-from .ops.kd import kd
-from .ops.local_correlation.reference import RELATIONS, correlation
-from .ops.patches import patches
+from .. import checks
+from ..ops import local_correlation as _local_correlation
+from ..ops.local_correlation.reference import RELATIONS, correlation
+from ..ops.patches import patches
 
-__all__ = ["kd_loss", "local_correlation", "local_correlation_loss"]
+__all__ = ["local_correlation", "local_correlation_loss"]
 
 
 def local_correlation_loss(
@@ -96,32 +95,3 @@ def local_correlation(
     rows = patches(features, k, partition=partition, eps=eps, backend=backend)
     with torch.autocast(rows.device.type, enabled=False):
         return correlation(rows, k * k, relation)
-
-
-def kd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float = 4.0,
-    scale: bool = True,
-    backend: str = "auto",
-) -> Tensor:
-    """Knowledge distillation (LKD Eq. 1): batch mean of KL(softmax(teacher / T) ‖ softmax(student / T)).
-
-    Args:
-        student_logits: b x K.
-        teacher_logits: b x K; receives a gradient only if it requires one.
-        temperature: T > 0.
-        scale: multiply by T², which keeps the gradient's size independent of T.
-        backend: "auto", "reference", "native" or "triton".
-
-    Returns:
-        A scalar: float64 if either input is, else float32.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what it got.
-        RuntimeError: when a backend asked for by name cannot run.
-
-    Memory: the gradient, b x K.
-    """
-    return kd(student_logits, teacher_logits, temperature=temperature, scale=scale, backend=backend)

@@ -1,0 +1,7 @@
+"""The losses as modules, a file per method: they hold settings and call ``kdkernels.functional``."""
+
+from . import companions, lkd
+from .companions import *  # noqa: F403
+from .lkd import *  # noqa: F403
+
+__all__ = sorted([*companions.__all__, *lkd.__all__])

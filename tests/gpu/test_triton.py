@@ -9,7 +9,11 @@ from helpers import exactly, loss_and_gradients, relative_error
 pytest.register_assert_rewrite("triton_suite")
 pytest.importorskip("triton")
 
-from triton_suite import *  # noqa: E402, F403
+from triton_suite.congruence import *  # noqa: E402, F403
+from triton_suite.contracts import *  # noqa: E402, F403
+from triton_suite.kd import *  # noqa: E402, F403
+from triton_suite.local_correlation import *  # noqa: E402, F403
+from triton_suite.patches import *  # noqa: E402, F403
 
 pytestmark = [
     pytest.mark.gpu,

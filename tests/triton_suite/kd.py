@@ -1,0 +1,64 @@
+"""``kd``"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_as_good_as, assert_close, exactly, loss_and_gradients
+from torch import Tensor
+
+import kdkernels
+from kdkernels.ops.kd import reference as kd_reference
+
+from . import FULL_PRECISION, draw, laid_out
+
+
+def run_kd(student: Tensor, teacher: Tensor) -> Tensor:
+    return kdkernels.kd_loss(student, teacher, temperature=2.5, backend="triton")
+
+
+def expected_kd(student: Tensor, teacher: Tensor) -> Tensor:
+    return kd_reference.kd(student, teacher, 2.5) * 2.5**2
+
+
+@pytest.mark.parametrize("dtype", FULL_PRECISION)
+@pytest.mark.parametrize(("rows", "classes"), [(1, 1), (5, 3), (3, 100), (2, 4097)])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_kd(device: str, dtype: torch.dtype, rows: int, classes: int, layout: str) -> None:
+    student, teacher = (
+        laid_out(3 * draw(rows, classes, device=device, dtype=dtype), layout).requires_grad_() for _ in range(2)
+    )
+    loss, gradients = loss_and_gradients(run_kd, student, teacher)
+    expected, expected_gradients = loss_and_gradients(expected_kd, *exactly(student, teacher))
+    assert loss.dtype == dtype
+    assert_close(loss, expected, "loss")
+    for gradient, correct in zip(gradients, expected_gradients, strict=True):
+        assert_close(gradient, correct, "gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kd_in_half_precision(device: str, dtype: torch.dtype) -> None:
+    student, teacher = (3 * draw(7, 33, device=device, dtype=dtype) for _ in range(2))
+    student.requires_grad_()
+    loss, (gradient, _) = loss_and_gradients(run_kd, student, teacher)
+    eager, (eager_gradient, _) = loss_and_gradients(lambda s, t: expected_kd(s.float(), t.float()), student, teacher)
+    expected, (correct, _) = loss_and_gradients(expected_kd, *exactly(student, teacher))
+    assert loss.dtype == torch.float32
+    assert gradient.dtype == dtype
+    assert_as_good_as(loss, eager, expected, "loss")
+    assert_as_good_as(gradient, eager_gradient, correct, "gradient")
+
+
+def test_kd_of_confident_networks(device: str) -> None:
+    """Logits whose exponentials overflow and underflow float32."""
+    student, teacher = (300 * draw(4, 50, device=device, dtype=torch.float64) for _ in range(2))
+    loss = run_kd(student.float(), teacher.float())
+    assert_close(loss, expected_kd(student.float().double(), teacher.float().double()))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_kd_of_a_broken_network(device: str, bad: float) -> None:
+    for place in range(2):
+        logits = [draw(3, 10, device=device) for _ in range(2)]
+        logits[place][1, 4] = bad
+        assert run_kd(*logits).isnan()

@@ -23,7 +23,7 @@ lint: setup
 	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
 
 bench: setup
-	$(PYTHON) -m pytest bench/bench_congruence.py bench/bench_kd.py
+	$(PYTHON) -m pytest bench/bench_*.py
 
 setup: $(VENV)/.built
 

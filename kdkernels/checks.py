@@ -33,6 +33,17 @@ def same_batch(name: str, value: Tensor, other_name: str, other: Tensor) -> None
         raise ValueError(f"{name} must have {other_name}'s batch size {other.shape[0]}, got {value.shape[0]}")
 
 
+def logits(student: object, teacher: object) -> tuple[Tensor, Tensor]:
+    """Two networks' logits for the same samples and classes."""
+    student = tensor("student_logits", student, 2, "b x K")
+    teacher = tensor("teacher_logits", teacher, 2, "b x K")
+    same_batch("teacher_logits", teacher, "student_logits", student)
+    same_device("teacher_logits", teacher, "student_logits", student)
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(f"teacher_logits must have student_logits' {student.shape[1]} classes, got {teacher.shape[1]}")
+    return student, teacher
+
+
 def one_of(name: str, value: str, options: Sequence[str]) -> None:
     if value not in options:
         raise ValueError(f"{name} must be one of {tuple(options)}, got {value!r}")
@@ -46,6 +57,11 @@ def positive(name: str, value: float) -> None:
 def non_negative(name: str, value: float) -> None:
     if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
         raise ValueError(f"{name} must be a number >= 0, got {value!r}")
+
+
+def fraction(name: str, value: float) -> None:
+    if not (isinstance(value, (int, float)) and 0 <= value <= 1):
+        raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
 
 
 def finite(name: str, value: float) -> None:

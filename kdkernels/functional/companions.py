@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .. import checks
+from ..native import accumulation_dtype
 from ..ops.kd import kd
 
-__all__ = ["kd_loss"]
+__all__ = ["attention_transfer_loss", "kd_loss", "logit_mse_loss", "teacher_free_kd_loss"]
 
 
 def kd_loss(
@@ -36,3 +42,138 @@ def kd_loss(
     Memory: the gradient, b x K.
     """
     return kd(student_logits, teacher_logits, temperature=temperature, scale=scale, backend=backend)
+
+
+def teacher_free_kd_loss(
+    student_logits: Tensor,
+    own_logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 0.9,
+    temperature: float = 4.0,
+    scale: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Teacher-free distillation by self-training, Tf-KD_self (Yuan et al. 2020; ICCT's column Tf-KD).
+
+    ``(1 − α)·cross_entropy + α·kd_loss``, where the teacher is an earlier copy of the student itself: the same network,
+    trained with cross-entropy before, then frozen. The paper's generations take the student of one as the copy for the
+    next.
+
+    Args:
+        student_logits: b x K.
+        own_logits: b x K, of the frozen earlier copy on the same images.
+        labels: b class indices.
+        alpha: the share of the earlier copy, in [0, 1].
+        temperature, scale, backend: as in ``kd_loss``.
+
+    Returns:
+        A scalar: float64 if either network's logits are, else float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what it got.
+        RuntimeError: when a backend asked for by name cannot run.
+
+    Memory: two gradients, b x K each.
+    """
+    checks.fraction("alpha", alpha)
+    soft = kd(student_logits, own_logits, temperature=temperature, scale=scale, backend=backend)
+    with torch.autocast(student_logits.device.type, enabled=False):
+        return (1 - alpha) * F.cross_entropy(student_logits.to(soft.dtype), labels) + alpha * soft
+
+
+def logit_mse_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Logit transfer, LT (Ba and Caruana 2014): the mean over all b·K logits of (z_S − z_T)².
+
+    Args:
+        student_logits: b x K, float32, float64, bfloat16 or float16.
+        teacher_logits: b x K; receives a gradient only if it requires one.
+
+    Returns:
+        A scalar: float64 if either input is, else float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what it got.
+
+    Memory: the difference, b x K.
+    """
+    checks.logits(student_logits, teacher_logits)
+    dtype = accumulation_dtype(student_logits, teacher_logits)
+    with torch.autocast(student_logits.device.type, enabled=False):
+        return F.mse_loss(student_logits.to(dtype), teacher_logits.to(dtype))
+
+
+def attention_transfer_loss(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    *,
+    reduction: str = "mean",
+    eps: float = 1e-12,
+) -> Tensor:
+    """Activation-based attention transfer, AT (Zagoruyko and Komodakis 2017), with the maps they found best: sums of
+    squares.
+
+    A map's attention is ``Q = Σ_channels f²``, flattened and divided by its norm. The loss is the squared difference
+    ``(Q_S − Q_T)²``, summed over stages: averaged over images and positions as in the authors' program ("mean"), or
+    averaged over images only ("sum"), which does not shrink with the map. Where the two sizes differ, attention is
+    averaged down to the smaller height and the smaller width.
+
+    Args:
+        student: n x c x h x w features, or a sequence of them, one per stage. Channels, height and width may differ
+            from the teacher's. float32, float64, bfloat16 or float16, any strides.
+        teacher: the teacher's features of the same stages. They receive a gradient only if they require one.
+        reduction: "mean" or "sum" over positions.
+        eps: attention of this norm or less is no attention: 0 everywhere, with gradient 0.
+
+    Returns:
+        A scalar: float64 if any features are, else float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what it got.
+
+    Memory: the maps of attention, n x h x w, and the gradient.
+    """
+    checks.one_of("reduction", reduction, ("mean", "sum"))
+    checks.non_negative("eps", eps)
+    loss = 0.0
+    for s, t in _stages(student, teacher):
+        size = min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3])
+        with torch.autocast(s.device.type, enabled=False):
+            squares = (_attention(s, size, eps) - _attention(t, size, eps)).square().sum(1)
+            loss = loss + squares.mean() / (size[0] * size[1] if reduction == "mean" else 1)
+    return loss
+
+
+def _stages(student: object, teacher: object) -> list[tuple[Tensor, Tensor]]:
+    """The maps of both networks, stage by stage."""
+    students, teachers = ([x] if isinstance(x, Tensor) else list(x) for x in (student, teacher))
+    if not students or len(students) != len(teachers):
+        raise ValueError(f"teacher must have student's {len(students)} stages (at least 1), got {len(teachers)}")
+    for s, t in zip(students, teachers, strict=True):
+        checks.tensor("student", s, 4, "n x c x h x w")
+        checks.tensor("teacher", t, 4, "n x c x h x w")
+        checks.same_batch("teacher", t, "student", s)
+        checks.same_device("teacher", t, "student", s)
+    return list(zip(students, teachers, strict=True))
+
+
+def _attention(features: Tensor, size: tuple[int, int], eps: float) -> Tensor:
+    """Normalised sums of squares over channels, averaged down to ``size``; n x (h·w)."""
+    # The norm reads half precision as it is and has gradient 0 at 0.
+    squares = torch.linalg.vector_norm(features, dim=1, dtype=accumulation_dtype(features)).square()
+    for axis, length in zip((1, 2), size, strict=True):
+        if squares.shape[axis] != length:
+            squares = torch.tensordot(squares, _averaging(squares.shape[axis], length, squares), dims=([axis], [1]))
+            squares = squares.movedim(2, axis)
+    squares = squares.flatten(1)
+    norms = torch.linalg.vector_norm(squares, dim=1, keepdim=True)
+    alive = ~(norms <= eps)
+    return torch.where(alive, squares / torch.where(alive, norms, 1.0), 0.0)
+
+
+def _averaging(length: int, shorter: int, like: Tensor) -> Tensor:
+    """The shorter x length matrix of adaptive average pooling, whose own gradient does not repeat bitwise on GPUs."""
+    position, target = torch.arange(length), torch.arange(shorter)[:, None]
+    begin, end = target * length // shorter, -(-(target + 1) * length // shorter)
+    inside = (position >= begin) & (position < end)
+    return (inside / inside.sum(1, keepdim=True)).to(like)

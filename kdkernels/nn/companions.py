@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from .. import functional
 
-__all__ = ["KDLoss"]
+__all__ = ["AttentionTransferLoss", "KDLoss", "LogitMSELoss", "TeacherFreeKDLoss"]
 
 
 class KDLoss(nn.Module):
@@ -25,3 +27,52 @@ class KDLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, scale={self.scale}"
+
+
+class TeacherFreeKDLoss(nn.Module):
+    """Self-training by an earlier copy of the student; see ``kdkernels.teacher_free_kd_loss`` for the settings."""
+
+    def __init__(
+        self, alpha: float = 0.9, temperature: float = 4.0, *, scale: bool = True, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.temperature = temperature
+        self.scale = scale
+        self.backend = backend
+
+    def forward(self, student_logits: Tensor, own_logits: Tensor, labels: Tensor) -> Tensor:
+        return functional.teacher_free_kd_loss(
+            student_logits,
+            own_logits,
+            labels,
+            alpha=self.alpha,
+            temperature=self.temperature,
+            scale=self.scale,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, temperature={self.temperature}, scale={self.scale}"
+
+
+class LogitMSELoss(nn.Module):
+    """Logit transfer; see ``kdkernels.logit_mse_loss``."""
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        return functional.logit_mse_loss(student_logits, teacher_logits)
+
+
+class AttentionTransferLoss(nn.Module):
+    """Activation-based attention transfer; see ``kdkernels.attention_transfer_loss`` for the settings."""
+
+    def __init__(self, *, reduction: str = "mean", eps: float = 1e-12) -> None:
+        super().__init__()
+        self.reduction = reduction
+        self.eps = eps
+
+    def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
+        return functional.attention_transfer_loss(student, teacher, reduction=self.reduction, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}, eps={self.eps}"

@@ -20,12 +20,7 @@ def kd(
 
 
 def check(student: object, teacher: object, temperature: float) -> None:
-    student = checks.tensor("student_logits", student, 2, "b x K")
-    teacher = checks.tensor("teacher_logits", teacher, 2, "b x K")
-    checks.same_batch("teacher_logits", teacher, "student_logits", student)
-    checks.same_device("teacher_logits", teacher, "student_logits", student)
-    if student.shape[1] != teacher.shape[1]:
-        raise ValueError(f"teacher_logits must have student_logits' {student.shape[1]} classes, got {teacher.shape[1]}")
+    checks.logits(student, teacher)
     checks.positive("temperature", temperature)
 
 

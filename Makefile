@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 RUFF := $(PYTHON) -m ruff
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test lint bench wheel setup clean
 
 demo: setup
 	$(PYTHON) examples/train_lkd.py
@@ -24,6 +24,12 @@ lint: setup
 
 bench: setup
 	$(PYTHON) -m pytest bench/bench_*.py
+
+# One wheel serves every Python and every torch from 2.11 on.
+wheel: setup
+	rm -rf dist
+	$(PYTHON) -m pip install --quiet build
+	KDKERNELS_BUILD=1 $(PYTHON) -m build --no-isolation --outdir dist .
 
 setup: $(VENV)/.built
 

@@ -30,6 +30,8 @@ def once(gradient: Tensor, *anchors: Tensor) -> Tensor:
 
 def scaled(grad_loss: Tensor, gradient: Tensor, dtype: torch.dtype, *anchors: Tensor) -> Tensor:
     """A gradient computed in the forward pass, times the gradient of the loss; its own anchor if none is given."""
+    if not torch.is_grad_enabled():  # as in every backward pass that does not ask for a graph
+        return (grad_loss * gradient).to(dtype)
     with torch.no_grad():
         result = (grad_loss * gradient).to(dtype)
     return once(result, *(anchors or (gradient,)))

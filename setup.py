@@ -1,10 +1,13 @@
-"""Builds the native CPU libraries with ninja; everything else about the package is in pyproject.toml.
+"""Builds the native libraries with ninja; everything else about the package is in pyproject.toml.
 
-The sources in csrc/ are compiled once per instruction set into complete libraries, of which ``kdkernels.native`` loads
-the one that fits the processor. They use PyTorch's stable ABI and no Python symbol: one build serves every later torch
-and every Python.
+The sources in csrc/cpu are compiled once per instruction set into complete libraries, of which ``kdkernels.native``
+loads the one that fits the processor; those in csrc/cuda into one more where the installed torch has CUDA, whether or
+not this machine has a GPU. They use PyTorch's stable ABI and no Python symbol: one build serves every later torch and
+every Python.
 
 KDKERNELS_BUILD=1 makes a failed build an error, KDKERNELS_BUILD=0 skips it; otherwise the package is installed without.
+PyTorch's usual package has CUDA where there is no compiler for it, so that is no failure unless KDKERNELS_BUILD=cuda.
+KDKERNELS_CUDA_ARCHS, such as "80;90", names the architectures to compile for.
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -24,22 +29,30 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
+CUDA_SOURCES = sorted([*ROOT.glob("csrc/cuda/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")])
 OLDEST_TORCH = (2, 11)
+TARGET = f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
 # The two warnings that are off are false alarms of GCC 12 in its own AVX-512 intrinsics (its bug 105593).
 CXX_FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math "
-    "-Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized "
-    f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
+    f"-Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized {TARGET}"
 )
 X86_FLAGS = {
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mamx-tile -mamx-bf16",
     "avx2": "-mavx2 -mfma -mf16c",
     "default": "",
 }
+CUDA_FLAGS = f"-std=c++17 -O3 -DUSE_CUDA {TARGET} -Xcompiler -fPIC -Xcompiler -fvisibility=hidden"
+CUDA_ARCHITECTURES = "80;86;89;90;100"
+CUDA_LIBRARY = "_native_cuda.so"
 
 
 class BuildError(Exception):
     """Why the native libraries cannot be built, in one sentence."""
+
+
+class NoCompilerError(BuildError):
+    """There is no compiler for CUDA, or not the one that torch was built with."""
 
 
 class BuildNative(build_ext):
@@ -48,18 +61,24 @@ class BuildNative(build_ext):
         if wish == "0":
             return
         target = Path("kdkernels") if self.inplace else Path(self.build_lib, "kdkernels")
-        try:
-            libraries = compile_libraries()
-        except BuildError as error:
-            if wish == "1":
-                sys.exit(f"kdkernels: {error}")
-            self.warn(f"installing kdkernels without its native kernels: {error}")
-            libraries = []
-        for old in target.glob("_native_cpu_*.so"):
+        libraries = self.attempt(compile_cpu, "its native kernels", wish)
+        libraries += self.attempt(compile_cuda, "its CUDA kernels", wish)
+        for old in target.glob("_native_*.so"):
             old.unlink()
         for library in libraries:
             target.mkdir(parents=True, exist_ok=True)
             shutil.copy2(library, target)
+
+    def attempt(self, build: Callable[[], list[Path]], what: str, wish: str) -> list[Path]:
+        try:
+            if sys.platform != "linux":
+                raise BuildError(f"they are built on Linux only, this is {sys.platform}")
+            return build()
+        except BuildError as error:
+            if wish == "cuda" or (wish == "1" and not isinstance(error, NoCompilerError)):
+                sys.exit(f"kdkernels: {error}")
+            self.warn(f"installing kdkernels without {what}: {error}")
+            return []
 
     def get_outputs(self) -> list[str]:
         return []
@@ -76,19 +95,32 @@ class AnyPython(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-def compile_libraries() -> list[Path]:
+def compile_cpu() -> list[Path]:
     """Compile what changed since the last build, and return every library."""
-    if sys.platform != "linux":
-        raise BuildError(f"they are built on Linux only, this is {sys.platform}")
-    ninja = find_tool("ninja", "ninja is not installed (pip install ninja)")
     compiler = find_tool(os.environ.get("CXX", "g++"), "there is no C++ compiler g++ (set CXX to name another)")
-    folder = ROOT / "build" / "native"
-    folder.mkdir(parents=True, exist_ok=True)
     flags = X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"default": ""}
-    (folder / "build.ninja").write_text(ninja_file(compiler, find_torch(), flags))
+    return run_ninja("native", ninja_file(compiler, find_torch(), flags), [library_name(isa) for isa in flags])
+
+
+def compile_cuda() -> list[Path]:
+    """The same for CUDA, if the torch that is installed has it."""
+    torch = find_torch()
+    version = cuda_version(torch)
+    if version is None:
+        if os.environ.get("KDKERNELS_BUILD") == "cuda":
+            raise BuildError("the torch that is installed has no CUDA")
+        return []
+    return run_ninja("cuda", cuda_ninja_file(find_nvcc(version), torch), [CUDA_LIBRARY])
+
+
+def run_ninja(name: str, content: str, libraries: list[str]) -> list[Path]:
+    ninja = find_tool("ninja", "ninja is not installed (pip install ninja)")
+    folder = ROOT / "build" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(content)
     if subprocess.run([ninja, "-C", str(folder)]).returncode:
         raise BuildError("the compiler failed, its messages are above (pip shows them with --verbose)")
-    return [folder / library_name(isa) for isa in flags]
+    return [folder / library for library in libraries]
 
 
 def library_name(isa: str) -> str:
@@ -115,6 +147,56 @@ def ninja_file(compiler: str, torch: Path, flags: dict[str, str]) -> str:
             lines += [f"build {output}: compile {escape(source)}", f"  isa = {isa_flags}"]
         lines.append(f"build {library_name(isa)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
+
+
+def cuda_ninja_file(nvcc: str, torch: Path) -> str:
+    architectures = re.findall(r"\d+a?", os.environ.get("KDKERNELS_CUDA_ARCHS") or CUDA_ARCHITECTURES)
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    portable = "90" if "90" in architectures else architectures[-1]  # later GPUs compile this for themselves
+    targets.append(f"-gencode=arch=compute_{portable},code=compute_{portable}")
+    lines = [
+        f"nvcc = {escape(Path(nvcc))} {nvcc_host_compiler()}",
+        f"flags = {CUDA_FLAGS} {' '.join(targets)} --threads {len(targets)} -isystem {escape(torch / 'include')}",
+        f"libs = -L{escape(torch / 'lib')} -ltorch_cuda -ltorch_cpu -Xlinker -z -Xlinker defs",
+        "rule compile",
+        "  command = $nvcc -MD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = $out",
+        "rule link",
+        "  command = $nvcc -shared $in $libs -o $out",
+        "  description = $out",
+    ]
+    objects = {f"{path.stem}{path.suffix[1:]}.o": path for path in CUDA_SOURCES}
+    lines += [f"build {output}: compile {escape(source)}" for output, source in objects.items()]
+    lines.append(f"build {CUDA_LIBRARY}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def nvcc_host_compiler() -> str:
+    return f"-ccbin {os.environ['CXX']}" if "CXX" in os.environ else ""
+
+
+def cuda_version(torch: Path) -> str | None:
+    """The version of CUDA that a torch was built with, if any."""
+    found = re.search(r"^cuda\b.*=\s*['\"]([\d.]+)['\"]", (torch / "version.py").read_text(), re.MULTILINE)
+    return found[1] if found and (torch / "lib" / "libtorch_cuda.so").exists() else None
+
+
+def find_nvcc(wanted: str) -> str:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ] or ["/usr/local/cuda"]
+    places = [*(f"{home}/bin" for home in homes), os.environ.get("PATH", "")]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
+    if nvcc is None:
+        raise NoCompilerError("there is no CUDA compiler nvcc (set CUDA_HOME to the folder of a CUDA toolkit)")
+    report = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", report)
+    if found is None or found[1] != wanted.split(".")[0]:
+        version = f"CUDA {found[1]}.{found[2]}" if found else "an unknown version"
+        raise NoCompilerError(
+            f"torch was built with CUDA {wanted}, but {nvcc} is of {version} (set CUDA_HOME to another)"
+        )
+    return nvcc
 
 
 def escape(path: Path) -> str:

@@ -10,6 +10,9 @@ import torch
 from . import native
 
 BACKENDS = ("auto", "reference", "native", "triton")
+# What "auto" takes where it runs. On CUDA, Triton and native kernels are both there, and neither has been measured yet:
+# it stays Triton, whose kernels cover every operator, until bench/results says otherwise.
+PREFERRED = {"cpu": "native", "cuda": "triton"}
 
 # A plain module variable, like the flags of torch.backends: torch.compile reads and guards it.
 _default = "auto"
@@ -43,7 +46,7 @@ def choose(backend: str, *tensors: torch.Tensor) -> str:
         if reason is not None:
             raise RuntimeError(f"backend={backend!r} cannot run here: {reason}")
         return backend
-    preferred = "native" if tensors[0].device.type == "cpu" else "triton"
+    preferred = PREFERRED.get(tensors[0].device.type, "triton")
     return preferred if why_not(preferred, *tensors) is None else "reference"
 
 

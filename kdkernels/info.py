@@ -23,7 +23,7 @@ def rows() -> Iterator[tuple[str, str]]:
     yield "native libraries", ", ".join(path.name for path in native.built()) or "none"
     yield "  in use", "none" if native.why_not(torch.device("cpu")) else native.library().name
     yield "  compiler", ", ".join(sorted({_compiler(path) for path in native.built()})) or "none"
-    yield "  CUDA architectures", "none: there are no CUDA kernels yet"
+    yield "  CUDA architectures", ", ".join(_architectures(native.cuda_library())) or "none"
     devices = [torch.device("cpu")]
     for index in range(torch.cuda.device_count()):
         devices.append(torch.device("cuda", index))
@@ -60,6 +60,12 @@ def _compiler(library: Path) -> str:
     """What the compiler wrote about itself into the library."""
     found = re.search(rb"GCC: \([^)]*\) [\d.]+|clang version [\d.]+", library.read_bytes())
     return found[0].decode() if found else "unknown"
+
+
+def _architectures(library: Path) -> list[str]:
+    """Those for which nvcc, as its parts wrote into the library, made code."""
+    found = re.findall(rb"-arch (sm_\d+a?) -m 64 \0", library.read_bytes()) if library.exists() else []
+    return sorted({name.decode() for name in found}, key=lambda name: int(re.sub(r"\D", "", name)))
 
 
 if __name__ == "__main__":

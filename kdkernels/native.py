@@ -1,7 +1,7 @@
-"""Loads the native library on first use, and says in words why when it cannot.
+"""Loads the native libraries on first use, and says in words why when it cannot.
 
-Native operators are declared in ``csrc/library.cpp``; their fake kernels, which tell ``torch.compile`` the shapes of
-the results, are here.
+There is one for the CPU, which also declares the operators, and one for CUDA. Native operators are declared in
+``csrc/library.cpp``; their fake kernels, which tell ``torch.compile`` the shapes of the results, are here.
 """
 
 from __future__ import annotations
@@ -15,24 +15,31 @@ from torch import Tensor
 ops = torch.ops.kdkernels
 
 _FOLDER = Path(__file__).parent
+OLDEST_GPU = (8, 0)
 
 
 def why_not(device: torch.device) -> str | None:
     """Why native kernels cannot run on ``device``, in one sentence; None when they can."""
-    if device.type != "cpu":
-        return f"the native library has no kernels for {device.type} tensors"
-    return _failure()
+    if device.type == "cpu":
+        return _failure()
+    if device.type == "cuda":
+        return _cuda_failure(device.index)
+    return f"the native library has no kernels for {device.type} tensors"
 
 
 def built() -> list[Path]:
-    """The libraries that exist, one per instruction set."""
-    return sorted(_FOLDER.glob("_native_cpu_*.so"))
+    """The libraries that exist: one per instruction set, and one for CUDA."""
+    return sorted(_FOLDER.glob("_native_*.so"))
 
 
 def library() -> Path:
     """The library for this processor; ATEN_CPU_CAPABILITY moves the choice as it does in PyTorch."""
     level = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default")
     return _FOLDER / f"_native_cpu_{level}.so"
+
+
+def cuda_library() -> Path:
+    return _FOLDER / "_native_cuda.so"
 
 
 @functools.cache
@@ -48,13 +55,41 @@ def _load() -> str | None:
     return None
 
 
+@functools.cache
+def _load_cuda() -> str | None:
+    if not cuda_library().exists():
+        return "the native CUDA library was not built (installing with KDKERNELS_BUILD=cuda tells why)"
+    failure = _load()
+    if failure is not None:
+        return failure
+    try:
+        torch.ops.load_library(cuda_library())
+    except OSError as error:
+        return f"the native CUDA library does not load: {error}"
+    return None
+
+
+@functools.cache
+def _check_gpu(index: int | None) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability < OLDEST_GPU:
+        wanted, found = ("{}.{}".format(*pair) for pair in (OLDEST_GPU, capability))
+        return f"the native CUDA kernels need a GPU of compute capability {wanted}, this one has {found}"
+    return None
+
+
 def _failure() -> str | None:
     return _load()
 
 
-# torch.compile calls this while it compiles and takes the answer as a constant. Set by hand, because the decorator
+def _cuda_failure(index: int | None) -> str | None:
+    return _load_cuda() or _check_gpu(index)
+
+
+# torch.compile calls these while it compiles and takes the answers as constants. Set by hand, because the decorator
 # torch.compiler.assume_constant_result imports all of torch._dynamo.
 _failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_cuda_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _register_fakes() -> None:

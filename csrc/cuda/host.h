@@ -1,0 +1,60 @@
+// What the launchers ask of PyTorch: the tensor's device and stream, scratch memory, how to read a tensor.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../cpu/operators.h"
+#include "../cpu/tensors.h"
+#include "elements.cuh"
+
+namespace kdkernels {
+
+// Makes the tensor's device the current one as long as it lives, and finds the stream on which PyTorch works there.
+class OnDevice {
+ public:
+#ifdef KDKERNELS_EMULATED
+  explicit OnDevice(const Tensor&) {}
+#else
+  explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    void* current = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
+    stream = static_cast<Stream>(current);
+  }
+#endif
+  Stream stream = {};
+
+ private:
+#ifndef KDKERNELS_EMULATED
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+inline Element element_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Element::float32;
+    case ScalarType::Double:
+      return Element::float64;
+    case ScalarType::BFloat16:
+      return Element::bfloat16;
+    case ScalarType::Half:
+      return Element::float16;
+    default:
+      STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
+  }
+}
+
+template <typename T>
+T* data_of(const Tensor& tensor) {
+  return tensor.numel() ? tensor.mutable_data_ptr<T>() : nullptr;
+}
+
+// Threads for a block that shares out `count` elements: whole warps, at most 512.
+inline int threads_for(int64_t count, int64_t each) {
+  int threads = kWarp;
+  while (threads < 512 && threads * each < count) threads *= 2;
+  return threads;
+}
+
+}  // namespace kdkernels

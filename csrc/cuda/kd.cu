@@ -1,0 +1,43 @@
+#include "kd.cuh"
+
+#include "host.h"
+#include "reduce.cuh"
+
+namespace kdkernels {
+namespace {
+
+Logits logits_of(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), element_of(tensor), tensor.stride(0), tensor.stride(1)};
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, double temperature, double scale,
+                                       bool want_student, bool want_teacher) {
+  const int64_t rows = student.size(0), classes = student.size(1);
+  const OnDevice device(student);
+  const auto gradient = [&](bool wanted) {
+    return new_compact(student, wanted ? std::vector<int64_t>{rows, classes} : std::vector<int64_t>{0}, kScalarType<T>);
+  };
+  const Tensor loss = new_compact(student, {}, kScalarType<T>);
+  const Tensor losses = new_compact(student, {rows}, ScalarType::Double);
+  const Tensor grad_student = gradient(want_student), grad_teacher = gradient(want_teacher);
+  launch(kd_kernel<T>, rows, threads_for(classes, 4), 0, device.stream, logits_of(student), logits_of(teacher), classes,
+         T(1 / temperature), T(scale / (rows * temperature)), data_of<double>(losses), data_of<T>(grad_student),
+         data_of<T>(grad_teacher));
+  launch(reduce_kernel<T>, 1, kReduceThreads, 0, device.stream, data_of<double>(losses), rows, scale / rows,
+         data_of<T>(loss));
+  return {loss, grad_student, grad_teacher};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> kd(const Tensor& student, const Tensor& teacher, double temperature, double scale,
+                                      bool grad_student, bool grad_teacher) {
+  STD_TORCH_CHECK(student.dim() == 2 && teacher.dim() == 2 && student.size(0) == teacher.size(0) &&
+                      student.size(1) == teacher.size(1) && student.numel() > 0,
+                  "kd: student and teacher must be b x K, of one shape and not empty");
+  const bool in_double = student.scalar_type() == ScalarType::Double || teacher.scalar_type() == ScalarType::Double;
+  return (in_double ? run<double> : run<float>)(student, teacher, temperature, scale, grad_student, grad_teacher);
+}
+
+}  // namespace kdkernels

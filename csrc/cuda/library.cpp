@@ -1,0 +1,12 @@
+// Registers the CUDA implementations of the native operators, whose schemas are in csrc/library.cpp.
+#include <torch/csrc/stable/library.h>
+
+#include "../cpu/operators.h"
+
+#ifdef KDKERNELS_EMULATED
+STABLE_TORCH_LIBRARY_IMPL(kdkernels_emulated, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CUDA, m) {
+#endif
+  m.impl("kd", TORCH_BOX(&kdkernels::kd));
+}

@@ -1,0 +1,91 @@
+"""Compiles csrc/cuda for the CPU, its threads emulated by ``emulation.h``, and registers its operators for CPU tensors.
+
+They are ``torch.ops.kdkernels_emulated.<op>``, with the schemas of ``csrc/library.cpp``. Launchers and kernels are the
+very ones that nvcc compiles.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "build" / "emulation"
+HERE = Path(__file__).parent
+SOURCES = [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "csrc/cuda/library.cpp", *sorted(HERE.glob("*.cu"))]
+FLAGS = (
+    "-std=c++17 -O2 -g1 -fPIC -Wall -Wno-unknown-pragmas -ffp-contract=off"
+    " -DKDKERNELS_EMULATED -DTORCH_TARGET_VERSION=0x020b000000000000"
+)
+operators = torch.library.Library("kdkernels_emulated", "DEF")
+ORDERS = ("forward", "reverse", "random")
+
+
+def why_not() -> str | None:
+    """Why the emulation cannot be built here, in one sentence; None when it can."""
+    if sys.platform != "linux":
+        return f"the emulation is for Linux, this is {sys.platform}"
+    for tool in (compiler(), "ninja"):
+        if find(tool) is None:
+            return f"{tool} is not installed"
+    return None
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def find(tool: str) -> str | None:
+    return shutil.which(tool, path=os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")]))
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Compile what has changed and load it."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / "build.ninja").write_text(ninja_file())
+    done = subprocess.run([find("ninja"), "-C", FOLDER], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:]
+    path = FOLDER / "emulation.so"
+    # The CPU library, which has been loaded, brought the schemas.
+    for schema in torch._C._jit_get_all_schemas():
+        if schema.name.startswith("kdkernels::"):
+            operators.define(str(schema).removeprefix("kdkernels::"))
+    torch.ops.load_library(path)
+    return ctypes.CDLL(str(path))
+
+
+def ninja_file() -> str:
+    torch_folder = Path(torch.__file__).parent
+    lines = [
+        f"cxx = {find(compiler())}",
+        f"flags = {FLAGS} -I{HERE} -I{ROOT / 'csrc/cuda'} -isystem {torch_folder / 'include'}",
+        "rule compile",
+        "  command = $cxx -MD -MF $out.d $flags -x c++ -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx -shared -Wl,-z,defs $in -L{torch_folder / 'lib'} -ltorch_cpu -o $out",
+    ]
+    objects = {f"{source.stem}{source.suffix[1:]}.o": source for source in SOURCES}
+    lines += [f"build {name}: compile {source}" for name, source in objects.items()]
+    lines.append(f"build emulation.so: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def set_order(order: str, seed: int = 0) -> None:
+    """In which order the threads of a block, and the blocks of a grid, run."""
+    library().set_order(ORDERS.index(order), ctypes.c_uint64(seed))
+
+
+def launches() -> int:
+    """How many kernels have been launched since it was last asked."""
+    return library().launches()

@@ -1,0 +1,30 @@
+"""The CUDA operators on the CPU, in place of the native ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kdkernels import native
+
+from . import build
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    reason = native.why_not(torch.device("cpu")) or build.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    build.library()
+    monkeypatch.setattr(native, "ops", torch.ops.kdkernels_emulated)
+    build.launches()
+    yield
+    build.set_order("forward")
+
+
+@pytest.fixture(params=build.ORDERS)
+def order(request: pytest.FixtureRequest, seed: int) -> str:
+    build.set_order(request.param, seed)
+    return request.param

@@ -1,0 +1,248 @@
+// CUDA's threads on the CPU, for tests: a block's threads are fibres of one operating-system thread, which run in a chosen
+// order and give way only where they wait for each other. Shared memory begins as NaN, and a copy in the background
+// arrives when it is waited for, its destination being NaN until then: a barrier that is missing changes the result.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(bytes) alignas(bytes)
+
+namespace emulation {
+
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+
+enum class Order { forward, reverse, random };
+
+constexpr int kWarpSize = 32;
+constexpr size_t kStackBytes = 128 * 1024;
+
+// Threads that wait until all of them have arrived.
+struct Barrier {
+  int arrived = 0;
+  uint64_t passed = 0;
+};
+
+struct Copy {
+  char* to;
+  const char* from;  // null for zeros
+  int bytes;
+};
+
+struct Fibre {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  bool done = false;
+  const Barrier* waits_for = nullptr;
+  uint64_t until = 0;
+  std::vector<std::vector<Copy>> copies;  // by group, the last one open
+
+  bool ready() const { return !done && (!waits_for || waits_for->passed >= until); }
+};
+
+struct Warp {
+  Barrier barrier;
+  const void* published[kWarpSize];
+};
+
+inline Order order = Order::forward;
+inline std::mt19937_64 generator;
+inline int64_t launches = 0;
+
+// The block that is running.
+inline ucontext_t scheduler;
+inline std::vector<Fibre> fibres;
+inline std::vector<Warp> warps;
+inline Barrier block_barrier;
+inline std::map<const void*, std::vector<char>> shared_arrays;  // by the place in the code that declares them
+inline std::vector<char> dynamic_shared;
+inline const std::function<void()>* body;
+inline int current;  // thread
+inline std::exception_ptr failure;
+
+}  // namespace emulation
+
+inline emulation::Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+
+inline void poison(void* memory, size_t bytes) { std::memset(memory, 0xff, bytes); }
+
+inline void* shared_array(const void* site, size_t bytes) {
+  auto [entry, is_new] = shared_arrays.try_emplace(site);
+  if (is_new) {
+    entry->second.resize(bytes);
+    poison(entry->second.data(), bytes);
+  }
+  return entry->second.data();
+}
+
+inline void wait(Barrier& barrier, int threads) {
+  if (++barrier.arrived == threads) {
+    barrier.arrived = 0;
+    ++barrier.passed;
+    return;
+  }
+  Fibre& self = fibres[current];
+  self.waits_for = &barrier;
+  self.until = barrier.passed + 1;
+  swapcontext(&self.context, &scheduler);
+}
+
+inline void wait_for_warp() { wait(warps[current / kWarpSize].barrier, kWarpSize); }
+
+// What the lane `lane` of the calling thread's warp shows to the others until the next wait_for_warp().
+template <typename T>
+const T& shown_by(int lane) {
+  return *static_cast<const T*>(warps[current / kWarpSize].published[lane]);
+}
+
+template <typename T>
+void show(const T& value) {
+  warps[current / kWarpSize].published[current % kWarpSize] = &value;
+  wait_for_warp();
+}
+
+inline void enter() {
+  try {
+    (*body)();
+  } catch (...) {
+    failure = std::current_exception();
+  }
+  fibres[current].done = true;
+  swapcontext(&fibres[current].context, &scheduler);
+}
+
+inline std::vector<int64_t> permutation(int64_t count) {
+  std::vector<int64_t> indices(count);
+  std::iota(indices.begin(), indices.end(), 0);
+  if (order == Order::reverse) std::reverse(indices.begin(), indices.end());
+  if (order == Order::random) std::shuffle(indices.begin(), indices.end(), generator);
+  return indices;
+}
+
+inline void run_block(int64_t block, int threads, int shared_bytes) {
+  blockIdx.x = unsigned(block);
+  block_barrier = {};
+  warps.assign(threads / kWarpSize, {});
+  shared_arrays.clear();
+  dynamic_shared.resize(shared_bytes + 16);
+  poison(dynamic_shared.data(), dynamic_shared.size());
+  if (int(fibres.size()) < threads) fibres.resize(threads);
+  for (int thread = 0; thread < threads; ++thread) {
+    Fibre& fibre = fibres[thread];
+    fibre.done = false;
+    fibre.waits_for = nullptr;
+    fibre.copies.assign(1, {});
+    getcontext(&fibre.context);
+    fibre.context.uc_stack.ss_sp = fibre.stack.get();
+    fibre.context.uc_stack.ss_size = kStackBytes;
+    makecontext(&fibre.context, enter, 0);
+  }
+  for (int done = 0; done < threads;) {
+    bool progress = false;
+    for (const int64_t thread : permutation(threads)) {
+      Fibre& fibre = fibres[thread];
+      if (!fibre.ready()) continue;
+      fibre.waits_for = nullptr;
+      current = int(thread);
+      threadIdx.x = unsigned(thread);
+      swapcontext(&scheduler, &fibre.context);
+      progress = true;
+      if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+      done += fibre.done;
+    }
+    if (!progress) throw std::runtime_error("a barrier is not reached by all of its threads");
+  }
+}
+
+template <typename F>
+void run_grid(int64_t blocks, int threads, int shared_bytes, const F& f) {
+  if (threads % kWarpSize || threads > 1024) throw std::runtime_error("a block is 1 to 32 whole warps");
+  const std::function<void()> function = f;
+  body = &function;
+  blockDim = {unsigned(threads), 1, 1};
+  gridDim = {unsigned(blocks), 1, 1};
+  ++launches;
+  for (const int64_t block : permutation(blocks)) run_block(block, threads, shared_bytes);
+}
+
+}  // namespace emulation
+
+inline void __syncthreads() { emulation::wait(emulation::block_barrier, int(blockDim.x)); }
+inline void __syncwarp() { emulation::wait_for_warp(); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int distance) {
+  if (mask != 0xffffffff) throw std::runtime_error("shuffles are of whole warps");
+  emulation::show(value);
+  const T result = emulation::shown_by<T>(emulation::current % emulation::kWarpSize ^ distance);
+  emulation::wait_for_warp();
+  return result;
+}
+
+#define SHARED_ARRAY(T, name, count) \
+  static const char name##_site = 0; \
+  T* const name = static_cast<T*>(emulation::shared_array(&name##_site, sizeof(T) * (count)))
+
+namespace kdkernels {
+
+using Stream = int;
+
+inline char* dynamic_shared_memory() {
+  char* memory = emulation::dynamic_shared.data();
+  return memory + (16 - reinterpret_cast<uintptr_t>(memory) % 16) % 16;
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, Stream,
+            const Arguments&... arguments) {
+  const std::tuple<std::decay_t<Parameters>...> parameters(arguments...);
+  if (blocks) emulation::run_grid(blocks, threads, shared_bytes, [&] { std::apply(kernel, parameters); });
+}
+
+template <int Bytes>
+void copy_async(void* shared, const void* global, bool valid) {
+  if (reinterpret_cast<uintptr_t>(shared) % Bytes || (valid && reinterpret_cast<uintptr_t>(global) % Bytes))
+    throw std::runtime_error("a copy in the background is not aligned");
+  emulation::poison(shared, Bytes);
+  emulation::fibres[emulation::current].copies.back().push_back(
+      {static_cast<char*>(shared), valid ? static_cast<const char*>(global) : nullptr, Bytes});
+}
+
+inline void close_copies() { emulation::fibres[emulation::current].copies.emplace_back(); }
+
+template <int Open>
+void wait_copies() {
+  auto& groups = emulation::fibres[emulation::current].copies;
+  for (size_t group = 0; group + 1 + Open < groups.size(); ++group) {
+    for (const emulation::Copy& copy : groups[group])
+      copy.from ? std::memcpy(copy.to, copy.from, copy.bytes) : std::memset(copy.to, 0, copy.bytes);
+    groups[group].clear();
+  }
+}
+
+}  // namespace kdkernels

@@ -1,0 +1,81 @@
+"""Every CUDA kernel compiles for every architecture, without a GPU and against any PyTorch, and spills no register."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
+ARCHITECTURES = ("80", "86", "89", "90", "100")
+# What a block may have without asking for more when it is launched; host.h asks for more, and names the limit.
+STATIC_SHARED_MEMORY = 48 * 1024
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no CUDA compiler nvcc")
+
+
+class Kernel(NamedTuple):
+    name: str
+    architecture: str
+    spilled_bytes: int
+    shared_bytes: int
+
+
+def compile_report(source: Path) -> str:
+    """What ptxas says of the source's kernels; remembered as long as nothing it was made from changes."""
+    command = [NVCC, "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    command += ["-isystem", f"{Path(torch.__file__).parent}/include", "-Xptxas", "-v", "-Werror", "all-warnings"]
+    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+    command += ["--threads", "2", "-c", str(source), "-o", "/dev/null"]
+    version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+    parts = [version, " ".join(command), *(path.read_text() for path in sorted(ROOT.glob("csrc/**/*.[chu]*")))]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    report = ROOT / "build" / "cuda_compile" / f"{source.stem}-{digest}.txt"
+    if not report.exists():
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-5000:]
+        report.parent.mkdir(parents=True, exist_ok=True)
+        for old in report.parent.glob(f"{source.stem}-*"):
+            old.unlink()
+        report.write_text(done.stderr)
+    return report.read_text()
+
+
+def kernels(report: str) -> list[Kernel]:
+    pattern = (
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used \d+ registers([^\n]*)"
+    )
+    found = []
+    for name, architecture, stores, loads, rest in re.findall(pattern, report, re.DOTALL):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        found.append(Kernel(name, architecture, int(stores) + int(loads), int(shared[1]) if shared else 0))
+    return found
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_compiles_without_spills(source: Path) -> None:
+    found = kernels(compile_report(source))
+    assert {kernel.architecture for kernel in found} == set(ARCHITECTURES)
+    for kernel in found:
+        assert kernel.spilled_bytes == 0, kernel
+        assert kernel.shared_bytes <= STATIC_SHARED_MEMORY, kernel
+
+
+def test_the_report_is_understood() -> None:
+    """A kernel that must spill is seen to."""
+    found = kernels(
+        "ptxas info    : Compiling entry function '_Z1f' for 'sm_90'\n"
+        "ptxas info    : Function properties for _Z1f\n"
+        "    40 bytes stack frame, 36 bytes spill stores, 12 bytes spill loads\n"
+        "ptxas info    : Used 255 registers, used 1 barriers, 1024 bytes smem\n"
+    )
+    assert found == [Kernel("_Z1f", "90", 48, 1024)]

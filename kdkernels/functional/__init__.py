@@ -1,8 +1,9 @@
 """The losses as functions, a file per method: student first, teacher second, settings by keyword."""
 
-from . import companions, icct, lkd
+from . import cckd, companions, icct, lkd
+from .cckd import *  # noqa: F403
 from .companions import *  # noqa: F403
 from .icct import *  # noqa: F403
 from .lkd import *  # noqa: F403
 
-__all__ = sorted([*companions.__all__, *icct.__all__, *lkd.__all__])
+__all__ = sorted([*cckd.__all__, *companions.__all__, *icct.__all__, *lkd.__all__])

@@ -11,8 +11,9 @@ from torch import Tensor
 from .. import checks
 from ..native import accumulation_dtype
 from ..ops.kd import kd
+from ..ops.similarity_preserving import similarity_preserving
 
-__all__ = ["attention_transfer_loss", "kd_loss", "logit_mse_loss", "teacher_free_kd_loss"]
+__all__ = ["attention_transfer_loss", "kd_loss", "logit_mse_loss", "similarity_preserving_loss", "teacher_free_kd_loss"]
 
 
 def kd_loss(
@@ -142,6 +143,46 @@ def attention_transfer_loss(
             squares = (_attention(s, size, eps) - _attention(t, size, eps)).square().sum(1)
             loss = loss + squares.mean() / (size[0] * size[1] if reduction == "mean" else 1)
     return loss
+
+
+def similarity_preserving_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    reduction: str = "mean",
+    form: str = "auto",
+    backend: str = "auto",
+    group: object | None = None,
+) -> Tensor:
+    """Similarity-preserving distillation, SP (Tung and Mori 2019).
+
+    ``loss = (1/n²) ‖Q_S − Q_T‖²``, where Q is the Gram matrix ``A Aᵀ`` of a batch's flattened activations with each row
+    divided by its L2 norm.
+
+    Args:
+        student: n x ... features, maps or embeddings: each sample's are flattened. float32, float64, bfloat16 or
+            float16, any strides.
+        teacher: n x ... features, of any other size. Receives a gradient only if it requires one.
+        reduction: "mean" over the n² entries is the paper's; "sum".
+        form: "gram" holds the n x n matrices, "feature" works on d x d sums, linear in the batch; "auto" takes the
+            cheaper.
+        backend: "auto", "reference", "native" or "triton".
+        group: a torch.distributed process group over which the batch is spread.
+
+    Returns:
+        A scalar: float64 if either network's features are, else float32. A sample whose row of the Gram matrix has norm
+        <= 1e-12 has the zero row and gradient 0 through it.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what it got.
+        RuntimeError: when a backend asked for by name cannot run.
+
+    Memory: the gradient, a packed copy of features that are not dense float32 or float64 rows, and two n x n matrices
+    (Gram form) or three d x d sums (feature form).
+    """
+    if group is not None:
+        raise NotImplementedError("group: global-batch losses are not available yet, pass group=None")
+    return similarity_preserving(student, teacher, reduction=reduction, form=form, backend=backend)
 
 
 def _stages(student: object, teacher: object) -> list[tuple[Tensor, Tensor]]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import functional
 
-__all__ = ["AttentionTransferLoss", "KDLoss", "LogitMSELoss", "TeacherFreeKDLoss"]
+__all__ = ["AttentionTransferLoss", "KDLoss", "LogitMSELoss", "SimilarityPreservingLoss", "TeacherFreeKDLoss"]
 
 
 class KDLoss(nn.Module):
@@ -76,3 +76,29 @@ class AttentionTransferLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}, eps={self.eps}"
+
+
+class SimilarityPreservingLoss(nn.Module):
+    """Similarity-preserving distillation; see ``kdkernels.similarity_preserving_loss`` for the settings."""
+
+    def __init__(
+        self,
+        *,
+        reduction: str = "mean",
+        form: str = "auto",
+        backend: str = "auto",
+        group: object | None = None,
+    ) -> None:
+        super().__init__()
+        self.reduction = reduction
+        self.form = form
+        self.backend = backend
+        self.group = group
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return functional.similarity_preserving_loss(
+            student, teacher, reduction=self.reduction, form=self.form, backend=self.backend, group=self.group
+        )
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}"

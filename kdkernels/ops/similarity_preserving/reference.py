@@ -1,0 +1,42 @@
+"""Similarity-preserving distillation in plain PyTorch: the specification of ``similarity_preserving``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...native import accumulation_dtype
+from ..patches.reference import unit_rows
+
+EPS = 1e-12  # a sample whose similarities have this norm or less resembles nothing
+
+
+def gram_form(student: Tensor, teacher: Tensor, scale: float) -> Tensor:
+    """``scale · ‖Q_S − Q_T‖²``, Q being the Gram matrix with each row divided by its norm."""
+    x, y = _rows(student, teacher)
+    return scale * (unit_rows(x @ x.T, EPS) - unit_rows(y @ y.T, EPS)).square().sum()
+
+
+def feature_form(student: Tensor, teacher: Tensor, scale: float) -> Tensor:
+    """The same without an n x n matrix, by ``(X Xᵀ)_i · (Y Yᵀ)_i = x_iᵀ (XᵀY) y_i``.
+
+    What remains of a row, 2 minus twice a cosine, nearly cancels for a good student and is computed in float64.
+    """
+    x, y = _rows(student, teacher)
+    dtype = x.dtype
+    x, y = x.double(), y.double()
+    norms_x, norms_y = (_row_products(rows, rows).clamp(min=0) for rows in (x, y))
+    dead_x, dead_y = (norms <= EPS**2 for norms in (norms_x, norms_y))
+    either = dead_x | dead_y
+    lengths = (norms_x.masked_fill(either, 1) * norms_y.masked_fill(either, 1)).sqrt()
+    cosines = (_row_products(x, y) / lengths).masked_fill(either, 0)
+    return (scale * ((~dead_x).double() + (~dead_y).double() - 2 * cosines).sum()).to(dtype)
+
+
+def _row_products(x: Tensor, y: Tensor) -> Tensor:
+    """Dot products of the rows of X Xᵀ with those of Y Yᵀ."""
+    return ((x @ (x.T @ y)) * y).sum(1)
+
+
+def _rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(student, teacher)
+    return student.flatten(1).to(dtype), teacher.flatten(1).to(dtype)

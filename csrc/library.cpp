@@ -8,6 +8,12 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
   m.def(
       "kd(Tensor student, Tensor teacher, float temperature, float scale, bool grad_student, bool grad_teacher)"
       " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)");
+  m.def("icc_map(Tensor logits) -> Tensor");
+  m.def("icc_map_backward(Tensor grad_map, Tensor logits) -> Tensor");
+  // KL of the K x K maps, or of every sample's own, averaged; times scale.
+  m.def(
+      "icc_loss(Tensor student, Tensor teacher, bool per_sample, float scale, bool grad_student, bool grad_teacher)"
+      " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)");
   // Unit patch vectors and the norms they were divided by, 0 for a dead patch. Shapes of features are four numbers: channels,
   // height, width, and whether the channels are neighbours in memory.
   m.def(
@@ -32,6 +38,9 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("kd", TORCH_BOX(&kdkernels::kd));
+  m.impl("icc_map", TORCH_BOX(&kdkernels::icc_map));
+  m.impl("icc_map_backward", TORCH_BOX(&kdkernels::icc_map_backward));
+  m.impl("icc_loss", TORCH_BOX(&kdkernels::icc_loss));
   m.impl("patches", TORCH_BOX(&kdkernels::patches));
   m.impl("patches_backward", TORCH_BOX(&kdkernels::patches_backward));
   m.impl("congruence", TORCH_BOX(&kdkernels::congruence));

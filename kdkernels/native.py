@@ -97,12 +97,21 @@ def _register_fakes() -> None:
     def kd(
         student: Tensor, teacher: Tensor, temperature: float, scale: float, grad_student: bool, grad_teacher: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = accumulation_dtype(student, teacher)
-        shapes = (student.shape if grad_student else (0,), teacher.shape if grad_teacher else (0,))
-        return (
-            student.new_empty((), dtype=dtype),
-            *(student.new_empty(shape, dtype=dtype) for shape in shapes),
-        )
+        return _loss_of_logits(student, teacher, grad_student, grad_teacher)
+
+    @torch.library.register_fake("kdkernels::icc_map")
+    def icc_map(logits: Tensor) -> Tensor:
+        return logits.new_empty((logits.shape[1], logits.shape[1]), dtype=accumulation_dtype(logits))
+
+    @torch.library.register_fake("kdkernels::icc_map_backward")
+    def icc_map_backward(grad_map: Tensor, logits: Tensor) -> Tensor:
+        return logits.new_empty(logits.shape, dtype=accumulation_dtype(logits))
+
+    @torch.library.register_fake("kdkernels::icc_loss")
+    def icc_loss(
+        student: Tensor, teacher: Tensor, per_sample: bool, scale: float, grad_student: bool, grad_teacher: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _loss_of_logits(student, teacher, grad_student, grad_teacher)
 
     @torch.library.register_fake("kdkernels::patches")
     def patches(
@@ -175,6 +184,14 @@ def _register_fakes() -> None:
             _new_maps(rows, shapes[4 * i : 4 * i + 4], k[i % len(k)]) if rows.dim() == 2 else rows.new_empty((0,))
             for i, rows in enumerate(grad_rows)
         ]
+
+
+def _loss_of_logits(
+    student: Tensor, teacher: Tensor, grad_student: bool, grad_teacher: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(student, teacher)
+    shapes = (student.shape if grad_student else (0,), teacher.shape if grad_teacher else (0,))
+    return student.new_empty((), dtype=dtype), *(student.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 def map_shape(features: Tensor) -> tuple[int, int, int, bool]:

@@ -58,17 +58,6 @@ T max_of(const T* row, int64_t count) {
   return reduce<T>(largest, larger);
 }
 
-// exp(-d) - 1 + d for |d| <= 1/2, by its Taylor series: nothing cancels.
-template <typename T>
-typename Vec<T>::type exp_remainder(typename Vec<T>::type d) {
-  using V = typename Vec<T>::type;
-  constexpr int degree = exp_detail::Constants<T>::degree;
-  V series = V{} + exp_detail::one_over_factorial<T>(degree + 2);
-#pragma GCC unroll 16
-  for (int i = degree + 1; i >= 2; --i) series = exp_detail::one_over_factorial<T>(i) - series * d;
-  return series * d * d;
-}
-
 // One row of both networks, with p and q the softmax of teacher and student.
 template <typename T>
 struct Row {

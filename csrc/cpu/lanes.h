@@ -11,6 +11,23 @@
 
 namespace kdkernels {
 
+// While it lives, the thread takes denormal numbers for 0: with them, arithmetic is a hundred times slower.
+class FlushDenormals {
+#if defined(__SSE__)
+ public:
+  FlushDenormals() : before_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(before_ | 0x8040); }
+  ~FlushDenormals() { __builtin_ia32_ldmxcsr(before_); }
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
+
+ private:
+  unsigned before_;
+#else
+ public:
+  FlushDenormals() {}
+#endif
+};
+
 template <typename T>
 using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 

@@ -15,6 +15,15 @@ using torch::stable::Tensor;
 std::tuple<Tensor, Tensor, Tensor> kd(const Tensor& student, const Tensor& teacher, double temperature, double scale,
                                       bool grad_student, bool grad_teacher);
 
+// The inter-class correlation map of b x K logits, and its gradient.
+Tensor icc_map(const Tensor& logits);
+
+Tensor icc_map_backward(const Tensor& grad_map, const Tensor& logits);
+
+// Loss, gradient to the student, gradient to the teacher; a gradient that is not wanted is empty.
+std::tuple<Tensor, Tensor, Tensor> icc_loss(const Tensor& student, const Tensor& teacher, bool per_sample, double scale,
+                                            bool grad_student, bool grad_teacher);
+
 std::tuple<Tensor, Tensor> patches(const Tensor& features, int64_t k, const std::optional<Tensor>& mask,
                                    std::optional<double> threshold, bool resize, double eps);
 

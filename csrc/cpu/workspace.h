@@ -45,6 +45,10 @@ enum class Scratch {
   rows_y,
   norms_x,
   norms_y,
+  student_logits,
+  teacher_logits,
+  correlations,
+  partial_gradients,
 };
 
 // The calling thread's buffer for `use`, at least `count` elements; valid until it is asked for again.

@@ -11,12 +11,13 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def tensor(name: str, value: object, dim: int, shape: str) -> Tensor:
+def tensor(name: str, value: object, dim: int | None, shape: str) -> Tensor:
+    """``dim`` dimensions, or with None any number of at least 2."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
-    if value.dim() != dim:
+    if value.dim() != dim if dim is not None else value.dim() < 2:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
     if value.numel() == 0:
         raise ValueError(f"{name} must not be empty, got shape {tuple(value.shape)}")
@@ -41,6 +42,26 @@ def logits(student: object, teacher: object) -> tuple[Tensor, Tensor]:
     same_device("teacher_logits", teacher, "student_logits", student)
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(f"teacher_logits must have student_logits' {student.shape[1]} classes, got {teacher.shape[1]}")
+    return student, teacher
+
+
+def maps(student: object, teacher: object) -> tuple[Tensor, Tensor]:
+    """Two networks' feature maps of the same samples, with the same channels."""
+    student = tensor("student", student, 4, "b x c x h x w")
+    teacher = tensor("teacher", teacher, 4, "b x c x h x w")
+    same_batch("teacher", teacher, "student", student)
+    same_device("teacher", teacher, "student", student)
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(f"teacher must have student's {student.shape[1]} channels, got {teacher.shape[1]}")
+    return student, teacher
+
+
+def embeddings(student: object, teacher: object) -> tuple[Tensor, Tensor]:
+    """Two networks' embeddings of the same samples, of any widths."""
+    student = tensor("student", student, 2, "b x d")
+    teacher = tensor("teacher", teacher, 2, "b x d'")
+    same_batch("teacher", teacher, "student", student)
+    same_device("teacher", teacher, "student", student)
     return student, teacher
 
 

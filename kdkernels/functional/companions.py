@@ -10,10 +10,21 @@ from torch import Tensor
 
 from .. import checks
 from ..native import accumulation_dtype
+from ..ops.feature_mse import feature_mse
 from ..ops.kd import kd
+from ..ops.rkd import rkd
 from ..ops.similarity_preserving import similarity_preserving
 
-__all__ = ["attention_transfer_loss", "kd_loss", "logit_mse_loss", "similarity_preserving_loss", "teacher_free_kd_loss"]
+__all__ = [
+    "attention_transfer_loss",
+    "hint_loss",
+    "kd_loss",
+    "logit_mse_loss",
+    "probabilistic_transfer_loss",
+    "relational_kd_loss",
+    "similarity_preserving_loss",
+    "teacher_free_kd_loss",
+]
 
 
 def kd_loss(
@@ -218,3 +229,95 @@ def _averaging(length: int, shorter: int, like: Tensor) -> Tensor:
     begin, end = target * length // shorter, -(-(target + 1) * length // shorter)
     inside = (position >= begin) & (position < end)
     return (inside / inside.sum(1, keepdim=True)).to(like)
+
+
+def hint_loss(student: Tensor, teacher: Tensor, *, backend: str = "auto") -> Tensor:
+    """FitNet's hint (Romero et al. 2015): the mean over all elements of (student − teacher)².
+
+    Args:
+        student: b x c x h x w features, brought to the teacher's channels by a regressor; ``nn.HintLoss`` holds one.
+        teacher: b x c x h' x w' features. Where height or width differ, the larger map is averaged down to the smaller.
+            It receives a gradient only if it requires one. Both are float32, float64, bfloat16 or float16, any strides.
+        backend: "auto", "reference", "native" or "triton".
+
+    Returns:
+        A scalar: float64 if either input is, else float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what it got.
+        RuntimeError: when a backend asked for by name cannot run.
+
+    Memory: the gradient, and per thread two maps of one sample.
+    """
+    checks.maps(student, teacher)
+    weights = student.new_ones((student.shape[0], 1, 1), dtype=accumulation_dtype(student, teacher))
+    return feature_mse([[student]], [[teacher]], weights, backend=backend)
+
+
+def relational_kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    distance_weight: float = 25.0,
+    angle_weight: float = 50.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Relational knowledge distillation, RKD (Park et al. 2019): distances and angles between the samples of a batch.
+
+    ``distance_weight · mean_ij ℓ(d_ij / mean(d)) + angle_weight · mean_ijk ℓ(cos ∠ x_i x_j x_k)``, where ℓ is the
+    smooth L1 distance between student and teacher, the mean of the distances is that of the positive ones, and the
+    cosine is 0 where x_i or x_k lies on x_j. Equal samples therefore give no gradient to each other.
+
+    Args:
+        student: b x d embeddings, float32, float64, bfloat16 or float16, any strides.
+        teacher: b x d' embeddings; they receive a gradient only if they require one.
+        distance_weight: of the distances, 0 leaves them out.
+        angle_weight: of the angles, 0 leaves them out.
+        backend: "auto", "reference", "native" or "triton".
+
+    Returns:
+        A scalar: float64 if either input is, else float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what it got.
+        RuntimeError: when a backend asked for by name cannot run.
+
+    Memory: a few b x b and b x d matrices in float64; never b³, nor b x b x d.
+    """
+    return rkd(student, teacher, distance_weight=distance_weight, angle_weight=angle_weight, backend=backend)
+
+
+def probabilistic_transfer_loss(student: Tensor, teacher: Tensor, *, eps: float = 1e-8) -> Tensor:
+    """Probabilistic knowledge transfer, PKT (Passalis and Tefas 2018): KL between the samples' affinities.
+
+    With cosines turned to affinities ``(1 + cos) / 2`` and every row of them divided by its sum, the loss is
+    ``mean_ij p_ij log(p_ij / q_ij)``, p being the teacher's and q the student's.
+
+    Args:
+        student: b x d embeddings, float32, float64, bfloat16 or float16.
+        teacher: b x d' embeddings; they receive a gradient only if they require one.
+        eps: embeddings of this norm or less have cosine 0 with everything and gradient 0. Affinities are kept from
+            falling below it, where samples point in opposite directions.
+
+    Returns:
+        A scalar: float64 if either input is, else float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what it got.
+
+    Memory: a few b x b and b x d matrices.
+    """
+    checks.embeddings(student, teacher)
+    checks.non_negative("eps", eps)
+    dtype = accumulation_dtype(student, teacher)
+    with torch.autocast(student.device.type, enabled=False):
+        log_q, log_p = (_log_affinities(rows.to(dtype), eps) for rows in (student, teacher))
+        return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / log_p.numel()
+
+
+def _log_affinities(rows: Tensor, eps: float) -> Tensor:
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    alive = ~(norms <= eps)
+    unit = torch.where(alive, rows / torch.where(alive, norms, 1), 0)
+    affinities = ((1 + unit @ unit.T) / 2).clamp(min=max(eps, torch.finfo(rows.dtype).tiny))
+    return affinities.log() - affinities.sum(1, keepdim=True).log()

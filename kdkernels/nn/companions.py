@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from .. import functional
 
-__all__ = ["AttentionTransferLoss", "KDLoss", "LogitMSELoss", "SimilarityPreservingLoss", "TeacherFreeKDLoss"]
+__all__ = [
+    "AttentionTransferLoss",
+    "HintLoss",
+    "KDLoss",
+    "LogitMSELoss",
+    "ProbabilisticTransferLoss",
+    "RelationalKDLoss",
+    "SimilarityPreservingLoss",
+    "TeacherFreeKDLoss",
+]
 
 
 class KDLoss(nn.Module):
@@ -102,3 +111,54 @@ class SimilarityPreservingLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}"
+
+
+class HintLoss(nn.Module):
+    """FitNet's hint: the student's features, through a 1 x 1 convolution, against the teacher's.
+
+    See ``kdkernels.hint_loss``. The convolution is trained with the student: give its parameters to the optimiser.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int, *, backend: str = "auto") -> None:
+        super().__init__()
+        self.regressor = nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
+        self.backend = backend
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return functional.hint_loss(self.regressor(student), teacher, backend=self.backend)
+
+
+class RelationalKDLoss(nn.Module):
+    """Distances and angles between samples (RKD); see ``kdkernels.relational_kd_loss`` for the settings."""
+
+    def __init__(self, *, distance_weight: float = 25.0, angle_weight: float = 50.0, backend: str = "auto") -> None:
+        super().__init__()
+        self.distance_weight = distance_weight
+        self.angle_weight = angle_weight
+        self.backend = backend
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return functional.relational_kd_loss(
+            student,
+            teacher,
+            distance_weight=self.distance_weight,
+            angle_weight=self.angle_weight,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"distance_weight={self.distance_weight}, angle_weight={self.angle_weight}"
+
+
+class ProbabilisticTransferLoss(nn.Module):
+    """Divergence of cosine affinities (PKT); see ``kdkernels.probabilistic_transfer_loss`` for the settings."""
+
+    def __init__(self, *, eps: float = 1e-8) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return functional.probabilistic_transfer_loss(student, teacher, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,27 @@ def test_an_epoch_depends_on_seed_and_number_alone_and_shows_no_image_twice() ->
         data.Batches(dataset, 41, 0, CPU)
 
 
+def test_the_last_batch_is_smaller_if_it_is_kept() -> None:
+    for count, sizes in ((40, [16, 16, 8]), (32, [16, 16])):
+        batches = data.Batches(numbered(count), 16, 3, CPU, drop_last=False)
+        labels = [labels for _, labels in batches.epoch(0)]
+        assert [len(part) for part in labels] == sizes
+        assert len(batches) == len(sizes)
+        assert len(torch.cat(labels).unique()) == count
+
+
+def test_a_share_of_the_labels_is_wrong() -> None:
+    dataset = data.load("digits")
+    noisy = dataset.mislabelled(0.3)
+    changed = noisy.train.labels != dataset.train.labels
+    assert changed.sum() == round(0.3 * len(dataset.train))
+    assert noisy.train.labels.unique().tolist() == list(range(10))
+    assert torch.equal(noisy.train.pixels, dataset.train.pixels)
+    assert torch.equal(noisy.test.labels, dataset.test.labels)
+    assert torch.equal(noisy.train.labels, dataset.mislabelled(0.3).train.labels)
+    assert torch.equal(dataset.mislabelled(0.0).train.labels, dataset.train.labels)
+
+
 # ----- networks
 
 
@@ -181,27 +203,55 @@ def half_resnet_size(blocks: int) -> int:
     return 9 * 3 * 8 + 2 * 8 + stages + 33 * 100
 
 
+def eighth_vgg_size() -> int:
+    """Parameters of a VGG-8 of 8, 16, 32, 64 and 64 channels."""
+    widths = (3, 8, 16, 32, 64, 64)
+    return sum(9 * a * b + 3 * b for a, b in pairwise(widths)) + 65 * 100
+
+
+RESNET, VGG, SHUFFLENET, MOBILENET = (32, 16, 8), (16, 8, 4, 4), (16, 8, 4), (16, 8, 4, 2)
+
+
+# Those of the papers have the sizes published with their results on CIFAR-100.
 @pytest.mark.parametrize(
-    ("name", "parameters", "channels"),
+    ("name", "parameters", "channels", "sides"),
     [
-        ("resnet8-half", half_resnet_size(1), (8, 16, 32)),
-        ("resnet14-half", half_resnet_size(2), (8, 16, 32)),
-        ("resnet14", 181_108, (16, 32, 64)),
-        ("resnet20", 278_324, (16, 32, 64)),
-        ("resnet110", 1_736_564, (16, 32, 64)),
-        ("wrn-16-1", 180_916, (16, 32, 64)),
-        ("wrn-16-2", 703_284, (32, 64, 128)),
-        ("wrn-40-2", 2_255_156, (32, 64, 128)),
+        ("resnet8-half", half_resnet_size(1), (8, 16, 32), RESNET),
+        ("resnet14-half", half_resnet_size(2), (8, 16, 32), RESNET),
+        ("resnet14", 181_108, (16, 32, 64), RESNET),
+        ("resnet20", 278_324, (16, 32, 64), RESNET),
+        ("resnet110", 1_736_564, (16, 32, 64), RESNET),
+        ("resnet8x4", 1_233_540, (64, 128, 256), RESNET),
+        ("resnet32x4", 7_433_860, (64, 128, 256), RESNET),
+        ("wrn-16-1", 180_916, (16, 32, 64), RESNET),
+        ("wrn-16-2", 703_284, (32, 64, 128), RESNET),
+        ("wrn-40-2", 2_255_156, (32, 64, 128), RESNET),
+        ("vgg8-eighth", eighth_vgg_size(), (16, 32, 64, 64), VGG),
+        ("vgg8", 3_965_028, (128, 256, 512, 512), VGG),
+        ("vgg13", 9_462_180, (128, 256, 512, 512), VGG),
+        ("shufflenetv1", 949_258, (240, 480, 960), SHUFFLENET),
+        ("shufflenetv2", 1_355_528, (116, 232, 464), SHUFFLENET),
+        ("mobilenetv2", 812_836, (12, 16, 48, 160), MOBILENET),
     ],
 )
-def test_networks_have_their_papers_sizes(name: str, parameters: int, channels: tuple[int, ...]) -> None:
+def test_networks_have_their_papers_sizes(
+    name: str, parameters: int, channels: tuple[int, ...], sides: tuple[int, ...]
+) -> None:
     network = networks.build(name, 3, 100)
     assert networks.parameter_count(network) == parameters
     assert network.channels == channels
     logits, stages = network(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 100)
-    sides = (32, 16, 8)
     assert [stage.shape for stage in stages] == [(2, c, side, side) for c, side in zip(channels, sides, strict=True)]
+
+
+def test_shuffled_channels_take_turns_and_half_of_them_pass_a_unit_by() -> None:
+    from common.networks import shufflenet, staged
+
+    features = torch.arange(6.0).view(1, 6, 1, 1)
+    assert staged.ChannelShuffle(2)(features).flatten().tolist() == [0, 3, 1, 4, 2, 5]
+    features = torch.randn(2, 8, 4, 4)
+    assert torch.equal(shufflenet.UnitV2(8, 8, 1)(features)[:, ::2], features[:, :4])
 
 
 def test_every_network_is_tested() -> None:

@@ -61,6 +61,14 @@ class Dataset:
         """The dataset with a share of its training images."""
         return replace(self, train=self.train[split(self.train.labels, share)[0]])
 
+    def mislabelled(self, share: float, seed: int = 0) -> Dataset:
+        """The dataset with a share of its training images labelled as any other class."""
+        generator = torch.Generator().manual_seed(seed)
+        labels = self.train.labels.clone()
+        wrong = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
+        labels[wrong] += torch.randint(1, self.num_classes, (len(wrong),), generator=generator)
+        return replace(self, train=replace(self.train, labels=labels % self.num_classes))
+
 
 def split(labels: Tensor, share: float, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Indices of two parts, the first a ``share`` of every class (at least one image)."""
@@ -77,19 +85,24 @@ def split(labels: Tensor, share: float, seed: int = 0) -> tuple[Tensor, Tensor]:
 class Batches:
     """Shuffled, varied, normalised batches of training images. An epoch depends on ``seed`` and its number alone.
 
-    The last, smaller batch is left out: the loss of a pair of images would weigh differently in it.
+    The last, smaller batch is left out: the loss of a pair of images would weigh differently in it. With
+    ``drop_last=False`` it is not.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, dataset: Dataset, batch_size: int, seed: int, device: torch.device, *, drop_last: bool = True
+    ) -> None:
         if len(dataset.train) < batch_size:
             raise ValueError(f"batch_size={batch_size} is more than the {len(dataset.train)} training images")
         self.dataset = dataset
         self.images = Images(dataset.train.pixels.to(device), dataset.train.labels.to(device))
         self.batch_size = batch_size
         self.seed = seed
+        self.drop_last = drop_last
 
     def __len__(self) -> int:
-        return len(self.images) // self.batch_size
+        whole, rest = divmod(len(self.images), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised float images and labels, on the device."""

@@ -1,0 +1,46 @@
+"""Networks for images of 32 x 32 pixels, and small ones for digits, by name.
+
+Every network maps images to ``(logits, stages)``, ``stages`` being the feature maps at the end of each stage, and has
+``channels``, the width of each. Its stages are the submodules ``stages.0``, ``stages.1``, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from .mobilenet import mobilenet_v2
+from .resnet import resnet, wide_resnet
+from .shufflenet import shufflenet_v1, shufflenet_v2
+from .staged import StagedNetwork
+from .vgg import vgg
+
+__all__ = ["NETWORKS", "StagedNetwork", "build", "parameter_count"]
+
+NETWORKS: dict[str, Callable[[int, int], StagedNetwork]] = {
+    "resnet8-half": lambda channels, classes: resnet(8, channels, classes, width=8),
+    "resnet14-half": lambda channels, classes: resnet(14, channels, classes, width=8),
+    "resnet14": lambda channels, classes: resnet(14, channels, classes),
+    "resnet20": lambda channels, classes: resnet(20, channels, classes),
+    "resnet110": lambda channels, classes: resnet(110, channels, classes),
+    "resnet8x4": lambda channels, classes: resnet(8, channels, classes, width=64, stem_width=32),
+    "resnet32x4": lambda channels, classes: resnet(32, channels, classes, width=64, stem_width=32),
+    "wrn-16-1": lambda channels, classes: wide_resnet(16, 1, channels, classes),
+    "wrn-16-2": lambda channels, classes: wide_resnet(16, 2, channels, classes),
+    "wrn-40-2": lambda channels, classes: wide_resnet(40, 2, channels, classes),
+    "vgg8-eighth": lambda channels, classes: vgg(1, channels, classes, width=8),
+    "vgg8": lambda channels, classes: vgg(1, channels, classes),
+    "vgg13": lambda channels, classes: vgg(2, channels, classes),
+    "shufflenetv1": shufflenet_v1,
+    "shufflenetv2": shufflenet_v2,
+    "mobilenetv2": mobilenet_v2,
+}
+
+
+def build(name: str, in_channels: int, num_classes: int) -> StagedNetwork:
+    return NETWORKS[name](in_channels, num_classes)
+
+
+def parameter_count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())

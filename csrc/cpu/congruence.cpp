@@ -4,146 +4,37 @@
 #include <vector>
 
 #include "operators.h"
+#include "strips.h"
 #include "tensors.h"
 
 namespace kdkernels {
 namespace {
 
-// Rows of the Gram matrices that exist at a time: enough to keep the products efficient, a fraction of the matrix.
-int64_t strip_height(int64_t rows) { return std::clamp<int64_t>(round_up(rows / 2, 32), 64, 512); }
-
+// The loss of a row of the difference of two Gram matrices, by the relations of its pairs.
 template <typename T>
-struct Operand {
-  View<T> rows;
-  int64_t width;
-};
+struct Relations {
+  Coefficients weights;
+  int64_t positions;
 
-// A gradient that receives alpha * S * rows, S being the symmetric matrix at hand.
-template <typename T>
-struct Target {
-  Operand<T> operand;
-  Gradient<T>* gradient;
-  T alpha;
-};
-
-// Floats are squared and summed in vectors, in short runs that are folded into float64.
-template <typename T>
-double sum_squares(const T* values, int64_t count) {
-  constexpr int64_t lanes = Vec<T>::size, run = 32 * lanes;
-  double total = 0;
-  int64_t i = 0;
-  while (i + lanes <= count) {
-    typename Vec<T>::type sum = {};
-    for (const int64_t end = std::min(count, i + run); i + lanes <= end; i += lanes) {
-      const auto value = load<T>(values + i);
-      sum += value * value;
-    }
-    for (int64_t lane = 0; lane < lanes; ++lane) total += sum[lane];
-  }
-  for (; i < count; ++i) total += double(values[i]) * values[i];
-  return total;
-}
-
-// Sum of squares of a symmetric matrix of which the upper triangle is at hand.
-template <typename T>
-double sum_squares_symmetric(const T* matrix, int64_t size) {
-  double total = 0;
-  for (int64_t i = 0; i < size; ++i) {
-    const T* row = matrix + i * size;
-    total += double(row[i]) * row[i] + 2 * sum_squares(row + i + 1, size - i - 1);
-  }
-  return total;
-}
-
-template <typename T>
-void mirror_upper(T* matrix, int64_t size, int64_t line) {
-  parallel_blocks(size, 1, 128, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t j = 0; j < i; ++j) matrix[i * line + j] = matrix[j * line + i];
-  });
-}
-
-// The Gram matrix of `plus` less that of `minus`, a strip of rows at a time and the upper triangle only: sums its weighted
-// squares and adds its products with the targets' rows to their gradients.
-template <typename T>
-class Strips {
- public:
-  Strips(int64_t rows, const Operand<T>* plus, const Operand<T>* minus, const Coefficients& weights, int64_t positions,
-         std::vector<Target<T>> targets)
-      : rows_(rows),
-        plus_(plus),
-        minus_(minus),
-        weights_(weights),
-        positions_(positions),
-        targets_(std::move(targets)) {}
-
-  double run() {
-    const int64_t height = std::min(rows_, strip_height(rows_));
-    T* strip = workspace<T, Scratch::strip>(height * rows_);
-    Buffer<double> losses(height);
-    double loss = 0;
-    for (int64_t begin = 0; begin < rows_; begin += height) {
-      const int64_t count = std::min(height, rows_ - begin), columns = rows_ - begin;
-      products(begin, count, columns, strip);
-      parallel_blocks(count, 1, 1 + (1 << 15) / columns, [&](int64_t i0, int64_t i1) {
-        for (int64_t i = i0; i < i1; ++i) losses.data()[i] = weigh(begin + i, strip + i * columns + i);
-      });
-      loss = std::accumulate(losses.data(), losses.data() + count, loss);
-      if (!targets_.empty()) mirror_upper(strip, count, columns);
-      for (Target<T>& target : targets_) add_gradient(begin, count, columns, strip, target);
-    }
-    return loss;
-  }
-
- private:
-  void products(int64_t begin, int64_t count, int64_t columns, T* strip) const {
-    bool accumulate = false;
-    for (const Operand<T>* operand : {plus_, minus_}) {
-      if (!operand) continue;
-      const View<T> rows = operand->rows.from(begin, 0);
-      const T sign = operand == plus_ ? 1 : -1;
-      gemm<T>(count, columns, operand->width, rows, rows.transposed(), strip, columns, {sign, accumulate, true});
-      accumulate = true;
-    }
-  }
-
-  // The loss of row r; `from` is its diagonal entry. Entries whose weight is not weights.full are scaled to make up for it,
+  // `entries` are those of row r from the diagonal on. Those whose weight is not weights.full are scaled to make up for it,
   // since the targets' factors hold weights.full alone.
-  double weigh(int64_t r, T* from) const {
-    const Coefficients& w = weights_;
-    const int64_t length = rows_ - r;
+  double operator()(int64_t r, int64_t length, const std::array<T*, 1>& entries) const {
+    const Coefficients& w = weights;
+    T* from = entries[0];
     double loss = 2 * w.full * sum_squares(from + 1, length - 1);
     const auto relate = [&](int64_t j, double extra) {
       loss += 2 * extra * double(from[j]) * from[j];
       from[j] *= T(1 + extra / w.full);
     };
     if (w.intra != 0)
-      for (int64_t j = 1; j < positions_ - r % positions_; ++j) relate(j, w.intra);
+      for (int64_t j = 1; j < positions - r % positions; ++j) relate(j, w.intra);
     if (w.inter_same != 0)
-      for (int64_t j = positions_; j < length; j += positions_) relate(j, w.inter_same);
+      for (int64_t j = positions; j < length; j += positions) relate(j, w.inter_same);
     const double own = w.full + w.intra + w.inter_same + w.diagonal;
     loss += own * double(from[0]) * from[0];
     from[0] *= T(own / w.full);
     return loss;
   }
-
-  // The rows of the strip get S * rows, those below it their share of the other triangle.
-  void add_gradient(int64_t begin, int64_t count, int64_t columns, const T* strip, const Target<T>& target) const {
-    const View<T> matrix{strip, columns, 1}, rows = target.operand.rows.from(begin, 0);
-    Gradient<T>& gradient = *target.gradient;
-    T* out = gradient.data + begin * gradient.line;
-    const Product<T> how{target.alpha, gradient.written || begin > 0};
-    gemm<T>(count, target.operand.width, columns, matrix, rows, out, gradient.line, how);
-    gemm<T>(columns - count, target.operand.width, count, matrix.from(0, count).transposed(), rows,
-            out + count * gradient.line, gradient.line, how);
-    if (begin + count == rows_) gradient.written = true;
-  }
-
-  int64_t rows_;
-  const Operand<T>*plus_, *minus_;
-  Coefficients weights_;
-  int64_t positions_;
-  std::vector<Target<T>> targets_;
 };
 
 // One set of rows compared in full: c * ‖X Xᵀ − Y Yᵀ‖² with every term in the space its form names.
@@ -177,7 +68,7 @@ class Block {
   }
 
   double strips(const Operand<T>* plus, const Operand<T>* minus, std::vector<Target<T>> targets) const {
-    return Strips<T>(rows_, plus, minus, {coefficient_, 0, 0, 0}, 1, std::move(targets)).run();
+    return Strips<T>(rows_, {{{plus, minus}}}, std::move(targets)).run(Relations<T>{{coefficient_, 0, 0, 0}, 1});
   }
 
   // ‖RᵀR‖², and R (RᵀR) to R's own gradient.
@@ -283,7 +174,7 @@ double Congruence<T>::run(T* grad_x_data, T* grad_y_data) const {
     std::vector<Target<T>> targets;
     if (grad_x.data) targets.push_back({own_x, &grad_x, T(4 * c.full)});
     if (grad_y.data) targets.push_back({own_y, &grad_y, T(-4 * c.full)});
-    loss = Strips<T>(rows, &own_x, &own_y, c, positions, std::move(targets)).run();
+    loss = Strips<T>(rows, {{{&own_x, &own_y}}}, std::move(targets)).run(Relations<T>{c, positions});
   } else {
     if (c.full != 0) loss += Block<T>(rows, own_x, own_y, c.full, grad_x, grad_y).run(plan.full);
     if (c.intra != 0)

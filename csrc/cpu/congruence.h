@@ -20,14 +20,6 @@ struct Plan {
   Form full, intra, inter_same;
 };
 
-// A gradient being accumulated: row r begins at data + r * line. No data when it is not wanted.
-template <typename T>
-struct Gradient {
-  T* data = nullptr;
-  int64_t line = 0;
-  bool written = false;
-};
-
 // Row r belongs to image r / positions and position r % positions.
 template <typename T>
 struct Congruence {

@@ -1,0 +1,212 @@
+// Gram matrices a strip of rows at a time, of which an epilogue makes a loss and the slopes that become gradients.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+#include "gemm.h"
+#include "lanes.h"
+
+namespace kdkernels {
+
+template <typename T>
+struct Operand {
+  View<T> rows;
+  int64_t width;
+};
+
+// A gradient being accumulated: row r begins at data + r * line. No data when it is not wanted.
+template <typename T>
+struct Gradient {
+  T* data = nullptr;
+  int64_t line = 0;
+  bool written = false;
+};
+
+// The matrix plus plusᵀ − minus minusᵀ. With neither, the epilogue fills it.
+template <typename T>
+struct Gram {
+  const Operand<T>*plus = nullptr, *minus = nullptr;
+};
+
+// A gradient that receives alpha * S * rows, S being the symmetric matrix at hand, or the one of that number.
+template <typename T>
+struct Target {
+  Operand<T> operand;
+  Gradient<T>* gradient;
+  T alpha;
+  int64_t matrix = 0;
+};
+
+// The sum of f(j, count), a vector each, over [begin, end): in short runs that are folded into float64. Lanes from count on
+// are left out.
+template <typename T, typename F>
+double sum_vectors(int64_t begin, int64_t end, const F& f) {
+  constexpr int64_t lanes = Vec<T>::size, run = 32 * lanes;
+  double total = 0;
+  for (int64_t i = begin; i < end; i += run) {
+    typename Vec<T>::type sum = {};
+    for_vectors<T>(i, std::min(end, i + run), [&](int64_t j, int64_t count) {
+      const auto value = f(j, count);
+      sum += first_lanes<T>(count) ? value : typename Vec<T>::type{};
+    });
+    for (int64_t lane = 0; lane < lanes; ++lane) total += sum[lane];
+  }
+  return total;
+}
+
+template <typename T>
+double sum_squares(const T* values, int64_t count) {
+  return sum_vectors<T>(0, count, [&](int64_t j, int64_t lanes) {
+    const auto value = load_first<T>(values + j, lanes, T(0));
+    return value * value;
+  });
+}
+
+// Sum of squares of a symmetric matrix of which the upper triangle is at hand.
+template <typename T>
+double sum_squares_symmetric(const T* matrix, int64_t size) {
+  double total = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const T* row = matrix + i * size;
+    total += double(row[i]) * row[i] + 2 * sum_squares(row + i + 1, size - i - 1);
+  }
+  return total;
+}
+
+template <typename T>
+void mirror_upper(T* matrix, int64_t size, int64_t line) {
+  parallel_blocks(size, 1, 128, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = 0; j < i; ++j) matrix[i * line + j] = matrix[j * line + i];
+  });
+}
+
+// `count` rows of the matrices, from row `begin` and the column of that number on; columns left of the diagonal are undefined.
+template <typename T, int64_t matrices>
+struct Strip {
+  int64_t begin, count, columns;
+  std::array<T*, matrices> entries;
+
+  std::array<T*, matrices> at(int64_t i, int64_t j) const {
+    std::array<T*, matrices> result = entries;
+    for (T*& entry : result) entry += i * columns + j;
+    return result;
+  }
+
+  template <typename F>
+  void for_rows(const F& f) const {
+    parallel_blocks(count, 1, 1 + (1 << 15) / columns, [&](int64_t i0, int64_t i1) {
+      for (int64_t i = i0; i < i1; ++i) f(i);
+    });
+  }
+
+  // Add to sums[r], r counted from `begin`, what row r of a symmetric matrix (an antisymmetric one with sign -1) has in the
+  // strip. value(entries, count) are up to a vector of its elements.
+  template <typename F>
+  void add_row_sums(double* sums, double sign, const F& value) const {
+    for_rows([&](int64_t i) {
+      sums[i] += sum_vectors<T>(i, columns, [&](int64_t j, int64_t lanes) { return value(at(i, j), lanes); });
+    });
+    parallel_blocks(columns, Vec<T>::size, 1 + (1 << 15) / count, [&](int64_t j0, int64_t j1) {
+      for (int64_t i = 0; i < count; ++i)
+        for_vectors<T>(std::max(j0, i + 1), j1, [&](int64_t j, int64_t lanes) {
+          const auto values = value(at(i, j), lanes);
+          for (int64_t lane = 0; lane < lanes; ++lane) sums[j + lane] += sign * values[lane];
+        });
+    });
+  }
+};
+
+// Rows of the matrices that exist at a time: enough to keep the products efficient, a fraction of the matrix.
+inline int64_t strip_height(int64_t rows) {
+  return std::min(rows, std::clamp<int64_t>(round_up(rows / 2, 32), 64, 512));
+}
+
+// Symmetric matrices, the upper triangle only.
+template <typename T, int64_t matrices = 1>
+class Strips {
+ public:
+  Strips(int64_t rows, std::array<Gram<T>, matrices> grams, std::vector<Target<T>> targets)
+      : Strips(rows, strip_height(rows), grams, std::move(targets)) {}
+
+  Strips(int64_t rows, int64_t height, std::array<Gram<T>, matrices> grams, std::vector<Target<T>> targets)
+      : rows_(rows), height_(height), grams_(grams), targets_(std::move(targets)) {}
+
+  // Call f(strip) on one strip after the other.
+  template <typename F>
+  void for_each(const F& f) {
+    T* memory = workspace<T, Scratch::strip>(matrices * height_ * rows_);
+    for (int64_t begin = 0; begin < rows_; begin += height_) {
+      Strip<T, matrices> strip{begin, std::min(height_, rows_ - begin), rows_ - begin, {}};
+      for (int64_t m = 0; m < matrices; ++m) {
+        strip.entries[m] = memory + m * height_ * rows_;
+        if (!whole_) products(strip, m);
+      }
+      whole_ = height_ == rows_;
+      f(strip);
+    }
+  }
+
+  // Sum epilogue(r, length, entries) over the rows: its entries from the diagonal on, which it turns into slopes. Their
+  // products with the targets' rows are added to the gradients.
+  template <typename Epilogue>
+  double run(const Epilogue& epilogue) {
+    return run(epilogue, [](const auto&) {});
+  }
+
+  // And call after(strip) on every strip of slopes.
+  template <typename Epilogue, typename After>
+  double run(const Epilogue& epilogue, const After& after) {
+    Buffer<double> losses(height_);
+    double loss = 0;
+    for_each([&](const Strip<T, matrices>& strip) {
+      strip.for_rows(
+          [&](int64_t i) { losses.data()[i] = epilogue(strip.begin + i, strip.columns - i, strip.at(i, i)); });
+      loss = std::accumulate(losses.data(), losses.data() + strip.count, loss);
+      after(strip);
+      for (int64_t m = 0; m < matrices; ++m)
+        if (std::any_of(targets_.begin(), targets_.end(), [&](const Target<T>& target) { return target.matrix == m; }))
+          mirror_upper(strip.entries[m], strip.count, strip.columns);
+      for (Target<T>& target : targets_) add_gradient(strip, target);
+    });
+    return loss;
+  }
+
+ private:
+  void products(const Strip<T, matrices>& strip, int64_t m) const {
+    const auto [plus, minus] = grams_[m];
+    bool accumulate = false;
+    for (const Operand<T>* operand : {plus, minus}) {
+      if (!operand) continue;
+      const View<T> rows = operand->rows.from(strip.begin, 0);
+      const T sign = operand == plus ? 1 : -1;
+      gemm<T>(strip.count, strip.columns, operand->width, rows, rows.transposed(), strip.entries[m], strip.columns,
+              {sign, accumulate, true});
+      accumulate = true;
+    }
+  }
+
+  // The rows of the strip get S * rows, those below it their share of the other triangle.
+  void add_gradient(const Strip<T, matrices>& strip, const Target<T>& target) const {
+    const View<T> matrix{strip.entries[target.matrix], strip.columns, 1},
+        rows = target.operand.rows.from(strip.begin, 0);
+    Gradient<T>& gradient = *target.gradient;
+    T* out = gradient.data + strip.begin * gradient.line;
+    const Product<T> how{target.alpha, gradient.written || strip.begin > 0};
+    gemm<T>(strip.count, target.operand.width, strip.columns, matrix, rows, out, gradient.line, how);
+    gemm<T>(strip.columns - strip.count, target.operand.width, strip.count, matrix.from(0, strip.count).transposed(),
+            rows, out + strip.count * gradient.line, gradient.line, how);
+    if (strip.begin + strip.count == rows_) gradient.written = true;
+  }
+
+  int64_t rows_, height_;
+  std::array<Gram<T>, matrices> grams_;
+  std::vector<Target<T>> targets_;
+  bool whole_ = false;  // the strip at hand is all there is, and need not be computed again
+};
+
+}  // namespace kdkernels

@@ -29,6 +29,13 @@ class Kernel(NamedTuple):
     shared_bytes: int
 
 
+def included(source: Path) -> set[Path]:
+    """The file and those of the repository that it includes, directly or not."""
+    names = re.findall(r'^#include "(.*)"', source.read_text(), re.MULTILINE)
+    paths = ((source.parent / name).resolve() for name in names)
+    return {source}.union(*(included(path) for path in paths if path.exists()))
+
+
 def compile_report(source: Path) -> str:
     """What ptxas says of the source's kernels; remembered as long as nothing it was made from changes."""
     command = [NVCC, "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -36,7 +43,7 @@ def compile_report(source: Path) -> str:
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
     command += ["--threads", "2", "-c", str(source), "-o", "/dev/null"]
     version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = [version, " ".join(command), *(path.read_text() for path in sorted(ROOT.glob("csrc/**/*.[chu]*")))]
+    parts = [version, " ".join(command), *(path.read_text() for path in sorted(included(source)))]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     report = ROOT / "build" / "cuda_compile" / f"{source.stem}-{digest}.txt"
     if not report.exists():

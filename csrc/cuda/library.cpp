@@ -9,4 +9,6 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels_emulated, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CUDA, m) {
 #endif
   m.impl("kd", TORCH_BOX(&kdkernels::kd));
+  m.impl("patches", TORCH_BOX(&kdkernels::patches));
+  m.impl("patches_backward", TORCH_BOX(&kdkernels::patches_backward));
 }

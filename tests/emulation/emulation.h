@@ -29,6 +29,9 @@
 #define __grid_constant__
 #define __align__(bytes) alignas(bytes)
 
+using std::max;
+using std::min;
+
 namespace emulation {
 
 struct Index {

@@ -1,0 +1,46 @@
+// Several problems of one kind in one launch: at small sizes the number of launches is what a loss costs.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "device.cuh"
+
+namespace kdkernels {
+
+// The blocks of problem i are first[i] to first[i + 1]. Lies in the parameters of a kernel, which hold 4 KiB.
+template <typename P>
+struct Group {
+  static constexpr int kMost = 3584 / sizeof(P) < 16 ? 3584 / sizeof(P) : 16;
+
+  int count = 0;
+  int64_t first[kMost + 1] = {};
+  P problems[kMost] = {};
+
+  __device__ int index() const {
+    int i = 0;
+    while (i + 1 < count && int64_t(blockIdx.x) >= first[i + 1]) ++i;
+    return i;
+  }
+  __device__ int64_t block(int i) const { return int64_t(blockIdx.x) - first[i]; }
+};
+
+// Each problem with the number of blocks it takes.
+template <typename P>
+using Problems = std::vector<std::pair<P, int64_t>>;
+
+// In as few launches as the parameters allow: one, but for networks of very many stages.
+template <typename P>
+void launch(void (*kernel)(Group<P>), const Problems<P>& problems, int threads, int shared_bytes, Stream stream) {
+  for (size_t begin = 0; begin < problems.size(); begin += Group<P>::kMost) {
+    Group<P> group;
+    for (size_t i = begin; i < std::min(problems.size(), begin + Group<P>::kMost); ++i) {
+      group.problems[group.count++] = problems[i].first;
+      group.first[group.count] = group.first[group.count - 1] + problems[i].second;
+    }
+    launch(kernel, group.first[group.count], threads, shared_bytes, stream, group);
+  }
+}
+
+}  // namespace kdkernels

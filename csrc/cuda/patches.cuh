@@ -1,0 +1,276 @@
+// Feature maps to unit patch vectors and back. The patch grid is the map, masked, then cropped and stretched to its own size,
+// then resized to a multiple of k: linear in the map and separate in height and width.
+#pragma once
+
+#include "elements.cuh"
+#include "group.cuh"
+
+namespace kdkernels {
+
+constexpr int kPatchThreads = 256;
+
+// Half-open bounds of a crop.
+struct Box {
+  int top, bottom, left, right;
+};
+
+// How the maps of one network at one stage are cut.
+template <typename T>
+struct Cut {
+  int channels, height, width, k, patch_height, patch_width;
+  bool pixel_major;  // the components of a patch vector are ordered pixel, channel rather than channel, pixel
+  bool resized;
+  const T* mask;     // images x height x width; null without one
+  const Box* boxes;  // of each image; null without a crop
+
+  __host__ __device__ int positions() const { return k * k; }
+  __host__ __device__ int length() const { return channels * patch_height * patch_width; }
+  __host__ __device__ int area() const { return height * width; }
+  __host__ __device__ bool resampled() const { return resized || boxes; }
+};
+
+// Bilinear interpolation along one axis: output o is (1 - weight) * input[low] + weight * input[high].
+template <typename T>
+struct Tap {
+  int low, high;
+  T weight;
+};
+
+// Stretch [begin, end) over `size` outputs, with PyTorch's convention for align_corners=False.
+template <typename T>
+__device__ Tap<T> stretch(int begin, int end, int size, int o) {
+  const int length = end - begin;
+  const T source = Largest<T>()(T(0), (T(o) + T(0.5)) * (T(length) / T(size)) - T(0.5));
+  const int low = min(int(source), length - 1);
+  return {begin + low, begin + min(low + 1, length - 1), source - T(low)};
+}
+
+// The outputs of `stretch` that may tap the inputs first to last.
+__device__ inline void widen(int begin, int end, int size, int& first, int& last) {
+  const double scale = double(size) / (end - begin);
+  first = max(0, int(floor((first - begin - 0.5) * scale - 0.5)) - 1);
+  last = min(size - 1, int(ceil((last - begin + 1.5) * scale - 0.5)) + 1);
+}
+
+// One axis of the way from the map to the patch grid: the crop [begin, end) stretched to `size`, then that to `padded`.
+template <typename T>
+struct Axis {
+  int begin, end, size, padded;
+  bool cropped;
+
+  // Calls f(pixel, weight) for the pixels of the map of which pixel `o` of the grid is made.
+  template <typename F>
+  __device__ void taps(int o, const F& f) const {
+    const auto crop = [&](int middle, T weight) {
+      if (!cropped) return f(middle, weight);
+      const Tap<T> tap = stretch<T>(begin, end, size, middle);
+      f(tap.low, weight * (1 - tap.weight));
+      f(tap.high, weight * tap.weight);
+    };
+    if (size == padded) return crop(o, T(1));
+    const Tap<T> tap = stretch<T>(0, size, padded, o);
+    crop(tap.low, 1 - tap.weight);
+    crop(tap.high, tap.weight);
+  }
+
+  // Calls f(o, weight) for the pixels of the grid into which a pixel of the map goes.
+  template <typename F>
+  __device__ void uses(int pixel, const F& f) const {
+    if (pixel < begin || pixel >= end) return;
+    int first = pixel, last = pixel;
+    if (cropped) widen(begin, end, size, first, last);
+    if (size != padded) widen(0, size, padded, first, last);
+    for (int o = first; o <= last; ++o) {
+      T weight = 0;
+      taps(o, [&](int tapped, T its_weight) { weight += tapped == pixel ? its_weight : T(0); });
+      if (weight != 0) f(o, weight);
+    }
+  }
+};
+
+template <typename T>
+__device__ Axis<T> vertical(const Cut<T>& cut, int64_t image) {
+  if (!cut.boxes) return {0, cut.height, cut.height, cut.patch_height * cut.k, false};
+  return {cut.boxes[image].top, cut.boxes[image].bottom, cut.height, cut.patch_height * cut.k, true};
+}
+
+template <typename T>
+__device__ Axis<T> horizontal(const Cut<T>& cut, int64_t image) {
+  if (!cut.boxes) return {0, cut.width, cut.width, cut.patch_width * cut.k, false};
+  return {cut.boxes[image].left, cut.boxes[image].right, cut.width, cut.patch_width * cut.k, true};
+}
+
+// A mask of any size and strides, made into that of one network's maps.
+template <typename T>
+struct Masking {
+  const void* mask;
+  Element type;
+  int64_t image_stride, row_stride, column_stride;
+  int mask_height, mask_width, height, width;
+  double threshold;
+  T* resampled;  // images x height x width
+  Box* boxes;    // null without a threshold
+};
+
+// A block per image: the mask at the size of the maps, and the tight bounds of mask > threshold, scaled to that size and widened
+// to whole pixels; the whole map when nothing exceeds the threshold. NaN counts as exceeding it.
+template <typename T>
+__global__ void __launch_bounds__(kPatchThreads, 1) mask_kernel(const __grid_constant__ Group<Masking<T>> group) {
+  const int index = group.index();
+  const Masking<T>& p = group.problems[index];
+  const int64_t image = group.block(index);
+  const auto value = [&](int y, int x) {
+    return read<T>(p.mask, p.type, image * p.image_stride + y * p.row_stride + x * p.column_stride);
+  };
+  const bool same = p.height == p.mask_height && p.width == p.mask_width;
+  for (int i = threadIdx.x; i < p.height * p.width; i += kPatchThreads) {
+    const int y = i / p.width, x = i % p.width;
+    T result;
+    if (same) {
+      result = value(y, x);
+    } else {
+      const Tap<T> v = stretch<T>(0, p.mask_height, p.height, y), h = stretch<T>(0, p.mask_width, p.width, x);
+      result = (1 - v.weight) * ((1 - h.weight) * value(v.low, h.low) + h.weight * value(v.low, h.high)) +
+               v.weight * ((1 - h.weight) * value(v.high, h.low) + h.weight * value(v.high, h.high));
+    }
+    p.resampled[image * p.height * p.width + i] = result;
+  }
+  if (!p.boxes) return;
+
+  // A mask is compared in its own precision.
+  const bool in_double = p.type == Element::float64;
+  Box box{p.mask_height, 0, p.mask_width, 0};
+  for (int i = threadIdx.x; i < p.mask_height * p.mask_width; i += kPatchThreads) {
+    const int y = i / p.mask_width, x = i % p.mask_width;
+    const int64_t offset = image * p.image_stride + y * p.row_stride + x * p.column_stride;
+    const bool below = in_double ? read<double>(p.mask, p.type, offset) <= p.threshold
+                                 : read<float>(p.mask, p.type, offset) <= float(p.threshold);
+    if (!below) box = {min(box.top, y), max(box.bottom, y + 1), min(box.left, x), max(box.right, x + 1)};
+  }
+  const auto smallest = [](int a, int b) { return a < b ? a : b; };
+  box.top = block_reduce(box.top, smallest);
+  box.bottom = block_reduce(box.bottom, Largest<int>());
+  box.left = block_reduce(box.left, smallest);
+  box.right = block_reduce(box.right, Largest<int>());
+  if (threadIdx.x > 0) return;
+  if (box.bottom == 0) box = {0, p.mask_height, 0, p.mask_width};
+  const auto down = [](int64_t bound, int size, int from) { return int(bound * size / from); };
+  const auto up = [](int64_t bound, int size, int from) { return int((bound * size + from - 1) / from); };
+  p.boxes[image] = {down(box.top, p.height, p.mask_height), up(box.bottom, p.height, p.mask_height),
+                    down(box.left, p.width, p.mask_width), up(box.right, p.width, p.mask_width)};
+}
+
+template <typename T>
+struct Packing {
+  Cut<T> cut;
+  const void* maps;
+  Element type;
+  int64_t strides[4];
+  double eps;
+  T *rows, *norms;
+};
+
+// A block per patch: writes its unit vector and the norm it was divided by; a patch of norm <= eps gives zeros and norm 0.
+template <typename T>
+__global__ void __launch_bounds__(512, 1) pack_kernel(const __grid_constant__ Group<Packing<T>> group) {
+  const int index = group.index();
+  const Packing<T>& p = group.problems[index];
+  const Cut<T>& cut = p.cut;
+  const int64_t row = group.block(index), image = row / cut.positions();
+  const int position = int(row % cut.positions());
+  const int top = position / cut.k * cut.patch_height, left = position % cut.k * cut.patch_width;
+  const int length = cut.length();
+  const Axis<T> down = vertical(cut, image), across = horizontal(cut, image);
+  T* out = p.rows + row * length;
+
+  const auto pixel = [&](int c, int y, int x) {
+    const int64_t offset = image * p.strides[0] + c * p.strides[1] + y * p.strides[2] + x * p.strides[3];
+    const T value = read<T>(p.maps, p.type, offset);
+    return cut.mask ? value * cut.mask[image * cut.area() + y * cut.width + x] : value;
+  };
+  double squares = 0;
+  for (int j = threadIdx.x; j < length; j += blockDim.x) {
+    const int inner = cut.pixel_major ? cut.channels : cut.patch_height * cut.patch_width;
+    const int c = cut.pixel_major ? j % inner : j / inner, cell = cut.pixel_major ? j / inner : j % inner;
+    const int y = top + cell / cut.patch_width, x = left + cell % cut.patch_width;
+    T value = 0;
+    if (cut.resampled())
+      down.taps(y, [&](int v, T weight) {
+        across.taps(x, [&](int h, T its_weight) { value += weight * its_weight * pixel(c, v, h); });
+      });
+    else
+      value = pixel(c, y, x);
+    out[j] = value;
+    squares += double(value) * double(value);  // float64 holds the square of every float32
+  }
+  const double norm = sqrt(block_reduce(squares, Sum<double>()));
+  const bool dead = norm <= p.eps, usual = norm > 1e-30 && norm < 1e30;  // else the inverse is no normal float32
+  const T inverse = T(1 / norm);
+  for (int j = threadIdx.x; j < length; j += blockDim.x)
+    out[j] = dead ? T(0) : usual ? out[j] * inverse : T(double(out[j]) / norm);
+  if (threadIdx.x == 0) p.norms[row] = dead ? T(0) : T(norm);
+}
+
+template <typename T>
+struct Projection {
+  const T *grad, *rows, *norms;
+  T* out;
+  int length;
+};
+
+// A block per row: the gradient before normalisation from that after it, (g − x̂ ⟨g, x̂⟩) / ‖x‖. May be in place.
+template <typename T>
+__global__ void __launch_bounds__(512, 1) denormalise_kernel(const __grid_constant__ Group<Projection<T>> group) {
+  const int index = group.index();
+  const Projection<T>& p = group.problems[index];
+  const int64_t row = group.block(index), begin = row * p.length;
+  double product = 0;
+  for (int j = threadIdx.x; j < p.length; j += blockDim.x) product += double(p.grad[begin + j]) * p.rows[begin + j];
+  const T radial = T(block_reduce(product, Sum<double>())), norm = p.norms[row];
+  for (int j = threadIdx.x; j < p.length; j += blockDim.x)
+    p.out[begin + j] = norm == 0 ? T(0) : (p.grad[begin + j] - p.rows[begin + j] * radial) / norm;
+}
+
+template <typename T>
+struct Unpacking {
+  Cut<T> cut;
+  bool channels_last;
+  const T* grad;      // of the patches
+  const void* scale;  // a number on the device, null for 1
+  Element scale_type;
+  T* maps;  // compact
+};
+
+// Blocks that share an image's maps, each thread writing a pixel: scale times the gradient of the maps.
+template <typename T>
+__global__ void __launch_bounds__(kPatchThreads, 1) unpack_kernel(const __grid_constant__ Group<Unpacking<T>> group) {
+  const int index = group.index();
+  const Unpacking<T>& p = group.problems[index];
+  const Cut<T>& cut = p.cut;
+  const int size = cut.channels * cut.area(), chunks = (size + kPatchThreads - 1) / kPatchThreads;
+  const int64_t image = group.block(index) / chunks;
+  const int i = int(group.block(index) % chunks) * kPatchThreads + int(threadIdx.x);
+  if (i >= size) return;
+  const int c = p.channels_last ? i % cut.channels : i / cut.area();
+  const int pixel = p.channels_last ? i / cut.channels : i % cut.area();
+  const int y = pixel / cut.width, x = pixel % cut.width;
+
+  const T* patches = p.grad + image * cut.positions() * cut.length();
+  const auto of_grid = [&](int v, int h) {
+    const int position = v / cut.patch_height * cut.k + h / cut.patch_width;
+    const int cell = v % cut.patch_height * cut.patch_width + h % cut.patch_width;
+    const int component = cut.pixel_major ? cell * cut.channels + c : c * cut.patch_height * cut.patch_width + cell;
+    return patches[int64_t(position) * cut.length() + component];
+  };
+  T result = 0;
+  if (cut.resampled())
+    vertical(cut, image).uses(y, [&](int v, T weight) {
+      horizontal(cut, image).uses(x, [&](int h, T its_weight) { result += weight * its_weight * of_grid(v, h); });
+    });
+  else
+    result = of_grid(y, x);
+  if (cut.mask) result *= cut.mask[image * cut.area() + pixel];
+  p.maps[image * size + i] = (p.scale ? read<T>(p.scale, p.scale_type, 0) : T(1)) * result;
+}
+
+}  // namespace kdkernels

@@ -1,0 +1,121 @@
+"""``patches`` in CUDA, emulated, against the reference in float64."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import DTYPES, HALF_DTYPES, assert_as_good_as, assert_close, exactly, loss_and_gradients
+from torch import Tensor
+
+from kdkernels import native
+from kdkernels.ops.patches import patches
+
+from . import build
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values with other strides."""
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "permuted":
+        return x.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0)
+    return x
+
+
+def native_rows(maps: Tensor, k: int, **settings: object) -> Tensor:
+    """The rows with their components in the reference's order, channel by channel."""
+    rows = patches(maps, k, backend="native", **settings)
+    if maps.stride(1) > 1 or settings.get("mask") is not None or settings.get("partition") == "resize":
+        return rows
+    return rows.unflatten(1, (-1, maps.shape[1])).transpose(1, 2).flatten(1)
+
+
+def check(maps: Tensor, k: int, **settings: object) -> None:
+    """The rows, and the gradient of a random sum of them."""
+    of_reference = functools.partial(patches, k=k, backend="reference", **settings)
+    of_native = functools.partial(native_rows, k=k, **settings)
+    weight = torch.randn_like(of_reference(maps.double()))
+
+    def run(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return (function(x).double() * weight).sum()
+
+    half = maps.dtype in HALF_DTYPES
+    rows, exact_rows = of_native(maps), of_reference(maps.double())
+    if half:
+        assert_as_good_as(rows, of_reference(maps.float()), exact_rows, "rows")
+    else:
+        assert_close(rows, exact_rows, "rows")
+    maps.requires_grad_()
+    _, (gradient,) = loss_and_gradients(lambda x: run(of_native, x), maps)
+    _, (exact,) = loss_and_gradients(lambda x: run(of_reference, x), *exactly(maps))
+    assert gradient.dtype == maps.dtype
+    if half:
+        _, (of_eager,) = loss_and_gradients(lambda x: run(of_reference, x.float()), maps)
+        assert_as_good_as(gradient, of_eager, exact, "gradient")
+    else:
+        assert_close(gradient, exact, "gradient")
+
+
+@pytest.mark.parametrize(("shape", "k"), [((1, 1, 1, 1), 1), ((3, 2, 4, 6), 2), ((2, 5, 6, 3), 3), ((1, 40, 8, 8), 1)])
+def test_shapes(order: str, shape: tuple[int, ...], k: int) -> None:
+    check(torch.randn(shape), k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted"])
+def test_dtypes_and_layouts(dtype: torch.dtype, layout: str) -> None:
+    check(laid_out(torch.randn(2, 3, 4, 4).to(dtype), layout), 2)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.6, 2.0])
+@pytest.mark.parametrize("mask_shape", [(7, 5), (3, 9)], ids=["of the maps' size", "of another"])
+@pytest.mark.parametrize("partition", ["exact", "resize"])
+def test_masks(order: str, threshold: float | None, mask_shape: tuple[int, int], partition: str) -> None:
+    mask = torch.rand(3, *mask_shape)
+    mask[1] *= 0.5  # an image without a box
+    mask[2] = 0
+    mask[2, 1, 2] = 0.9  # a box of one pixel
+    check(
+        torch.randn(3, 2, 7, 5) + 1,
+        1 if partition == "exact" else 3,
+        mask=mask,
+        threshold=threshold,
+        partition=partition,
+    )
+
+
+def test_resizing_alone() -> None:
+    check(torch.randn(2, 3, 7, 4), 3, partition="resize")
+
+
+def test_dead_tiny_and_huge_patches() -> None:
+    maps = torch.randn(1, 2, 4, 4)
+    maps[..., :2, :2] = 0
+    maps[..., :2, 2:] *= 1e-33
+    maps[..., 2:, :2] *= 1e33
+    check(maps, 2, eps=0.0)
+    rows = patches(maps, 2, eps=1e-8, backend="native")
+    assert (rows[:2] == 0).all()
+    assert_close(rows[2:].square().sum(1), torch.ones(2))
+
+
+def test_nan_and_inf_give_nan() -> None:
+    for bad in (torch.nan, torch.inf):
+        maps = torch.randn(2, 2, 4, 4)
+        maps[1, 0, 3, 0] = bad
+        rows = patches(maps, 2, backend="native")
+        assert rows[6].isnan().any()
+        assert rows[[0, 1, 2, 3, 4, 5, 7]].isfinite().all()
+
+
+def test_registration() -> None:
+    maps, mask = torch.randn(2, 3, 5, 4, dtype=torch.bfloat16), torch.rand(2, 6, 3)
+    rows, norms = native.ops.patches(maps, 2, mask, 0.5, True, 1e-8)
+    assert build.launches() == 2
+    grad = torch.randn(rows.shape[::-1]).T
+    settings = (native.map_shape(maps), 2, mask, 0.5, True)
+    assert native.ops.patches_backward(grad, rows, norms, *settings).shape == maps.shape
+    assert build.launches() == 3

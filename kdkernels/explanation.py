@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from . import backends, functional
-from .ops import kd, local_correlation
+from .ops import icc, kd, local_correlation
 from .ops.congruence.plan import GRAM, Form, candidates, multiply_adds
 from .ops.local_correlation import Stage
 
@@ -49,7 +49,7 @@ def explain(name: str, *args: object, **settings: object) -> Explanation:
     """Which backend and form a call would take, and the modelled cost of each form.
 
     Args:
-        name: of a function, "local_correlation_loss" or "kd_loss".
+        name: of a function, such as "local_correlation_loss" or "kd_loss".
         args, settings: as that function takes them.
 
     Returns:
@@ -58,7 +58,12 @@ def explain(name: str, *args: object, **settings: object) -> Explanation:
     Raises:
         ValueError: for another name; and whatever the call itself would raise for its arguments.
     """
-    explainers = {"local_correlation_loss": _local_correlation_stages, "kd_loss": _kd_stages}
+    explainers = {
+        "local_correlation_loss": _local_correlation_stages,
+        "inter_class_correlation": _map_stages,
+        "inter_class_correlation_loss": _inter_class_stages,
+        "kd_loss": _kd_stages,
+    }
     if name not in explainers:
         raise ValueError(f"name must be one of {tuple(explainers)}, got {name!r}")
     bound = inspect.signature(getattr(functional, name)).bind(*args, **settings)
@@ -71,6 +76,16 @@ def explain(name: str, *args: object, **settings: object) -> Explanation:
 
 def _kd_stages(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, **_) -> tuple[Tensor, list]:
     kd.check(student_logits, teacher_logits, temperature)
+    return student_logits, []
+
+
+def _map_stages(logits: Tensor, **_) -> tuple[Tensor, list]:
+    icc.check_map(logits)
+    return logits, []
+
+
+def _inter_class_stages(student_logits: Tensor, teacher_logits: Tensor, *, reduction: str, **_) -> tuple[Tensor, list]:
+    icc.check(student_logits, teacher_logits, reduction)
     return student_logits, []
 
 

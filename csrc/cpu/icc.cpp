@@ -135,7 +135,7 @@ struct Products {
 
   Products(const Logits<T>& logits, int64_t s, int64_t first) : z(logits.sample(s)), classes(logits.classes) {
     for (int r = 0; r < R; ++r) {
-      factor[r] = z[first + r];
+      factor[r] = classes == 1 ? T(0) : z[first + r];  // the softmax of one number is exactly 1
       top[r] = logits.partner(s, factor[r]);
     }
   }

@@ -14,7 +14,7 @@ REDUCTIONS = ("mean", "sum")
 
 def icc_map(logits: Tensor, *, backend: str = "auto") -> Tensor:
     """The K x K map of b x K logits; see ``kdkernels.inter_class_correlation``."""
-    checks.tensor("logits", logits, 2, "b x K")
+    check_map(logits)
     run = {"reference": _reference_map, "native": _native_map, "triton": _triton_map}
     return run[backends.choose(backend, logits)](logits)
 
@@ -27,6 +27,10 @@ def icc_loss(
     run = {"reference": _reference_loss, "native": _native_loss, "triton": _triton_loss}
     scale = 1.0 if reduction == "sum" else 1.0 / student_logits.shape[1]
     return run[backends.choose(backend, student_logits)](student_logits, teacher_logits, bool(per_sample), scale)
+
+
+def check_map(logits: object) -> None:
+    checks.tensor("logits", logits, 2, "b x K")
 
 
 def check(student: object, teacher: object, reduction: str) -> None:

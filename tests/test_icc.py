@@ -1,0 +1,540 @@
+"""icc against the definition in float64, and its contracts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import DTYPES, HALF_DTYPES, assert_as_good_as, assert_close, exactly, loss_and_gradients, relative_error
+from torch import Tensor
+
+import kdkernels
+from kdkernels import inter_class_correlation, inter_class_correlation_loss, native
+from kdkernels.ops.icc import reference
+
+SHAPES = [(1, 1), (1, 2), (1, 37), (5, 1), (2, 3), (64, 2), (7, 16), (9, 17), (64, 10), (30, 33), (13, 100), (3, 261)]
+
+needs_native = pytest.mark.skipif(
+    native.why_not(torch.device("cpu")) is not None, reason=str(native.why_not(torch.device("cpu")))
+)
+
+
+def definition_of_map(logits: Tensor) -> Tensor:
+    """Eqs. 5 and 6 with plain exponentials, which float64 holds up to products of 700."""
+    powers = (logits[:, :, None] * logits[:, None, :]).exp()
+    return (powers / powers.sum(2, keepdim=True)).mean(0)
+
+
+def definition(student: Tensor, teacher: Tensor, per_sample: bool = False, reduction: str = "mean") -> Tensor:
+    """Σ M_T log(M_T / M_S), or that of one sample at a time, averaged."""
+    if per_sample:
+        pairs = zip(student, teacher, strict=True)
+        return sum(definition(s[None], t[None], False, reduction) for s, t in pairs) / len(student)
+    m_s, m_t = definition_of_map(student), definition_of_map(teacher)
+    return (m_t * (m_t / m_s).log()).sum() / (1 if reduction == "sum" else len(m_s))
+
+
+def textbook(student: Tensor, teacher: Tensor) -> Tensor:
+    """What one would write: the softmax of the outer product, and its logarithm."""
+    m_s, m_t = (torch.softmax(z[:, :, None] * z[:, None, :], 2).mean(0) for z in (student, teacher))
+    return (m_t * (m_t / m_s).log()).sum() / len(m_s)
+
+
+def logits(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.5, requires_grad: bool = True) -> Tensor:
+    return (scale * torch.randn(shape)).to(dtype).requires_grad_(requires_grad)
+
+
+def pair(*shape: int, dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32,) * 2) -> tuple[Tensor, Tensor]:
+    """Logits of two networks whose maps differ: where they do not, eager float32 code loses its digits."""
+    while True:
+        student, teacher = (logits(*shape, dtype=dtype) for dtype in dtypes)
+        if shape[1] == 1 or definition(student.double(), teacher.double()) > 0.01:
+            return student, teacher
+
+
+def check(
+    backend: str, student: Tensor, teacher: Tensor, per_sample: bool = False, reduction: str = "mean", exact=definition
+) -> None:
+    """Loss and gradients equal the definition's, in the right dtypes."""
+    settings = {"per_sample": per_sample, "reduction": reduction}
+
+    def run(s: Tensor, t: Tensor) -> Tensor:
+        return inter_class_correlation_loss(s, t, backend=backend, **settings)
+
+    loss, gradients = loss_and_gradients(run, student, teacher)
+    expected, exact_gradients = loss_and_gradients(lambda s, t: exact(s, t, **settings), *exactly(student, teacher))
+    assert loss.dtype == (torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32)
+    assert_close(loss, expected, "loss")
+    names = ("gradient to the student", "gradient to the teacher")
+    for name, leaf, gradient, correct in zip(names, (student, teacher), gradients, exact_gradients, strict=True):
+        if correct is None:
+            assert gradient is None
+            continue
+        assert gradient.dtype == leaf.dtype
+        if leaf.shape[1] == 1:  # in theory 0
+            assert gradient.abs().max() < 1e-6
+        elif leaf.dtype in HALF_DTYPES:
+            assert_as_good_as(gradient, correct.to(leaf.dtype), correct, name)
+        else:
+            assert_close(gradient, correct, name)
+
+
+# Values ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("per_sample", [False, True], ids=["map", "per sample"])
+def test_loss_matches_the_definition(backend, shape, per_sample):
+    check(backend, *pair(*shape), per_sample)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_map_matches_the_definition(backend, shape):
+    z, weight = logits(*shape), torch.randn(shape[1], shape[1])
+    weighted = {torch.float32: weight, torch.float64: weight.double()}
+
+    def total(z: Tensor) -> Tensor:
+        return (inter_class_correlation(z, backend=backend) * weighted[z.dtype]).sum()
+
+    m = inter_class_correlation(z, backend=backend)
+    assert m.shape == (shape[1], shape[1])
+    assert m.dtype == torch.float32
+    assert_close(m, definition_of_map(z.double()))
+    assert_close(m.sum(1), torch.ones(shape[1]))
+    _, (gradient,) = loss_and_gradients(total, z)
+    _, (expected,) = loss_and_gradients(lambda z: (definition_of_map(z) * weight.double()).sum(), *exactly(z))
+    if shape[1] == 1:  # the map of one class is 1 whatever its logit
+        assert gradient.abs().max() < 1e-6
+    else:
+        assert_close(gradient, expected)
+
+
+def test_map_of_one_sample_by_hand(backend):
+    z = torch.tensor([[0.0, 1.0, -2.0]])
+    rows = [[1, 1, 1], [1, torch.e, torch.e**-2], [1, torch.e**-2, torch.e**4]]
+    expected = torch.tensor([[x / sum(row) for x in row] for row in rows])
+    assert_close(inter_class_correlation(z, backend=backend), expected)
+
+
+def test_finite_differences(backend):
+    student, teacher = logits(4, 7, dtype=torch.float64), logits(4, 7, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda z: inter_class_correlation(z, backend=backend), student)
+    for per_sample in (False, True):
+        assert torch.autograd.gradcheck(
+            lambda s, t, p=per_sample: inter_class_correlation_loss(s, t, per_sample=p, backend=backend),
+            (student, teacher),
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("per_sample", [False, True], ids=["map", "per sample"])
+def test_dtypes(backend, dtype, per_sample):
+    check(backend, *pair(6, 21, dtypes=(dtype, dtype)), per_sample)
+    m = inter_class_correlation(logits(6, 21, dtype=dtype), backend=backend)
+    assert m.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("student", DTYPES)
+@pytest.mark.parametrize("teacher", DTYPES)
+def test_mixed_dtypes(backend, student, teacher):
+    check(backend, *pair(4, 9, dtypes=(student, teacher)))
+
+
+@pytest.mark.parametrize("per_sample", [False, True], ids=["map", "per sample"])
+def test_reductions(backend, per_sample):
+    check(backend, *pair(5, 8), per_sample, "sum")
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("per_sample", [False, True], ids=["map", "per sample"])
+def test_gradients_where_wanted(backend, wanted, per_sample):
+    student, teacher = (x.detach().requires_grad_(w) for x, w in zip(pair(5, 9), wanted, strict=True))
+    if any(wanted):
+        check(backend, student, teacher, per_sample)
+    else:
+        assert not inter_class_correlation_loss(student, teacher, backend=backend).requires_grad
+        assert not inter_class_correlation(student, backend=backend).requires_grad
+    with torch.no_grad():
+        assert not inter_class_correlation_loss(*pair(5, 9), backend=backend).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.t().contiguous().t(),
+        lambda x: torch.cat([x, x], 1)[:, 3 : 3 + x.shape[1]],
+        lambda x: torch.stack([x, x], 2)[:, :, 1],
+        lambda x: torch.cat([x, x])[::2],
+        lambda x: x[:1].expand(x.shape),
+    ],
+    ids=["transposed", "sliced", "every other column", "every other row", "one row"],
+)
+def test_strides(backend, dtype, view):
+    student, teacher = (view(logits(8, 21, dtype=dtype, requires_grad=False)).requires_grad_() for _ in range(2))
+    check(backend, student, logits(8, 21, dtype=dtype))
+    check(backend, logits(8, 21, dtype=dtype), teacher)
+    z = student.detach()
+    assert_close(
+        inter_class_correlation(z, backend=backend), inter_class_correlation(z.contiguous(), backend="reference")
+    )
+
+
+def test_map_gradient_in_any_strides(backend):
+    z, weight = logits(5, 6), torch.randn(12, 6)
+    for grad in (weight[:6].t(), weight[::2], weight[:1].expand(6, 6)):
+        (gradient,) = torch.autograd.grad(inter_class_correlation(z, backend=backend), z, grad)
+        (expected,) = torch.autograd.grad(inter_class_correlation(z.double(), backend="reference"), z, grad.double())
+        assert_close(gradient, expected)
+
+
+# Logarithms -----------------------------------------------------------------------------------------------------------
+
+
+def exact_in_logarithms(student: Tensor, teacher: Tensor, **settings) -> Tensor:
+    """The reference in float64: the plain exponentials of ``definition`` overflow even there."""
+    assert student.dtype == torch.float64
+    return inter_class_correlation_loss(student, teacher, backend="reference", **settings)
+
+
+def test_the_reference_is_the_definition():
+    student, teacher = (logits(6, 11, dtype=torch.float64, scale=3) for _ in range(2))
+    for per_sample in (False, True):
+        assert_close(
+            exact_in_logarithms(student, teacher, per_sample=per_sample), definition(student, teacher, per_sample)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
+@pytest.mark.parametrize("shape", [(1, 40), (3, 25), (8, 50), (16, 20)])
+@pytest.mark.parametrize("per_sample", [False, True], ids=["map", "per sample"])
+def test_confident_networks(backend, dtype, shape, per_sample):
+    """Logits up to 30, whose products reach 900: exact, where the textbook version overflows and divides by 0."""
+    student, teacher = (60 * torch.rand(shape) - 30 for _ in range(2))
+    student, teacher = student.to(dtype).requires_grad_(), teacher.to(dtype)
+    if shape[0] < 8:
+        loss, (gradient, _) = loss_and_gradients(lambda s, t: textbook(s.float(), t.float()), student, teacher)
+        assert not loss.isfinite()
+        assert not gradient.isfinite().all()
+    check(backend, student, teacher, per_sample, exact=exact_in_logarithms)
+
+
+@pytest.mark.parametrize("per_sample", [False, True], ids=["map", "per sample"])
+def test_confident_teachers_get_a_gradient(backend, per_sample):
+    student, teacher = ((60 * torch.rand(9, 60) - 30).requires_grad_() for _ in range(2))
+    check(backend, student, teacher, per_sample, exact=exact_in_logarithms)
+
+
+def test_map_of_confident_networks(backend):
+    z, weight = (60 * torch.rand(4, 30) - 30).requires_grad_(), torch.randn(30, 30)
+
+    def total(z: Tensor) -> Tensor:
+        return (inter_class_correlation(z, backend=backend) * weight.to(z)).sum()
+
+    _, (gradient,) = loss_and_gradients(total, z)
+    with kdkernels.use_backend("reference"):
+        _, (expected,) = loss_and_gradients(
+            lambda z: (inter_class_correlation(z, backend="reference") * weight.double()).sum(), *exactly(z)
+        )
+    assert_close(inter_class_correlation(z, backend=backend), inter_class_correlation(z.double(), backend="reference"))
+    assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e3, 1e4])
+@pytest.mark.parametrize("per_sample", [False, True], ids=["map", "per sample"])
+def test_everything_finite_stays_finite(backend, scale, per_sample):
+    student, teacher = logits(3, 20, scale=scale), logits(3, 20, scale=scale)
+    run = {"per_sample": per_sample, "backend": backend}
+    loss, gradients = loss_and_gradients(lambda s, t: inter_class_correlation_loss(s, t, **run), student, teacher)
+    assert_close(loss, exact_in_logarithms(student.double(), teacher.double(), per_sample=per_sample))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert inter_class_correlation(student, backend=backend).isfinite().all()
+
+
+@pytest.mark.parametrize("per_sample", [False, True], ids=["map", "per sample"])
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_a_perfect_student_has_no_loss(backend, per_sample, scale):
+    student = logits(9, 50, scale=scale)
+    teacher = student.detach().clone()
+    loss, (gradient,) = loss_and_gradients(
+        lambda s: inter_class_correlation_loss(s, teacher, per_sample=per_sample, backend=backend), student
+    )
+    assert abs(loss.item()) < 1e-5
+    assert gradient.abs().max() < 1e-5
+
+
+@needs_native
+@pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("per_sample", [False, True], ids=["map", "per sample"])
+def test_a_small_divergence_is_precise(noise, per_sample):
+    """The native loss keeps its digits as the student approaches the teacher."""
+    teacher = logits(8, 50)
+    student = (teacher + noise * torch.randn(8, 50)).detach().requires_grad_()
+    (loss, gradients), (expected, exact_gradients) = (
+        loss_and_gradients(
+            lambda s, t, b=backend: inter_class_correlation_loss(s, t, per_sample=per_sample, backend=b), *inputs
+        )
+        for backend, inputs in (("native", (student, teacher)), ("reference", exactly(student, teacher)))
+    )
+    assert relative_error(loss, expected) < 1e-6 / noise
+    for gradient, exact in zip(gradients, exact_gradients, strict=True):
+        assert relative_error(gradient, exact) < 2e-6 / noise
+
+
+def test_the_reference_goes_by_chunks(monkeypatch):
+    student, teacher = pair(6, 14)
+    whole = loss_and_gradients(lambda s, t: reference.icc_loss(s, t, False), *exactly(student, teacher))
+    m = reference.icc_map(student)
+    monkeypatch.setattr(reference, "CHUNK", 6 * 14 * 3)
+    chunked = loss_and_gradients(lambda s, t: reference.icc_loss(s, t, False), *exactly(student, teacher))
+    assert_close(chunked[0], whole[0])
+    for gradient, expected in zip(chunked[1], whole[1], strict=True):
+        assert_close(gradient, expected)
+    assert_close(reference.icc_map(student), m)
+
+
+# Contracts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("column", [0, 15, 16, 32])
+@pytest.mark.parametrize("where", ["student", "teacher"])
+def test_nan_and_inf_give_nan(backend, value, column, where):
+    student, teacher = logits(3, 33).detach(), logits(3, 33).detach()
+    broken = student if where == "student" else teacher
+    broken[1, column] = value
+    for per_sample in (False, True):
+        loss, (gradient,) = loss_and_gradients(
+            lambda s, p=per_sample: inter_class_correlation_loss(s, teacher, per_sample=p, backend=backend),
+            student.requires_grad_(),
+        )
+        assert loss.isnan()
+        assert gradient[1].isnan().any()
+    z = broken.detach().requires_grad_()
+    m = inter_class_correlation(z, backend=backend)
+    (gradient,) = torch.autograd.grad(m, z, torch.randn(33, 33))
+    assert m.isnan().any()
+    assert gradient.isnan().any()
+
+
+def test_one_class(backend):
+    """The softmax over one class is 1, whatever the logits."""
+    student, teacher = logits(5, 1, scale=20), logits(5, 1)
+    for per_sample in (False, True):
+        loss, gradients = loss_and_gradients(
+            lambda s, t, p=per_sample: inter_class_correlation_loss(s, t, per_sample=p, backend=backend),
+            student,
+            teacher,
+        )
+        assert loss == 0
+        assert all(gradient.isfinite().all() for gradient in gradients)
+    assert torch.equal(inter_class_correlation(student, backend=backend), torch.ones(1, 1))
+
+
+def test_upstream_gradient_and_a_second_backward(backend):
+    student, teacher = logits(6, 15), logits(6, 15)
+    for result in (
+        inter_class_correlation_loss(student, teacher, backend=backend),
+        inter_class_correlation(student, backend=backend)[2, 3],
+    ):
+        (once,) = torch.autograd.grad(result, student, retain_graph=True)
+        (thrice,) = torch.autograd.grad(3 * result, student, retain_graph=True)
+        (again,) = torch.autograd.grad(result, student)
+        assert_close(thrice, 3 * once)
+        assert torch.equal(once, again)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"], indirect=True)
+def test_a_second_derivative_raises(backend):
+    student, teacher = logits(6, 15), logits(6, 15, requires_grad=False)
+    for result in (
+        inter_class_correlation_loss(student, teacher, backend=backend),
+        inter_class_correlation(student, backend=backend).square().sum(),
+    ):
+        (gradient,) = torch.autograd.grad(result, student, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            (result + gradient.square().sum()).backward()
+
+
+def test_repeats_bit_by_bit(backend):
+    student, teacher = logits(20, 130), logits(20, 130)
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        return loss_and_gradients(
+            lambda s, t: (
+                inter_class_correlation_loss(s, t, backend=backend)
+                + inter_class_correlation(s, backend=backend)[3].norm()
+            ),
+            student,
+            teacher,
+        )
+
+    first, second = run(), run()
+    assert torch.equal(first[0], second[0])
+    assert all(map(torch.equal, first[1], second[1]))
+
+
+@needs_native
+@pytest.mark.parametrize("per_sample", [False, True], ids=["map", "per sample"])
+@pytest.mark.parametrize("scale", [1.5, 20.0])
+def test_any_number_of_threads(per_sample, scale):
+    """Rows are shared out by blocks that fit no count: right, and bitwise the same from run to run."""
+    student, teacher = (logits(40, 131, scale=scale) for _ in range(2))
+    expected = loss_and_gradients(
+        lambda s, t: exact_in_logarithms(s, t, per_sample=per_sample), *exactly(student, teacher)
+    )
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            first, second = (native.ops.icc_loss(student, teacher, per_sample, 1 / 131, True, True) for _ in range(2))
+            assert all(map(torch.equal, first, second))
+            for result, exact in zip(first, (expected[0], *expected[1]), strict=True):
+                assert_close(result.detach(), exact)
+            assert_close(native.ops.icc_map(student), reference.icc_map(student.double()))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_native
+def test_large_batches_recompute(monkeypatch):
+    """Exponentials that would not stay in the cache are computed twice."""
+    check("native", *pair(700, 130), exact=exact_in_logarithms)
+
+
+def test_autocast_changes_nothing(backend):
+    student, teacher = logits(6, 15, dtype=torch.bfloat16), logits(6, 15)
+    plain = inter_class_correlation_loss(student, teacher, backend=backend)
+    m = inter_class_correlation(student, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(inter_class_correlation_loss(student, teacher, backend=backend), plain)
+        assert torch.equal(inter_class_correlation(student, backend=backend), m)
+
+
+@needs_native
+def test_opcheck():
+    student, teacher = logits(5, 12).detach(), logits(12, 5, dtype=torch.bfloat16).detach().t()
+    for wanted in ((True, False), (True, True), (False, False)):
+        for per_sample in (False, True):
+            torch.library.opcheck(native.ops.icc_loss.default, (student, teacher, per_sample, 0.1, *wanted))
+    for z in (student, teacher):
+        torch.library.opcheck(native.ops.icc_map.default, (z,))
+        torch.library.opcheck(native.ops.icc_map_backward.default, (torch.randn(12, 12).t(), z))
+
+
+def test_compiles_into_one_graph(backend):
+    if backend == "triton":
+        pytest.skip("the interpreter cannot be compiled")
+
+    @torch.compile(fullgraph=True)
+    def step(s: Tensor, t: Tensor) -> Tensor:
+        loss = inter_class_correlation_loss(s, t, backend=backend)
+        return 2 * loss + inter_class_correlation(s, backend=backend)[0, 0]
+
+    def exact(s: Tensor, t: Tensor) -> Tensor:
+        return 2 * definition(s, t) + definition_of_map(s)[0, 0]
+
+    for shape in ((6, 15), (9, 11)):
+        student, teacher = pair(*shape)
+        loss, gradients = loss_and_gradients(step, student, teacher)
+        expected, correct = loss_and_gradients(exact, *exactly(student, teacher))
+        assert_close(loss, expected)
+        for gradient, other in zip(gradients, correct, strict=True):
+            assert_close(gradient, other)
+
+
+@needs_native
+@pytest.mark.parametrize(("level"), ["avx512", "avx2", "default"])
+def test_every_instruction_set(level):
+    if level == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this processor has no AVX-512")
+    which = "native and (matches_the_definition or confident or dtypes or nan)"
+    report = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", which],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": level},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert report.returncode == 0, report.stdout[-3000:]
+    assert " passed" in report.stdout
+    assert "skipped" not in report.stdout
+
+
+@needs_native
+@pytest.mark.parametrize("per_sample", [False, True], ids=["map", "per sample"])
+def test_memory(per_sample):
+    """At b = 16, K = 3000, where b·K² floats are 549 MiB and K² 34 MiB: at most 8 MiB beside the inputs."""
+    script = f"""
+import re, torch, kdkernels
+
+def mebibytes(name):
+    with open("/proc/self/status") as status:
+        return int(re.search(name + r":\\s+(\\d+)", status.read())[1]) / 1024
+
+def run(b, classes):
+    student, teacher = torch.randn(b, classes, requires_grad=True), torch.randn(b, classes)
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")
+    before = mebibytes("VmRSS")
+    loss = kdkernels.inter_class_correlation_loss(student, teacher, per_sample={per_sample}, backend="native")
+    loss.backward()
+    assert student.grad.abs().sum() > 0
+    return mebibytes("VmHWM") - before
+
+run(2, 5)
+print(run(16, 3000))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) <= 8
+
+
+def test_module_and_backend_block(backend):
+    student, teacher = pair(4, 8)
+    for settings in ({}, {"per_sample": True, "reduction": "sum"}):
+        module = kdkernels.nn.InterClassCorrelationLoss(**settings)
+        with kdkernels.use_backend(backend):
+            loss = module(student, teacher)
+        assert torch.equal(loss, inter_class_correlation_loss(student, teacher, backend=backend, **settings))
+    assert "per_sample=True, reduction='sum'" in repr(module)
+
+
+def test_explain():
+    student, teacher = logits(4, 8), logits(4, 8)
+    told = str(kdkernels.explain("inter_class_correlation_loss", student, teacher, backend="reference"))
+    assert "inter_class_correlation_loss: reference" in told
+    assert "reference" in str(kdkernels.explain("inter_class_correlation", student, backend="reference"))
+    with pytest.raises(ValueError, match="classes"):
+        kdkernels.explain("inter_class_correlation_loss", student, logits(4, 9))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "settings", "error", "message"),
+    [
+        ([1.0], torch.ones(2, 3), {}, TypeError, "student_logits must be a tensor, got list"),
+        (torch.ones(2, 3).long(), torch.ones(2, 3), {}, TypeError, "student_logits must be float32.*got torch.int64"),
+        (torch.ones(2, 3, 1), torch.ones(2, 3), {}, ValueError, r"student_logits must have shape b x K"),
+        (torch.ones(0, 3), torch.ones(0, 3), {}, ValueError, r"student_logits must not be empty, got shape \(0, 3\)"),
+        (torch.ones(2, 3), torch.ones(4, 3), {}, ValueError, "teacher_logits must have.*batch size 2, got 4"),
+        (torch.ones(2, 3), torch.ones(2, 5), {}, ValueError, "teacher_logits must have.*3 classes, got 5"),
+        (torch.ones(2, 3), torch.ones(2, 3, device="meta"), {}, ValueError, "device cpu, got meta"),
+        (torch.ones(2, 3), torch.ones(2, 3), {"reduction": "none"}, ValueError, "reduction must be one of.*'none'"),
+        (torch.ones(2, 3), torch.ones(2, 3), {"backend": "cuda"}, ValueError, "backend must be one of.*got 'cuda'"),
+        (torch.ones(2, 3), torch.ones(2, 3), {"group": object()}, NotImplementedError, "group"),
+    ],
+)
+def test_misuse_is_explained(student, teacher, settings, error, message):
+    with pytest.raises(error, match=message):
+        inter_class_correlation_loss(student, teacher, **settings)
+
+
+def test_misuse_of_the_map_is_explained():
+    with pytest.raises(ValueError, match="logits must have shape b x K"):
+        inter_class_correlation(torch.ones(3))
+    with pytest.raises(TypeError, match=r"logits must be float32.*torch\.int64"):
+        inter_class_correlation(torch.ones(3, 4).long())
+    with pytest.raises(ValueError, match="logits must not be empty"):
+        inter_class_correlation(torch.ones(0, 4))

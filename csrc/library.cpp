@@ -34,6 +34,10 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
   m.def(
       "local_correlation_backward(Tensor grad_loss, Tensor[] grad_rows, int[] shapes, Tensor[] masks, int[] k,"
       " float? threshold, bool resize) -> Tensor[] grad_features");
+  // Products of every pair of samples, L x b x b, each layer's features in the order of its dimensions. The gradients are
+  // b x depth in that order.
+  m.def("gram(Tensor[] features) -> Tensor matrices");
+  m.def("gram_backward(Tensor grad_matrices, Tensor[] features) -> Tensor[] grad_features");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
@@ -46,4 +50,6 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("congruence", TORCH_BOX(&kdkernels::congruence));
   m.impl("local_correlation", TORCH_BOX(&kdkernels::local_correlation));
   m.impl("local_correlation_backward", TORCH_BOX(&kdkernels::local_correlation_backward));
+  m.impl("gram", TORCH_BOX(&kdkernels::gram));
+  m.impl("gram_backward", TORCH_BOX(&kdkernels::gram_backward));
 }

@@ -148,6 +148,15 @@ def _register_fakes() -> None:
         shapes = (x.shape if grad_x else (0,), y.shape if grad_y else (0,))
         return x.new_empty(()), x.new_empty(shapes[0]), x.new_empty(shapes[1])
 
+    @torch.library.register_fake("kdkernels::gram")
+    def gram(features: list[Tensor]) -> Tensor:
+        batch = features[0].shape[0]
+        return features[0].new_empty((len(features), batch, batch), dtype=accumulation_dtype(*features))
+
+    @torch.library.register_fake("kdkernels::gram_backward")
+    def gram_backward(grad_matrices: Tensor, features: list[Tensor]) -> list[Tensor]:
+        return [layer.new_empty((layer.shape[0], layer.shape[1:].numel())) for layer in features]
+
     @torch.library.register_fake("kdkernels::local_correlation")
     def local_correlation(
         students: list[Tensor],

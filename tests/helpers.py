@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -47,3 +48,16 @@ def loss_and_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> tupl
 def exactly(*inputs: Tensor) -> list[Tensor]:
     """The same values in float64, for the exact result."""
     return [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+
+
+def peak_growth(step: Callable[[], object]) -> int:
+    """Bytes by which this process grows, at its peak, while ``step`` runs. Call it in a child process."""
+
+    def status(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    before = status("VmRSS")
+    step()
+    return status("VmHWM") - before

@@ -45,4 +45,9 @@ std::vector<Tensor> local_correlation_backward(const Tensor& grad_loss, const st
                                                const std::vector<int64_t>& k, std::optional<double> threshold,
                                                bool resize);
 
+// L x b x b products of the samples of L layers; the gradients are b x depth, in the features' element type.
+Tensor gram(const std::vector<Tensor>& features);
+
+std::vector<Tensor> gram_backward(const Tensor& grad, const std::vector<Tensor>& features);
+
 }  // namespace kdkernels

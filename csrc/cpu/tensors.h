@@ -18,10 +18,10 @@ using torch::stable::Tensor;
 template <typename T>
 inline constexpr ScalarType kScalarType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
-// Call f with a value of the tensor's element type.
+// Call f with a value of the element type.
 template <typename F>
-auto with_element_type(const Tensor& tensor, const F& f) {
-  switch (tensor.scalar_type()) {
+auto with_element_type(ScalarType type, const F& f) {
+  switch (type) {
     case ScalarType::Float:
       return f(float());
     case ScalarType::Double:
@@ -33,6 +33,11 @@ auto with_element_type(const Tensor& tensor, const F& f) {
     default:
       STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
   }
+}
+
+template <typename F>
+auto with_element_type(const Tensor& tensor, const F& f) {
+  return with_element_type(tensor.scalar_type(), f);
 }
 
 // Call f with a value of the type the tensor is computed in: double for float64, else float.

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import backends, checks
+from ... import backends, checks, native
+from ..autograd import once
 from . import reference
 
 
 def gram(features: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
     """The L x b x b dot products of L layers; see ``kdkernels.similarity_matrices``."""
     features = check(features)
-    run = {"reference": _reference}[backends.choose("reference" if backend == "auto" else backend, features[0])]
+    run = {"reference": _reference, "native": _native, "triton": _triton}[backends.choose(backend, features[0])]
     return run(features)
 
 
@@ -34,3 +35,45 @@ def _reference(features: list[Tensor]) -> Tensor:
     # Autocast would run the products in half precision.
     with torch.autocast(features[0].device.type, enabled=False):
         return reference.gram(features)
+
+
+def _native(features: list[Tensor]) -> Tensor:
+    layers = [_in_memory_order(layer) for layer in features]
+    if torch.is_grad_enabled() and any(layer.requires_grad for layer in layers):
+        return _Native.apply(*layers)
+    return native.ops.gram(layers)
+
+
+def _triton(features: list[Tensor]) -> Tensor:
+    from .triton import gram as run
+
+    return run([_in_memory_order(layer) for layer in features])
+
+
+def _in_memory_order(layer: Tensor) -> Tensor:
+    """A view whose dimensions after the first are those of the layer from the slowest to the fastest in memory.
+
+    A dot product does not depend on the order of its terms, and memory is read fastest as it lies.
+    """
+    if layer.is_contiguous():
+        return layer
+    order = sorted(range(1, layer.dim()), key=lambda d: -layer.stride(d))
+    return layer.permute(0, *order)
+
+
+class _Native(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *layers):
+        ctx.save_for_backward(*layers)
+        return native.ops.gram(layers)
+
+    @staticmethod
+    def backward(ctx, grad_matrices):
+        layers = ctx.saved_tensors
+        wanted = [i for i, want in enumerate(ctx.needs_input_grad) if want]
+        with torch.no_grad():
+            grads = iter(native.ops.gram_backward(grad_matrices[wanted], [layers[i] for i in wanted]))
+        return tuple(
+            once(next(grads).view(layer.shape), layer) if want else None
+            for layer, want in zip(layers, ctx.needs_input_grad, strict=True)
+        )

@@ -1,0 +1,95 @@
+// Samples of any element type and strides, read as rows of numbers of one type.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "tensors.h"
+#include "view.h"
+
+namespace kdkernels {
+
+// The elements of each sample of a batch, in the order of the tensor's dimensions.
+class Elements {
+ public:
+  int64_t samples, depth;
+
+  explicit Elements(const Tensor& tensor)
+      : samples(tensor.size(0)),
+        depth(tensor.numel() / tensor.size(0)),
+        type_(tensor.scalar_type()),
+        data_(static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()))),
+        step_(tensor.stride(0)) {
+    // Neighbouring dimensions that one stride serves become one.
+    for (int64_t d = 1; d < tensor.dim(); ++d) {
+      const Axis axis{tensor.size(d), tensor.stride(d)};
+      if (axis.size == 1) continue;
+      if (!axes_.empty() && axes_.back().stride == axis.size * axis.stride)
+        axes_.back() = {axes_.back().size * axis.size, axis.stride};
+      else
+        axes_.push_back(axis);
+    }
+    if (axes_.empty()) axes_.push_back({1, 1});
+  }
+
+  // The samples x depth matrix where it lies in memory, if it is one of numbers of type T in even steps.
+  template <typename T>
+  std::optional<View<T>> evenly() const {
+    if (type_ != kScalarType<T> || axes_.size() > 1) return std::nullopt;
+    return View<T>{reinterpret_cast<const T*>(data_), step_, axes_[0].stride};
+  }
+
+  template <typename T>
+  void read(int64_t sample, int64_t first, int64_t count, T* out) const {
+    with_element_type(type_, [&](auto element) {
+      using E = decltype(element);
+      runs(sample, first, count, [&](int64_t done, int64_t length, int64_t place, int64_t stride) {
+        const E* source = reinterpret_cast<const E*>(data_) + place;
+        if (stride == 1)
+          for (int64_t k = 0; k < length; ++k) out[done + k] = static_cast<T>(source[k]);
+        else
+          for (int64_t k = 0; k < length; ++k) out[done + k] = static_cast<T>(source[k * stride]);
+      });
+    });
+  }
+
+  template <typename T>
+  void write(int64_t sample, int64_t first, int64_t count, const T* source) const {
+    with_element_type(type_, [&](auto element) {
+      using E = decltype(element);
+      runs(sample, first, count, [&](int64_t done, int64_t length, int64_t place, int64_t stride) {
+        E* out = reinterpret_cast<E*>(data_) + place;
+        for (int64_t k = 0; k < length; ++k) out[k * stride] = static_cast<E>(source[done + k]);
+      });
+    });
+  }
+
+ private:
+  struct Axis {
+    int64_t size, stride;
+  };
+
+  // Call f(done, length, place, stride) for evenly spaced runs of the elements [first, first + count) of a sample.
+  template <typename F>
+  void runs(int64_t sample, int64_t first, int64_t count, const F& f) const {
+    const Axis inner = axes_.back();
+    for (int64_t done = 0; done < count;) {
+      int64_t rest = (first + done) / inner.size;
+      const int64_t within = (first + done) % inner.size, length = std::min(inner.size - within, count - done);
+      int64_t place = sample * step_ + within * inner.stride;
+      for (auto axis = axes_.rbegin() + 1; axis != axes_.rend(); ++axis) {
+        place += rest % axis->size * axis->stride;
+        rest /= axis->size;
+      }
+      f(done, length, place, inner.stride);
+      done += length;
+    }
+  }
+
+  ScalarType type_;
+  char* data_;
+  int64_t step_;
+  std::vector<Axis> axes_;
+};
+
+}  // namespace kdkernels

@@ -1,0 +1,269 @@
+"""gram against the definition in float64, and its contracts."""
+
+from __future__ import annotations
+
+import multiprocessing
+
+import pytest
+import torch
+from helpers import DTYPES, HALF_DTYPES, assert_as_good_as, assert_close, peak_growth, relative_error
+from torch import Tensor
+
+import kdkernels
+from kdkernels import native
+
+needs_native = pytest.mark.skipif(
+    native.why_not(torch.device("cpu")) is not None, reason=str(native.why_not(torch.device("cpu")))
+)
+
+SHAPES = [
+    [(1, 1)],
+    [(1, 3, 2, 2), (1, 5)],
+    [(2, 7), (2, 1, 1, 1), (2, 3, 5, 2)],
+    [(7, 3, 5, 5), (7, 16, 4, 4), (7, 33)],
+    [(33, 5, 3, 3), (33, 130), (33, 2, 3, 2, 5)],
+    [(64, 16, 8, 8), (64, 8, 16, 16), (64, 517)],
+    [(100, 9, 7, 7), (100, 64)],
+    [(5, 70000)],
+]
+
+
+def definition(features: list[Tensor]) -> Tensor:
+    """Every entry a sum of products, by einsum over float64 numbers."""
+    return torch.stack([torch.einsum("ik,jk->ij", f.flatten(1), f.flatten(1)) for f in features])
+
+
+def value_and_gradients(function, features: list[Tensor], upstream: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    leaves = [f.detach().requires_grad_(f.requires_grad) for f in features]
+    matrices = function(leaves)
+    if matrices.requires_grad:
+        matrices.backward(upstream.to(matrices.dtype))
+    return matrices.detach(), [leaf.grad for leaf in leaves]
+
+
+def check(backend: str, features: list[Tensor]) -> None:
+    """Matrices and gradients equal the definition's, in the right dtypes."""
+    batch = features[0].shape[0]
+    upstream = torch.randn(len(features), batch, batch, dtype=torch.float64)  # not symmetric
+    matrices, grads = value_and_gradients(
+        lambda layers: kdkernels.similarity_matrices(layers, backend=backend), features, upstream
+    )
+    doubles = [f.detach().double().requires_grad_(f.requires_grad) for f in features]
+    expected, correct = value_and_gradients(definition, doubles, upstream)
+    assert matrices.dtype == (torch.float64 if any(f.dtype == torch.float64 for f in features) else torch.float32)
+    assert torch.equal(matrices, matrices.mT)
+    for matrix, exact in zip(matrices, expected, strict=True):
+        assert_close(matrix, exact, "matrix")
+    for leaf, grad, exact in zip(features, grads, correct, strict=True):
+        assert (grad is None) == (exact is None)
+        if grad is None:
+            continue
+        assert grad.dtype == leaf.dtype
+        if leaf.dtype in HALF_DTYPES:
+            assert_as_good_as(grad, exact.to(leaf.dtype), exact, "gradient")
+        else:
+            assert_close(grad, exact, "gradient")
+
+
+def draw(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("shapes", SHAPES, ids=str)
+def test_matches_the_definition(backend, shapes):
+    check(backend, draw(shapes))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes(backend, dtype):
+    check(backend, draw([(9, 3, 5, 5), (9, 700)], dtype))
+
+
+def test_mixed_dtypes(backend):
+    check(backend, [f for dtype in DTYPES[::2] for f in draw([(6, 4, 3, 3)], dtype)])
+    check(backend, [f for dtype in DTYPES for f in draw([(6, 4, 3, 3)], dtype)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.to(memory_format=torch.channels_last),
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: torch.cat([x, x], 3)[:, :, :, 2 : 2 + x.shape[3]],
+        lambda x: torch.cat([x, x], 1)[:, ::2],
+        lambda x: torch.stack([x, x], 4)[..., 1],
+        lambda x: x[:1].expand(x.shape),
+        lambda x: x[:, :1].expand(x.shape),
+        lambda x: x.mT,
+    ],
+    ids=["channels_last", "batch inside", "sliced", "every other channel", "strided", "one row", "one channel", "mT"],
+)
+def test_strides(backend, dtype, view):
+    features = [view(f.detach()).requires_grad_() for f in draw([(8, 6, 5, 4), (8, 3, 7, 7)], dtype)]
+    check(backend, features)
+
+
+def test_gradients_keep_the_memory_format(backend):
+    if backend == "reference":
+        pytest.skip("PyTorch chooses")
+    features = [f.detach().to(memory_format=torch.channels_last).requires_grad_() for f in draw([(4, 6, 5, 3)])]
+    kdkernels.similarity_matrices(features, backend=backend).sum().backward()
+    assert features[0].grad.stride() == features[0].stride()
+
+
+def test_gradients_where_wanted(backend):
+    features = draw([(5, 8), (5, 3, 2, 2), (5, 9)])
+    check(backend, [features[0].detach(), features[1], features[2].detach()])
+    check(backend, [f.detach() for f in features])
+    with torch.no_grad():
+        assert not kdkernels.similarity_matrices(features, backend=backend).requires_grad
+
+
+def test_half_precision_of_large_norm(backend):
+    """Rows of norm 300, whose products overflow float16, and of features that are all alike."""
+    for dtype in HALF_DTYPES:
+        features = [(300 * torch.nn.functional.normalize(torch.rand(6, 400))).to(dtype).requires_grad_()]
+        check(backend, features)
+        plain = kdkernels.similarity_matrices(features, backend=backend)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(kdkernels.similarity_matrices(features, backend=backend), plain)
+
+
+def test_zero_rows(backend):
+    features = draw([(5, 12)])[0].detach()
+    features[2] = 0
+    check(backend, [features.requires_grad_()])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_inf(backend, value):
+    """A broken sample breaks its row and column, and no other."""
+    features = [torch.rand(5, 40), torch.rand(5, 3, 3, 3)]
+    features[0][1, 17] = value
+    matrices = kdkernels.similarity_matrices(features, backend=backend)
+    broken = ~matrices[0].isfinite()
+    assert broken[1].all()
+    assert broken[:, 1].all()
+    assert broken.sum() == 9
+    assert matrices[1].isfinite().all()
+
+
+def test_a_second_backward(backend):
+    features = draw([(4, 9), (4, 2, 3, 3)])
+    matrices = kdkernels.similarity_matrices(features, backend=backend)
+    weight = torch.randn_like(matrices)
+    once = torch.autograd.grad((weight * matrices).sum(), features, retain_graph=True)
+    again = torch.autograd.grad((weight * matrices).sum(), features)
+    assert all(map(torch.equal, once, again))
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"], indirect=True)
+def test_a_second_derivative_raises(backend):
+    (features,) = draw([(4, 9)])
+    matrices = kdkernels.similarity_matrices([features], backend=backend)
+    (gradient,) = torch.autograd.grad(matrices.square().sum(), features, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.square().sum().backward()
+
+
+def test_repeats_bit_by_bit(backend):
+    features, upstream = draw([(33, 3000), (33, 64, 8, 8)]), torch.randn(2, 33, 33)
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        return value_and_gradients(lambda f: kdkernels.similarity_matrices(f, backend=backend), features, upstream)
+
+    first, second = run(), run()
+    assert torch.equal(first[0], second[0])
+    assert all(map(torch.equal, first[1], second[1]))
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_shared_out_over_threads(threads):
+    """However a layer falls to several threads, and several layers to one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check("native", draw([(40, 4000), (40, 3), (40, 700), (40, 2, 30, 31)]))
+        check("native", draw([(40, 40), (40, 5000)], torch.bfloat16))
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    features = [torch.randn(5, 3, 4, 2), torch.randn(5, 4, 4, 3).permute(0, 3, 1, 2).to(dtype), torch.randn(9, 5).t()]
+    torch.library.opcheck(native.ops.gram.default, (features,))
+    torch.library.opcheck(native.ops.gram_backward.default, (torch.randn(3, 5, 5).mT, features))
+
+
+def test_compiles_into_one_graph(backend):
+    if backend == "triton":
+        pytest.skip("the interpreter cannot be compiled")
+    step = torch.compile(
+        lambda f: kdkernels.similarity_matrices(f, backend=backend), fullgraph=True, backend="aot_eager"
+    )
+    for batch in (4, 6):
+        features = [
+            torch.randn(batch, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_(),
+            torch.randn(batch, 7).requires_grad_(),
+        ]
+        upstream = torch.randn(2, batch, batch)
+        matrices, grads = value_and_gradients(step, features, upstream)
+        doubles = [f.detach().double().requires_grad_() for f in features]
+        expected, correct = value_and_gradients(definition, doubles, upstream.double())
+        assert_close(matrices, expected)
+        for grad, exact in zip(grads, correct, strict=True):
+            assert_close(grad, exact)
+
+
+@needs_native
+def test_peak_memory():
+    """Beside matrices and gradients a forward and backward pass takes no second copy of the features."""
+    context = multiprocessing.get_context("spawn")
+    for dtype in (torch.float32, torch.bfloat16):
+        with context.Pool(1) as pool:
+            extra, size = pool.apply(_extra_memory, (dtype,))
+        assert extra < size / 8, f"{extra / 2**20:.1f} MiB besides gradients of {size / 2**20:.1f} MiB in {dtype}"
+
+
+def _extra_memory(dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that a pass takes at its peak beyond its gradients, and the size of these."""
+    features = [
+        torch.ones(64, 64, 64, 64, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_(),
+        torch.ones(64, 65536, dtype=dtype).requires_grad_(),
+    ]
+    size = sum(f.nbytes for f in features)
+
+    def step() -> None:
+        kdkernels.similarity_matrices(features, backend="native").sum().backward()
+
+    torch.ones(1, requires_grad=True).sum().backward()  # what the first backward pass of a process loads
+    return peak_growth(step) - size, size
+
+
+@pytest.mark.parametrize(
+    ("features", "error", "message"),
+    [
+        (torch.ones(2, 3), TypeError, "features must be a sequence of tensors.*got Tensor"),
+        ([], ValueError, "features must hold at least one layer"),
+        ([torch.ones(2, 3), 1], TypeError, r"features\[1\] must be a tensor, got int"),
+        ([torch.ones(3)], ValueError, r"features\[0\] must have shape b x ..., got \(3,\)"),
+        ([torch.ones(2, 3), torch.ones(4, 3)], ValueError, r"features\[1\] must have.*batch size 2, got 4"),
+        ([torch.ones(2, 3).int()], TypeError, r"features\[0\] must be float32.*got torch.int32"),
+        ([torch.ones(2, 0)], ValueError, r"features\[0\] must not be empty"),
+        ([torch.ones(2, 3), torch.ones(2, 3, device="meta")], ValueError, r"features\[1\] must be on.*got meta"),
+    ],
+)
+def test_misuse_is_explained(features, error, message):
+    with pytest.raises(error, match=message):
+        kdkernels.similarity_matrices(features)
+
+
+def test_relative_error_of_a_long_sum(backend):
+    """Features after a ReLU, all of one sign: rounding errors of a naive float32 sum would grow with its length."""
+    features = [torch.rand(3, 200_000)]
+    matrices = kdkernels.similarity_matrices(features, backend=backend)
+    assert relative_error(matrices, definition([f.double() for f in features])) < 2e-6

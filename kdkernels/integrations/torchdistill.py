@@ -1,0 +1,274 @@
+"""kdkernels' losses in torchdistill's registry: import this module and name them in the configuration.
+
+.. code-block:: yaml
+
+    dependencies:
+      - name: 'kdkernels.integrations.torchdistill'
+    ...
+    criterion:
+      key: 'FusedCCKDLoss'
+      kwargs:
+        student_linear_path: 'linear'
+        teacher_linear_path: 'linear'
+        kernel_config: {type: 'gaussian', gamma: 0.4, max_p: 2}
+        reduction: 'batchmean'
+
+``Fused<name>`` takes the arguments of torchdistill's ``<name>`` and returns its number and gradient; where that departs
+from the paper, ``paper=True`` follows the paper. ``LocalCorrelationLoss``, ``CorrelationCongruenceLoss`` and
+``InterClassCorrelationLoss`` are new to it: their arguments are those of ``kdkernels.nn``, and two paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchdistill.losses.registry import register_mid_level_loss
+
+from .. import functional
+from .. import nn as losses
+from .repdistiller import PKT
+
+__all__ = [
+    "CorrelationCongruenceLoss",
+    "FusedATLoss",
+    "FusedCCKDLoss",
+    "FusedKDLoss",
+    "FusedPKTLoss",
+    "FusedRKDLoss",
+    "FusedSPKDLoss",
+    "InterClassCorrelationLoss",
+    "LocalCorrelationLoss",
+]
+
+IO = Mapping[str, Mapping[str, Any]]
+
+
+@register_mid_level_loss
+class FusedKDLoss(nn.Module):
+    """torchdistill's KDLoss: ``α·cross_entropy + β·T²·KL``; without α or targets, the KL alone and without T²."""
+
+    def __init__(
+        self,
+        student_module_path: str,
+        student_module_io: str,
+        teacher_module_path: str,
+        teacher_module_io: str,
+        temperature: float,
+        alpha: float | None = None,
+        beta: float | None = None,
+        reduction: str = "batchmean",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if reduction not in ("batchmean", "sum"):
+            raise ValueError(f"reduction must be 'batchmean' or 'sum', got {reduction!r}")
+        self.student = student_module_path, student_module_io
+        self.teacher = teacher_module_path, teacher_module_io
+        self.temperature = temperature
+        self.alpha = alpha
+        self.beta = beta if beta is not None or alpha is None else 1 - alpha
+        self.reduction = reduction
+        self.cross_entropy = nn.CrossEntropyLoss(reduction="mean" if reduction == "batchmean" else "sum", **kwargs)
+
+    def forward(
+        self, student_io_dict: IO, teacher_io_dict: IO, targets: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:
+        student, teacher = _read(student_io_dict, self.student), _read(teacher_io_dict, self.teacher)
+        soft = functional.kd_loss(student, teacher, temperature=self.temperature, scale=False)
+        soft = soft * len(student) if self.reduction == "sum" else soft
+        if not self.alpha or targets is None:
+            return soft
+        return self.alpha * self.cross_entropy(student, targets) + self.beta * self.temperature**2 * soft
+
+
+@register_mid_level_loss
+class FusedATLoss(nn.Module):
+    """torchdistill's ATLoss in its mode 'code'; 'paper' takes the unsquared distance of Eq. 2, divided by the batch."""
+
+    def __init__(self, at_pairs: Mapping[str, Mapping[str, Any]], mode: str = "code", **_: Any) -> None:
+        super().__init__()
+        if mode not in ("code", "paper"):
+            raise ValueError(f"mode must be 'code' or 'paper', got {mode!r}")
+        self.at_pairs = at_pairs
+        self.mode = mode
+
+    def forward(self, student_io_dict: IO, teacher_io_dict: IO, *_: Any, **__: Any) -> Tensor:
+        compare = functional.attention_transfer_loss if self.mode == "code" else _attention_distance
+        loss = 0.0
+        for pair in self.at_pairs.values():
+            student, teacher = (
+                _read(io, (pair[role]["path"], pair[role]["io"]))
+                for io, role in ((student_io_dict, "student"), (teacher_io_dict, "teacher"))
+            )
+            loss = loss + pair.get("weight", 1) * compare(student, teacher)
+        return loss
+
+
+def _attention_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    s, t = (F.normalize(f.square().sum(1).flatten(1)) for f in (student, teacher))
+    return torch.linalg.vector_norm(s - t, dim=1).mean()
+
+
+@register_mid_level_loss
+class FusedPKTLoss(nn.Module):
+    """torchdistill's PKTLoss."""
+
+    def __init__(
+        self,
+        student_module_path: str,
+        student_module_io: str,
+        teacher_module_path: str,
+        teacher_module_io: str,
+        eps: float = 1e-7,
+    ) -> None:
+        super().__init__()
+        self.student = student_module_path, student_module_io
+        self.teacher = teacher_module_path, teacher_module_io
+        self.eps = eps
+
+    def forward(self, student_io_dict: IO, teacher_io_dict: IO, *_: Any, **__: Any) -> Tensor:
+        student, teacher = _read(student_io_dict, self.student), _read(teacher_io_dict, self.teacher)
+        return PKT.cosine_similarity_loss(student, teacher, self.eps)
+
+
+class _OutputLoss(nn.Module):
+    """A loss of the outputs of one module of each network."""
+
+    def __init__(self, student: str, teacher: str) -> None:
+        super().__init__()
+        self.student = student, "output"
+        self.teacher = teacher, "output"
+
+    def forward(self, student_io_dict: IO, teacher_io_dict: IO, *_: Any, **__: Any) -> Tensor:
+        return self.compare(_read(student_io_dict, self.student), _read(teacher_io_dict, self.teacher))
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@register_mid_level_loss
+class FusedRKDLoss(_OutputLoss):
+    """torchdistill's RKDLoss."""
+
+    def __init__(
+        self,
+        student_output_path: str,
+        teacher_output_path: str,
+        dist_factor: float,
+        angle_factor: float,
+        reduction: str,
+        **_: Any,
+    ) -> None:
+        super().__init__(student_output_path, teacher_output_path)
+        if reduction != "mean":
+            raise ValueError(f"reduction must be 'mean', got {reduction!r}")
+        self.weights = {"distance_weight": dist_factor or 0.0, "angle_weight": angle_factor or 0.0}
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return functional.relational_kd_loss(student.flatten(1), teacher.detach().flatten(1), **self.weights)
+
+
+@register_mid_level_loss
+class FusedCCKDLoss(_OutputLoss):
+    """torchdistill's CCKDLoss: the Frobenius norm of the difference over b², of rows as they are.
+
+    ``paper=True`` is Eq. 6 instead: the squared norm over b², of normalised rows.
+    """
+
+    def __init__(
+        self,
+        student_linear_path: str,
+        teacher_linear_path: str,
+        kernel_config: Mapping[str, Any],
+        reduction: str,
+        paper: bool = False,
+        **_: Any,
+    ) -> None:
+        super().__init__(student_linear_path, teacher_linear_path)
+        kernels = {"gaussian": "taylor_rbf", "bilinear": "bilinear"}
+        if kernel_config["type"] not in kernels:
+            raise ValueError(f"kernel_config['type'] must be one of {tuple(kernels)}, got {kernel_config['type']!r}")
+        self.kernel = {"kernel": kernels[kernel_config["type"]]}
+        if kernel_config["type"] == "gaussian":
+            self.kernel |= {"gamma": kernel_config["gamma"], "order": kernel_config["max_p"]}
+        self.reduction = reduction
+        self.paper = paper
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        squares = functional.correlation_congruence_loss(
+            student, teacher, normalize=self.paper, reduction="sum", **self.kernel
+        )
+        loss = squares if self.paper else _root(squares)
+        return loss / len(student) ** 2 if self.reduction == "batchmean" else loss
+
+
+def _root(squares: Tensor) -> Tensor:
+    """The square root, with gradient 0 at 0."""
+    positive = squares > 0
+    return torch.where(positive, squares, 1.0).sqrt() * positive
+
+
+@register_mid_level_loss
+class FusedSPKDLoss(_OutputLoss):
+    """torchdistill's SPKDLoss, which divides the rows of the Gram matrices by their L1 norm.
+
+    ``paper=True`` divides by the L2 norm, as SP's authors do, and is the one that is fused.
+    """
+
+    def __init__(
+        self, student_output_path: str, teacher_output_path: str, reduction: str, paper: bool = False, **_: Any
+    ) -> None:
+        super().__init__(student_output_path, teacher_output_path)
+        self.reduction = reduction
+        self.paper = paper
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.paper:
+            mean = functional.similarity_preserving_loss(student, teacher)
+        else:
+            s, t = (F.normalize(x @ x.mT, p=1) for x in (student.flatten(1), teacher.flatten(1)))
+            mean = (s - t).square().sum() / len(student) ** 2
+        return mean if self.reduction == "batchmean" else mean * len(student) ** 2
+
+
+class _OwnLoss(_OutputLoss):
+    """A module of kdkernels on two modules' outputs; its settings are passed on."""
+
+    module: type[nn.Module]
+
+    def __init__(self, student_module_path: str, teacher_module_path: str, **settings: Any) -> None:
+        super().__init__(student_module_path, teacher_module_path)
+        self.loss = self.module(**settings)
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return self.loss(student, teacher)
+
+
+@register_mid_level_loss
+class LocalCorrelationLoss(_OwnLoss):
+    """LKD on feature maps: ``kdkernels.nn.LocalCorrelationLoss``."""
+
+    module = losses.LocalCorrelationLoss
+
+
+@register_mid_level_loss
+class CorrelationCongruenceLoss(_OwnLoss):
+    """CCKD as in its paper, on embeddings: ``kdkernels.nn.CorrelationCongruenceLoss``."""
+
+    module = losses.CorrelationCongruenceLoss
+
+
+@register_mid_level_loss
+class InterClassCorrelationLoss(_OwnLoss):
+    """ICCT on logits: ``kdkernels.nn.InterClassCorrelationLoss``."""
+
+    module = losses.InterClassCorrelationLoss
+
+
+def _read(io_dict: IO, place: tuple[str, str]) -> Any:
+    path, kind = place
+    return io_dict[path][kind]

@@ -1,0 +1,382 @@
+"""The drop-ins against what their hosts compute, restated as formulas, and inside stand-ins of their interfaces."""
+
+from __future__ import annotations
+
+import math
+import sys
+from importlib import import_module
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close, exactly, loss_and_gradients
+from torch import Tensor, nn
+
+from kdkernels.integrations import mdistiller, repdistiller
+
+
+def maps(*shape: int) -> Tensor:
+    return torch.randn(shape).relu()
+
+
+def agree(fused, original, *inputs: Tensor) -> None:
+    """Number and gradients of the drop-in are those of the original's formula in float64."""
+    loss, gradients = loss_and_gradients(fused, *inputs)
+    expected, exact_gradients = loss_and_gradients(original, *exactly(*inputs))
+    assert_close(loss, expected, "loss")
+    for gradient, exact in zip(gradients, exact_gradients, strict=True):
+        assert (gradient is None) == (exact is None)
+        if gradient is not None:
+            assert_close(gradient, exact, "gradient")
+
+
+# The originals' formulas ----------------------------------------------------------------------------------------------
+
+
+def original_kl(s: Tensor, t: Tensor, temperature: float) -> Tensor:
+    return F.kl_div((s / temperature).log_softmax(1), (t / temperature).softmax(1), reduction="batchmean")
+
+
+def original_attention(s: Tensor, t: Tensor, power: int = 2) -> Tensor:
+    size = min(s.shape[2], t.shape[2])
+    s, t = (F.normalize(F.adaptive_avg_pool2d(f, size).pow(power).mean(1).flatten(1)) for f in (s, t))
+    return (s - t).square().mean()
+
+
+def original_similarity(s: Tensor, t: Tensor, p: float = 2) -> Tensor:
+    s, t = (F.normalize(f.flatten(1) @ f.flatten(1).T, p=p) for f in (s, t))
+    return (s - t).square().sum() / len(s) ** 2
+
+
+def original_relations(s: Tensor, t: Tensor, distance: float, angle: float) -> Tensor:
+    def distances(x: Tensor) -> Tensor:
+        d = (x[:, None] - x).square().sum(2).clamp(min=1e-12).sqrt() * (1 - torch.eye(len(x)))
+        return d / d[d > 0].mean()
+
+    def angles(x: Tensor) -> Tensor:
+        directions = F.normalize(x - x[:, None], dim=2)
+        return directions @ directions.mT
+
+    t = t.detach()
+    return distance * F.smooth_l1_loss(distances(s), distances(t)) + angle * F.smooth_l1_loss(angles(s), angles(t))
+
+
+def original_probabilities(s: Tensor, t: Tensor, eps: float = 1e-7) -> Tensor:
+    def conditional(x: Tensor) -> Tensor:
+        x = x / (x.square().sum(1, keepdim=True).sqrt() + eps)
+        affinity = (x @ x.T + 1) / 2
+        return affinity / affinity.sum(1, keepdim=True)
+
+    q, p = conditional(s), conditional(t)
+    return (p * ((p + eps) / (q + eps)).log()).mean()
+
+
+def original_congruence(s: Tensor, t: Tensor, kernel) -> Tensor:
+    return (kernel(s @ s.T) - kernel(t @ t.T)).square().sum().sqrt() / len(s) ** 2
+
+
+def taylor(gamma: float, order: int):
+    return lambda g: math.exp(-2 * gamma) * sum((2 * gamma) ** p / math.factorial(p) * g**p for p in range(order + 1))
+
+
+# RepDistiller and SemCKD's trainer ------------------------------------------------------------------------------------
+
+
+def test_distill_kl():
+    agree(
+        repdistiller.DistillKL(4.0),
+        lambda s, t: 16 * original_kl(s, t, 4.0),
+        torch.randn(7, 13, requires_grad=True),
+        torch.randn(7, 13, requires_grad=True),
+    )
+
+
+def test_hint():
+    agree(repdistiller.HintLoss(), F.mse_loss, maps(3, 5, 4, 4).requires_grad_(), maps(3, 5, 4, 4))
+
+
+@pytest.mark.parametrize("power", [2, 3])
+@pytest.mark.parametrize("sizes", [(8, 8), (8, 4), (4, 8), (7, 3)])
+def test_attention(power, sizes):
+    agree(
+        lambda s, t: sum(repdistiller.Attention(power)([s], [t])),
+        lambda s, t: original_attention(s, t, power),
+        maps(4, 6, sizes[0], sizes[0]).requires_grad_(),
+        maps(4, 9, sizes[1], sizes[1]),
+    )
+
+
+def test_similarity():
+    student, teacher = maps(6, 4, 5, 5).requires_grad_(), maps(6, 8, 3, 3)
+    agree(lambda s, t: sum(repdistiller.Similarity()([s], [t])).sum(), original_similarity, student, teacher)
+    (loss,) = repdistiller.Similarity()([student], [teacher])
+    assert loss.shape == (1,)
+
+
+def test_relations():
+    agree(
+        repdistiller.RKDLoss(),
+        lambda s, t: original_relations(s, t, 25, 50),
+        torch.randn(9, 5, requires_grad=True),
+        torch.randn(9, 12),
+    )
+
+
+def test_probabilities():
+    student, teacher = torch.randn(9, 5, requires_grad=True), torch.randn(9, 12, requires_grad=True)
+    agree(repdistiller.PKT(), original_probabilities, student, teacher)
+
+
+def test_dead_rows_have_gradients():
+    student, teacher = torch.randn(6, 5), torch.randn(6, 4)
+    student[2] = 0
+    student[4] = student[3]
+    for loss in (repdistiller.PKT(), repdistiller.RKDLoss()):
+        _, (gradient, _) = loss_and_gradients(loss, student.requires_grad_(), teacher)
+        assert gradient.isfinite().all()
+
+
+def semckd(attention: repdistiller.SelfA, feat_s: list[Tensor], feat_t: list[Tensor]) -> Tensor:
+    """SemCKD's attention and loss by its formulas, with the parameters of ``attention``."""
+
+    def embed(name: str, f: Tensor) -> Tensor:
+        mlp = getattr(attention, name)
+        x = mlp.linear2(mlp.linear1(f.flatten(1) @ f.flatten(1).T).relu())
+        return x / x.square().sum(1, keepdim=True).sqrt()
+
+    queries = torch.stack([embed(f"query_weight{i}", f) for i, f in enumerate(feat_s)], 1)
+    keys = torch.stack([embed(f"key_weight{j}", f) for j, f in enumerate(feat_t)], 1)
+    weight = torch.einsum("bse,bte->bst", queries, keys).softmax(2)
+    loss = 0.0
+    for i, s in enumerate(feat_s):
+        for j, t in enumerate(feat_t):
+            size = min(s.shape[2], t.shape[2])
+            projected = getattr(attention, f"regressor{i}{j}")(F.adaptive_avg_pool2d(s, size))
+            errors = (projected - F.adaptive_avg_pool2d(t, size)).square().flatten(1).mean(1)
+            loss = loss + (weight[:, i, j] * errors).sum()
+    return loss / (len(weight) * len(feat_s))
+
+
+def test_semantic_calibration():
+    batch = 8
+    attention = repdistiller.SelfA(2, 3, batch, [4, 6], [5, 7, 9]).double()
+    feat_s = [torch.randn(batch, c, h, h, dtype=torch.double) for c, h in ((4, 8), (6, 4))]
+    feat_t = [torch.randn(batch, c, h, h, dtype=torch.double) for c, h in ((5, 8), (7, 4), (9, 2))]
+    projected, targets, weight = attention(feat_s, feat_t)
+    assert weight.shape == (batch, 2, 3)
+    assert all(
+        p.shape == t.shape for ps, ts in zip(projected, targets, strict=True) for p, t in zip(ps, ts, strict=True)
+    )
+    parameters = list(attention.parameters())
+    loss = repdistiller.SemCKDLoss()(projected, targets, weight)
+    expected = semckd(attention, feat_s, feat_t)
+    assert_close(loss, expected)
+    for got, exact in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(got, exact, rtol=1e-8, atol=1e-10)
+
+
+def test_semantic_calibration_with_a_smaller_last_batch():
+    attention = repdistiller.SelfA(1, 1, 8, [4], [5])
+    _, _, weight = attention([maps(3, 4, 4, 4)], [maps(3, 5, 4, 4)])
+    assert weight.shape == (3, 1, 1)
+
+
+def test_checkpoints_of_the_original_load():
+    names = {name for name, _ in repdistiller.SelfA(1, 2, 8, [4], [5, 6]).named_parameters()}
+    for module in ("key_weight1.linear2", "query_weight0.linear1", "regressor01.regressor.3"):
+        assert f"{module}.weight" in names
+
+
+# mdistiller -----------------------------------------------------------------------------------------------------------
+
+
+class Backbone(nn.Module):
+    """mdistiller's networks return logits and a dictionary of features."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.ModuleList([nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, width, 3, 2, padding=1)])
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, dict[str, object]]:
+        feats = [self.body[0](image).relu()]
+        feats.append(self.body[1](feats[0]).relu())
+        pooled = feats[-1].mean((2, 3))
+        return self.head(pooled), {"feats": feats, "pooled_feat": pooled}
+
+
+class Configuration(SimpleNamespace):
+    def __getitem__(self, name: str):
+        return getattr(self, name)
+
+
+def configuration() -> Configuration:
+    feature = SimpleNamespace(CE_WEIGHT=0.7, FEAT_WEIGHT=30.0)
+    return Configuration(
+        KD=SimpleNamespace(TEMPERATURE=3.0, LOSS=SimpleNamespace(CE_WEIGHT=0.1, KD_WEIGHT=0.9)),
+        AT=SimpleNamespace(P=2, LOSS=feature),
+        SP=SimpleNamespace(LOSS=feature),
+        RKD=SimpleNamespace(
+            DISTANCE_WEIGHT=25, ANGLE_WEIGHT=50, LOSS=feature, PDIST=SimpleNamespace(EPSILON=1e-12, SQUARED=False)
+        ),
+        PKT=SimpleNamespace(LOSS=feature),
+    )
+
+
+EXPECTED = {
+    "KD": lambda s, t: 0.9 * 9 * original_kl(s[0], t[0], 3.0),
+    "AT": lambda s, t: 30 * original_attention(s[1]["feats"][1], t[1]["feats"][1]),
+    "SP": lambda s, t: 30 * original_similarity(s[1]["feats"][-1], t[1]["feats"][-1]),
+    "RKD": lambda s, t: 30 * original_relations(s[1]["pooled_feat"], t[1]["pooled_feat"], 25, 50),
+    "PKT": lambda s, t: 30 * original_probabilities(s[1]["pooled_feat"], t[1]["pooled_feat"]),
+}
+
+
+@pytest.mark.parametrize("name", mdistiller.distillers)
+def test_mdistiller(name):
+    cfg, student, teacher = configuration(), Backbone(4).double(), Backbone(6).double()
+    distiller = mdistiller.distillers[name](student, teacher, cfg).train()
+    assert student.training
+    assert not teacher.training
+    image, target = torch.randn(6, 3, 8, 8, dtype=torch.double), torch.randint(5, (6,))
+    logits, losses = distiller(image=image, target=target, epoch=1)
+    assert torch.equal(logits, student(image)[0])
+    assert_close(losses["loss_ce"], cfg[name].LOSS.CE_WEIGHT * F.cross_entropy(logits, target))
+    assert_close(losses["loss_kd"].double(), EXPECTED[name](student(image), teacher(image)))
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in distiller.get_learnable_parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+    assert torch.equal(distiller.eval()(image=image), student(image)[0])
+
+
+# torchdistill ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, type]:
+    """The mid-level losses registered with a stand-in for torchdistill."""
+    registered: dict[str, type] = {}
+    module = ModuleType("torchdistill.losses.registry")
+    module.register_mid_level_loss = lambda cls: registered.setdefault(cls.__name__, cls)
+    for name in ("torchdistill", "torchdistill.losses"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.delitem(sys.modules, "kdkernels.integrations.torchdistill", raising=False)
+    import_module("kdkernels.integrations.torchdistill")
+    monkeypatch.delitem(sys.modules, "kdkernels.integrations.torchdistill")
+    return registered
+
+
+def io(x: Tensor) -> dict[str, dict[str, Tensor]]:
+    return {"layer": {"output": x, "input": -x}}
+
+
+PLACES = {
+    "student_module_path": "layer",
+    "student_module_io": "output",
+    "teacher_module_path": "layer",
+    "teacher_module_io": "output",
+}
+OUTPUTS = {"student_output_path": "layer", "teacher_output_path": "layer"}
+LINEAR = {"student_linear_path": "layer", "teacher_linear_path": "layer"}
+PAIR = {"at_pairs": {"one": {role: {"io": "output", "path": "layer"} for role in ("student", "teacher")}}}
+
+
+def unit(kernel):
+    return lambda s, t: original_congruence(F.normalize(s), F.normalize(t), kernel)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "original", "shape"),
+    [
+        ("FusedKDLoss", {**PLACES, "temperature": 4.0}, lambda s, t: original_kl(s, t, 4.0), (7, 9)),
+        (
+            "FusedKDLoss",
+            {**PLACES, "temperature": 2.0, "reduction": "sum"},
+            lambda s, t: 7 * original_kl(s, t, 2.0),
+            (7, 9),
+        ),
+        ("FusedATLoss", PAIR, original_attention, (5, 6, 4, 4)),
+        (
+            "FusedATLoss",
+            {**PAIR, "mode": "paper"},
+            lambda s, t: (
+                sum(
+                    (F.normalize(a.square().sum(0).view(1, -1)) - F.normalize(b.square().sum(0).view(1, -1))).norm()
+                    for a, b in zip(s, t, strict=True)
+                )
+                / len(s)
+            ),
+            (5, 6, 4, 4),
+        ),
+        ("FusedPKTLoss", PLACES, original_probabilities, (7, 9)),
+        (
+            "FusedRKDLoss",
+            {**OUTPUTS, "dist_factor": 1.0, "angle_factor": 2.0, "reduction": "mean"},
+            lambda s, t: original_relations(s, t, 1, 2),
+            (7, 9),
+        ),
+        (
+            "FusedCCKDLoss",
+            {**LINEAR, "kernel_config": {"type": "gaussian", "gamma": 0.4, "max_p": 2}, "reduction": "batchmean"},
+            lambda s, t: original_congruence(s, t, taylor(0.4, 2)),
+            (7, 9),
+        ),
+        (
+            "FusedCCKDLoss",
+            {**LINEAR, "kernel_config": {"type": "bilinear"}, "reduction": "sum"},
+            lambda s, t: 49 * original_congruence(s, t, lambda g: g),
+            (7, 9),
+        ),
+        (
+            "FusedCCKDLoss",
+            {**LINEAR, "kernel_config": {"type": "bilinear"}, "reduction": "batchmean", "paper": True},
+            lambda s, t: (7 * unit(lambda g: g)(s, t)) ** 2,
+            (7, 9),
+        ),
+        (
+            "FusedSPKDLoss",
+            {**OUTPUTS, "reduction": "batchmean"},
+            lambda s, t: original_similarity(s, t, p=1),
+            (5, 6, 4, 4),
+        ),
+        (
+            "FusedSPKDLoss",
+            {**OUTPUTS, "reduction": "batchmean", "paper": True},
+            original_similarity,
+            (5, 6, 4, 4),
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_torchdistill(registry, name, settings, original, shape):
+    loss = registry[name](**settings)
+    agree(lambda s, t: loss(io(s), io(t), None), original, torch.randn(shape, requires_grad=True), torch.randn(shape))
+
+
+def test_torchdistill_with_labels(registry):
+    loss = registry["FusedKDLoss"](**PLACES, temperature=4.0, alpha=0.3)
+    student, teacher, labels = torch.randn(7, 9, requires_grad=True), torch.randn(7, 9), torch.randint(9, (7,))
+    expected = 0.3 * F.cross_entropy(student, labels) + 0.7 * 16 * original_kl(student, teacher, 4.0)
+    assert_close(loss(io(student), io(teacher), labels), expected.double())
+
+
+def test_torchdistill_meets_losses_of_its_own(registry):
+    both = {"student_module_path": "layer", "teacher_module_path": "layer"}
+    student, teacher = maps(4, 3, 4, 4), maps(4, 6, 4, 4)
+    assert registry["LocalCorrelationLoss"](**both, k=2)(io(student), io(teacher)) > 0
+    student, teacher = torch.randn(4, 6), torch.randn(4, 6)
+    assert registry["CorrelationCongruenceLoss"](**both, order=3)(io(student), io(teacher)) > 0
+    assert registry["InterClassCorrelationLoss"](**both)(io(student), io(teacher)) > 0
+
+
+def test_a_matching_student_has_gradient_zero(registry):
+    """Where the Frobenius norm has a corner."""
+    settings = {"kernel_config": {"type": "bilinear"}, "reduction": "batchmean"}
+    loss = registry["FusedCCKDLoss"](**LINEAR, **settings)
+    student = torch.randn(5, 4, requires_grad=True)
+    _, (gradient,) = loss_and_gradients(lambda s: loss(io(s), io(student.detach())), student)
+    assert not gradient.isnan().any()

@@ -202,8 +202,7 @@ void fastest_product(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c
   if (0 < k && k <= 8 && b.col == 1) return few_terms<T>(m, n, k, a, b, c, ldc, alpha, accumulate);
 #if KDKERNELS_AMX
   if constexpr (std::is_same_v<T, float>)
-    if (std::min({m, n, k}) >= 32 && amx::available())
-      return amx::product(m, n, k, a, b, c, ldc, alpha, accumulate, diagonal);
+    if (amx::suits(m, n, k)) return amx::product(m, n, k, a, b, c, ldc, alpha, accumulate, diagonal);
 #endif
   product<T>(m, n, k, a, b, c, ldc, alpha, accumulate, diagonal);
 }
@@ -245,6 +244,11 @@ void gemm(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t l
         for (int64_t j = how.upper ? i : 0; j < n; ++j) c[i * ldc + j] += partial[((part - 1) * m + i) * n + j];
     return;
   }
+#if KDKERNELS_AMX
+  if constexpr (std::is_same_v<T, float>)
+    if (amx::suits(m, n, k))
+      return amx::product(m, n, k, a, b, c, ldc, how.alpha, how.accumulate, how.upper ? 0 : -everything);
+#endif
   const auto share = [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
     fastest_product<T>(i1 - i0, j1 - j0, k, a.from(i0, 0), b.from(0, j0), c + i0 * ldc + j0, ldc, how.alpha,
                        how.accumulate, how.upper ? i0 - j0 : -everything);

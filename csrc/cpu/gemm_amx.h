@@ -15,7 +15,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <vector>
 
+#include "parallel.h"
 #include "vec.h"
 #include "view.h"
 #include "workspace.h"
@@ -40,7 +42,19 @@ inline bool available() {
 inline constexpr int64_t kLines = 16, kDepth = 32, kTile = kLines * kDepth;
 // A chunk is what one step of the block product reads of A or B: h, m and l of two tiles each.
 inline constexpr int64_t kBlock = 2 * kLines, kChunk = 6 * kTile;
-inline constexpr int64_t KC = 512, MC = 256, NC = 1024;
+// MC x KC of A and two panels of B, KC x 32 each, fill half of a second-level cache of 2 MiB.
+inline constexpr int64_t KC = 512, MC = 256;
+// Blocks of this many multiply-adds are worth another thread, per 32 x 32.
+inline constexpr int64_t kGrain = 1 << 8;
+
+inline int64_t blocks_of(int64_t lines) { return (lines + kBlock - 1) / kBlock; }
+inline int64_t chunks_of(int64_t depths) { return (depths + kDepth - 1) / kDepth; }
+
+// The length of the fewest equal pieces of at most `limit`.
+inline int64_t equal_piece(int64_t size, int64_t limit) {
+  const int64_t count = (size + limit - 1) / limit;
+  return round_up((size + count - 1) / count, kBlock);
+}
 
 struct Split {
   __m512i high, middle, low;  // each lane's upper 16 bits are the bfloat16
@@ -60,75 +74,68 @@ inline __m512i pair(__m512i first, __m512i second) {
   return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(first, 16), second);
 }
 
-// The upper halves of `first`, then those of `second`.
-inline __m512i concatenate(__m512i first, __m512i second) {
-  alignas(64) static constexpr int16_t odd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-                                                  33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-  return _mm512_permutex2var_epi16(first, _mm512_load_si512(odd), second);
-}
-
-// Transpose a tile in units of 32 bits, in place.
-inline void transpose(uint16_t* tile) {
-  float* words = reinterpret_cast<float*>(tile);
-  Vec<float>::type rows[kLines];
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < kLines; ++i) rows[i] = load<float>(words + i * kLines);
-  vec_detail::exchange_all<float, 1>(rows);
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < kLines; ++i) store<float>(words + i * kLines, rows[i]);
-}
-
-// Split a block of 16 lines x 32 depths into three tiles, two tiles apart. A's tiles hold a line's 32 depths side by side, B's
-// tiles hold pairs of depths of all 16 lines side by side; the one is the other transposed in units of 32 bits.
+// Split 16 lines x 32 depths into three tiles, two tiles apart. A's tiles hold its lines' depths side by side, B's the depths'
+// lines. The two bfloat16 of a word are of depths 16 apart: any order will do that A and B agree on.
 template <bool by_line>
-void pack_tile(const float* source, int64_t line, int64_t depth, float alpha, uint16_t* tiles) {
-  const __m512 scale = _mm512_set1_ps(alpha);
-  const auto read = [&](const float* from) { return split(_mm512_mul_ps(scale, _mm512_loadu_ps(from))); };
-  const auto write = [&](int64_t row, __m512i high, __m512i middle, __m512i low) {
-    _mm512_store_si512(tiles + row * kDepth, high);
-    _mm512_store_si512(tiles + 2 * kTile + row * kDepth, middle);
-    _mm512_store_si512(tiles + 4 * kTile + row * kDepth, low);
-  };
-  const bool lines_contiguous = line == 1;
-  for (int64_t i = 0; i < kLines; ++i) {
-    if (lines_contiguous) {
-      const Split a = read(source + 2 * i * depth), b = read(source + (2 * i + 1) * depth);
-      write(i, pair(a.high, b.high), pair(a.middle, b.middle), pair(a.low, b.low));
-    } else {
-      const Split a = read(source + i * line), b = read(source + i * line + 16);
-      write(i, concatenate(a.high, b.high), concatenate(a.middle, b.middle), concatenate(a.low, b.low));
-    }
+void pack_tile(const float* source, int64_t line, int64_t depth, uint16_t* tiles) {
+  alignas(64) float transposed[kTile];
+  const float *first = source, *second = source + kLines * depth;
+  int64_t step = by_line ? line : depth;
+  if ((by_line ? depth : line) != 1) {
+    transpose_block<float>(first, by_line ? depth : line, kLines, 1, transposed, kLines);
+    transpose_block<float>(second, by_line ? depth : line, kLines, 1, transposed + kTile / 2, kLines);
+    first = transposed, second = transposed + kTile / 2, step = kLines;
   }
-  if (lines_contiguous == by_line)
-    for (int64_t part = 0; part < 3; ++part) transpose(tiles + 2 * part * kTile);
+  for (int64_t i = 0; i < kLines; ++i) {
+    const Split a = split(_mm512_loadu_ps(first + i * step)), b = split(_mm512_loadu_ps(second + i * step));
+    uint16_t* row = tiles + i * kDepth;
+    _mm512_store_si512(row, pair(a.high, b.high));
+    _mm512_store_si512(row + 2 * kTile, pair(a.middle, b.middle));
+    _mm512_store_si512(row + 4 * kTile, pair(a.low, b.low));
+  }
 }
 
-// Pack `lines` x `depths` of a matrix whose element (i, k) is source[i * line + k * depth] into blocks of 32 lines, each a row of
-// chunks.
+// A block of 32 lines being packed into a row of chunks, half a chunk at a time. Its element (i, k) is source[i * line + k * depth];
+// beyond `lines` and `depths` it is zero.
 template <bool by_line>
-void pack(const float* source, int64_t line, int64_t depth, int64_t lines, int64_t depths, float alpha, uint16_t* out) {
-  const int64_t blocks = (lines + kBlock - 1) / kBlock, chunks = (depths + kDepth - 1) / kDepth;
-  const auto pack_half = [&](int64_t block, int64_t chunk, int64_t half) {
-    const int64_t first = block * kBlock + half * kLines, k = chunk * kDepth;
-    const int64_t rows = std::clamp<int64_t>(lines - first, 0, kLines), columns = std::min(kDepth, depths - k);
-    const float* from = source + first * line + k * depth;
-    uint16_t* tiles = out + (block * chunks + chunk) * kChunk + half * kTile;
-    if (rows == kLines && columns == kDepth && (line == 1 || depth == 1))
-      return pack_tile<by_line>(from, line, depth, alpha, tiles);
+class Panel {
+ public:
+  Panel(const float* source, int64_t line, int64_t depth, int64_t lines, int64_t depths, uint16_t* out)
+      : source_(source), line_(line), depth_(depth), lines_(lines), depths_(depths), out_(out) {}
+
+  const uint16_t* data() const { return out_; }
+
+  void finish() {
+    while (chunk_ * kDepth < depths_) pack_half();
+  }
+
+  // Pack the next half of a chunk, if there is one.
+  void pack_half() {
+    const int64_t i = half_ * kLines, k = chunk_ * kDepth;
+    if (k >= depths_) return;
+    const float* from = source_ + i * line_ + k * depth_;
+    uint16_t* tiles = out_ + chunk_ * kChunk + half_ * kTile;
+    if (lines_ >= i + kLines && depths_ >= k + kDepth && (line_ == 1 || depth_ == 1))
+      pack_tile<by_line>(from, line_, depth_, tiles);
+    else
+      pack_corner(from, lines_ - i, depths_ - k, tiles);
+    chunk_ += half_;
+    half_ ^= 1;
+  }
+
+ private:
+  void pack_corner(const float* from, int64_t lines, int64_t depths, uint16_t* tiles) const {
     alignas(64) float corner[kTile] = {};
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t q = 0; q < columns; ++q) corner[r * kDepth + q] = from[r * line + q * depth];
-    pack_tile<by_line>(corner, kDepth, 1, alpha, tiles);
-  };
-  // Along the contiguous side of the source.
-  if (line == 1)
-    for (int64_t chunk = 0; chunk < chunks; ++chunk)
-      for (int64_t block = 0; block < blocks; ++block) pack_half(block, chunk, 0), pack_half(block, chunk, 1);
-  else
-    for (int64_t block = 0; block < blocks; ++block)
-      for (int64_t half = 0; half < 2; ++half)
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) pack_half(block, chunk, half);
-}
+    for (int64_t i = 0; i < std::min(lines, kLines); ++i)
+      for (int64_t k = 0; k < std::min(depths, kDepth); ++k) corner[i * kDepth + k] = from[i * line_ + k * depth_];
+    pack_tile<by_line>(corner, kDepth, 1, tiles);
+  }
+
+  const float* source_;
+  int64_t line_, depth_, lines_, depths_;
+  uint16_t* out_;
+  int64_t chunk_ = 0, half_ = 0;
+};
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -139,8 +146,10 @@ struct alignas(64) TileConfig {
 // The compiler's tile intrinsics do not say that they read and write memory.
 inline void settle_memory() { __asm__ volatile("" ::: "memory"); }
 
-// out (32 x 32) = the product of one block of A with one of B over `chunks` steps. Tiles 0-3 sum, 4-5 hold A, 6-7 hold B.
-inline void block_product(int64_t chunks, const uint16_t* a, const uint16_t* b, float* out) {
+// out (32 x 32) = the product of one block of A with one of B over `chunks` steps. Tiles 0-3 sum, 4-5 hold A, 6-7 hold B. Between
+// steps comes meanwhile(chunk): the vector units are free while the tiles multiply.
+template <typename F>
+void block_product(int64_t chunks, const uint16_t* a, const uint16_t* b, float* out, const F& meanwhile) {
   enum { high, middle, low };
   constexpr int64_t line = 64, row = kBlock * sizeof(float);
   float* below = out + kLines * kBlock;
@@ -171,6 +180,8 @@ inline void block_product(int64_t chunks, const uint16_t* a, const uint16_t* b, 
     load_b(low), multiply();
     load_b(middle), multiply();
     load_a(middle), multiply();
+    settle_memory();
+    meanwhile(chunk);
   }
   _tile_stored(0, out, row);
   _tile_stored(1, out + kLines, row);
@@ -179,53 +190,103 @@ inline void block_product(int64_t chunks, const uint16_t* a, const uint16_t* b, 
   settle_memory();
 }
 
-// Sums over more than KC are added here rather than in the tiles, which keeps the rounding error that of short sums.
-inline void add_block(const float* block, int64_t rows, int64_t columns, float* c, int64_t ldc, bool accumulate) {
-  const auto mask = [&](int64_t from) { return __mmask16((1u << std::clamp<int64_t>(columns - from, 0, kLines)) - 1); };
-  const __mmask16 masks[2] = {mask(0), mask(kLines)};
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t half = 0; half < 2; ++half) {
-      float* out = c + i * ldc + half * kLines;
-      __m512 value = _mm512_load_ps(block + i * kBlock + half * kLines);
-      if (accumulate) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(masks[half], out));
-      _mm512_mask_storeu_ps(out, masks[half], value);
-    }
-}
+// A block of sums on its way to C. Sums over more than KC are added there rather than in the tiles, which keeps the rounding error
+// that of short sums.
+struct Finished {
+  const float* block = nullptr;
+  float* c = nullptr;
+  int64_t ldc = 0, rows = 0, columns = 0;
+  float alpha = 0;
+  bool accumulate = false;
 
-// C (m x n) = [C +] alpha * A * B on the calling thread. Blocks below the diagonal, which row 0 meets at column `diagonal`, are
-// left alone.
+  // C [+]= alpha * the rows from `begin` to `end` of the block.
+  void add(int64_t begin, int64_t end) const {
+    const auto mask = [&](int64_t from) {
+      return __mmask16((1u << std::clamp<int64_t>(columns - from, 0, kLines)) - 1);
+    };
+    const __mmask16 masks[2] = {mask(0), mask(kLines)};
+    const __m512 factor = _mm512_set1_ps(alpha);
+    for (int64_t i = begin; i < std::min(end, rows); ++i)
+      for (int64_t half = 0; half < 2; ++half) {
+        float* out = c + i * ldc + half * kLines;
+        const __m512 old = accumulate ? _mm512_maskz_loadu_ps(masks[half], out) : _mm512_setzero_ps();
+        const __m512 sums = _mm512_load_ps(block + i * kBlock + half * kLines);
+        _mm512_mask_storeu_ps(out, masks[half], _mm512_fmadd_ps(factor, sums, old));
+      }
+  }
+};
+
+inline bool suits(int64_t m, int64_t n, int64_t k) { return std::min({m, n, k}) >= 32 && available(); }
+
+// C (m x n) = [C +] alpha * A * B, shared out over the threads. Blocks below the diagonal, which row 0 meets at column `diagonal`,
+// are left alone. A piece of A is packed at a time, and B's panels go past it: while the tiles multiply one block, the vector
+// units add the block before to C and pack the next panel.
 inline void product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> b, float* c, int64_t ldc, float alpha,
                     bool accumulate, int64_t diagonal) {
-  const auto packed_size = [](int64_t lines, int64_t depths) {
-    return round_up(lines, kBlock) * round_up(depths, kDepth) * 3;
+  const int64_t height = equal_piece(m, MC), length = equal_piece(k, KC), panel_size = chunks_of(length) * kChunk;
+  // Call f(j, blocks) for the blocks one below the other in rows [i, i + height) and 32 columns from j.
+  const auto for_each_stack = [&](int64_t i, const auto& f) {
+    for (int64_t j = std::max<int64_t>(0, i + diagonal) / kBlock * kBlock; j < n; j += kBlock)
+      f(j, blocks_of(std::min({height, m - i, std::min(j + kBlock, n) - i - diagonal})));
   };
-  uint16_t* packed_b = workspace<uint16_t, Scratch::packed_b>(packed_size(std::min(n, NC), std::min(k, KC)));
-  uint16_t* packed_a = workspace<uint16_t, Scratch::packed_a>(packed_size(std::min(m, MC), std::min(k, KC)));
-  alignas(64) float block[kBlock * kBlock];
-  const TileConfig config;
-  _tile_loadconfig(&config);
-  for (int64_t jc = 0; jc < n; jc += NC) {
-    const int64_t nc = std::min(NC, n - jc);
-    for (int64_t pc = 0; pc < k; pc += KC) {
-      const int64_t kc = std::min(KC, k - pc), chunks = (kc + kDepth - 1) / kDepth;
-      pack<false>(b.at(pc, jc), b.col, b.row, nc, kc, alpha, packed_b);
-      for (int64_t ic = 0; ic < m; ic += MC) {
-        const int64_t mc = std::min(MC, m - ic);
-        if (jc + nc <= ic + diagonal) break;
-        pack<true>(a.at(ic, pc), a.row, a.col, mc, kc, 1.f, packed_a);
-        for (int64_t j = 0; j < nc; j += kBlock)
-          for (int64_t i = 0; i < mc; i += kBlock) {
-            if (jc + std::min(j + kBlock, nc) <= ic + i + diagonal) break;
-            float* out = c + (ic + i) * ldc + jc + j;
-            const int64_t rows = std::min(kBlock, mc - i), columns = std::min(kBlock, nc - j);
-            block_product(chunks, packed_a + i / kBlock * chunks * kChunk, packed_b + j / kBlock * chunks * kChunk,
-                          block);
-            add_block(block, rows, columns, out, ldc, accumulate || pc > 0);
+  int64_t total = 0;
+  for (int64_t i = 0; i < m; i += height) for_each_stack(i, [&](int64_t, int64_t blocks) { total += blocks; });
+
+  parallel_blocks(total, 1, 1 + kGrain / k, [&](int64_t begin, int64_t end) {
+    uint16_t* packed_a = workspace<uint16_t, Scratch::packed_a>(height / kBlock * panel_size);
+    uint16_t* packed_b = workspace<uint16_t, Scratch::packed_b>(2 * panel_size);
+    alignas(64) float sums[2][kBlock * kBlock];
+    int64_t turn = 0;
+    Finished last;
+    const TileConfig config;
+    _tile_loadconfig(&config);
+    for (int64_t ic = 0; ic < m; ic += height) {
+      struct Stack {
+        int64_t column, begin, end;
+      };
+      std::vector<Stack> stacks;  // this thread's
+      for_each_stack(ic, [&](int64_t j, int64_t blocks) {
+        const Stack own{j, std::max<int64_t>(0, begin), std::min(blocks, end)};
+        if (own.begin < own.end) stacks.push_back(own);
+        begin -= blocks, end -= blocks;
+      });
+      if (stacks.empty()) continue;
+      for (int64_t pc = 0; pc < k; pc += length) {
+        const int64_t kc = std::min(length, k - pc), chunks = chunks_of(kc), share = (kBlock + chunks - 1) / chunks;
+        for (int64_t i = ic; i < std::min(ic + height, m); i += kBlock)
+          Panel<true>(a.at(i, pc), a.row, a.col, m - i, kc, packed_a + (i - ic) / kBlock * panel_size).finish();
+        const auto panel_of = [&](size_t s) {
+          const int64_t j = s < stacks.size() ? stacks[s].column : n;
+          return Panel<false>(b.at(pc, j), b.col, b.row, n - j, j < n ? kc : 0, packed_b + s % 2 * panel_size);
+        };
+        Panel<false> panel = panel_of(0);
+        panel.finish();
+        for (size_t s = 0; s < stacks.size(); ++s) {
+          const Stack& stack = stacks[s];
+          const int64_t blocks = stack.end - stack.begin;
+          Panel<false> next = panel_of(s + 1);
+          int64_t due = 0;
+          for (int64_t block = stack.begin; block < stack.end; ++block, turn ^= 1) {
+            block_product(chunks, packed_a + block * panel_size, panel.data(), sums[turn], [&](int64_t chunk) {
+              last.add(chunk * share, (chunk + 1) * share);
+              for (due += 2; due >= blocks; due -= blocks) next.pack_half();
+            });
+            const int64_t i = ic + block * kBlock;
+            last = {sums[turn],
+                    c + i * ldc + stack.column,
+                    ldc,
+                    std::min(kBlock, m - i),
+                    std::min(kBlock, n - stack.column),
+                    alpha,
+                    accumulate || pc > 0};
           }
+          panel = next;
+        }
       }
     }
-  }
-  _tile_release();
+    last.add(0, kBlock);
+    _tile_release();
+  });
 }
 
 }  // namespace kdkernels::amx

@@ -198,9 +198,11 @@ class Strips {
     T* out = gradient.data + strip.begin * gradient.line;
     const Product<T> how{target.alpha, gradient.written || strip.begin > 0};
     gemm<T>(strip.count, target.operand.width, strip.columns, matrix, rows, out, gradient.line, how);
-    gemm<T>(strip.columns - strip.count, target.operand.width, strip.count, matrix.from(0, strip.count).transposed(),
-            rows, out + strip.count * gradient.line, gradient.line, how);
-    if (strip.begin + strip.count == rows_) gradient.written = true;
+    if (strip.begin + strip.count == rows_)
+      gradient.written = true;
+    else
+      gemm<T>(strip.columns - strip.count, target.operand.width, strip.count, matrix.from(0, strip.count).transposed(),
+              rows, out + strip.count * gradient.line, gradient.line, how);
   }
 
   int64_t rows_, height_;

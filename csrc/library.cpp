@@ -26,6 +26,14 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
   m.def(
       "congruence(Tensor x, Tensor y, int positions, float[] coefficients, int[] plan, bool grad_x, bool grad_y)"
       " -> (Tensor loss, Tensor grad_x, Tensor grad_y)");
+  // kernel: 0 taylor_rbf, 1 rbf, 2 bilinear, 3 mmd; plan: three form codes, for the bilinear one.
+  m.def(
+      "correlation_congruence(Tensor student, Tensor teacher, int kernel, float gamma, int order, bool normalize,"
+      " float scale, int[] plan, bool grad_student, bool grad_teacher)"
+      " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)");
+  m.def(
+      "similarity_preserving(Tensor student, Tensor teacher, float scale, bool feature, bool grad_student,"
+      " bool grad_teacher) -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)");
   // masks: none, or one per stage. coefficients and plans: four and three numbers per stage. wanted and grad_rows: a flag and
   // the gradient of the patches before normalisation for the student's features of every stage, then for the teacher's.
   m.def(
@@ -48,6 +56,8 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("patches", TORCH_BOX(&kdkernels::patches));
   m.impl("patches_backward", TORCH_BOX(&kdkernels::patches_backward));
   m.impl("congruence", TORCH_BOX(&kdkernels::congruence));
+  m.impl("correlation_congruence", TORCH_BOX(&kdkernels::correlation_congruence));
+  m.impl("similarity_preserving", TORCH_BOX(&kdkernels::similarity_preserving));
   m.impl("local_correlation", TORCH_BOX(&kdkernels::local_correlation));
   m.impl("local_correlation_backward", TORCH_BOX(&kdkernels::local_correlation_backward));
   m.impl("gram", TORCH_BOX(&kdkernels::gram));

@@ -157,6 +157,38 @@ def _register_fakes() -> None:
     def gram_backward(grad_matrices: Tensor, features: list[Tensor]) -> list[Tensor]:
         return [layer.new_empty((layer.shape[0], layer.shape[1:].numel())) for layer in features]
 
+    @torch.library.register_fake("kdkernels::correlation_congruence")
+    def correlation_congruence(
+        student: Tensor,
+        teacher: Tensor,
+        kernel: int,
+        gamma: float,
+        order: int,
+        normalize: bool,
+        scale: float,
+        plan: list[int],
+        grad_student: bool,
+        grad_teacher: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = accumulation_dtype(student, teacher)
+        shapes = (student.shape if grad_student else (0,), teacher.shape if grad_teacher else (0,))
+        return (
+            student.new_empty((), dtype=dtype),
+            student.new_empty(shapes[0], dtype=dtype),
+            student.new_empty(shapes[1], dtype=dtype),
+        )
+
+    @torch.library.register_fake("kdkernels::similarity_preserving")
+    def similarity_preserving(
+        student: Tensor, teacher: Tensor, scale: float, feature: bool, grad_student: bool, grad_teacher: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = accumulation_dtype(student, teacher)
+        return (
+            student.new_empty((), dtype=dtype),
+            _new_samples(student, dtype) if grad_student else student.new_empty((0,), dtype=dtype),
+            _new_samples(teacher, dtype) if grad_teacher else student.new_empty((0,), dtype=dtype),
+        )
+
     @torch.library.register_fake("kdkernels::local_correlation")
     def local_correlation(
         students: list[Tensor],
@@ -214,6 +246,15 @@ def _new_maps(rows: Tensor, shape: list[int], k: int) -> Tensor:
     c, h, w, channels_last = shape
     n = rows.shape[0] // k**2
     return rows.new_empty((n, h, w, c)).permute(0, 3, 1, 2) if channels_last else rows.new_empty((n, c, h, w))
+
+
+def _new_samples(features: Tensor, dtype: torch.dtype) -> Tensor:
+    """A compact gradient, channels last where every sample lies so in memory."""
+    if features.dim() == 4:
+        n, c, h, w = features.shape
+        if c > 1 and h * w > 1 and features[0].is_contiguous(memory_format=torch.channels_last):
+            return features.new_empty((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
+    return features.new_empty(features.shape, dtype=dtype)
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

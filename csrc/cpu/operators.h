@@ -35,6 +35,15 @@ std::tuple<Tensor, Tensor, Tensor> congruence(const Tensor& x, const Tensor& y, 
                                               const std::vector<double>& coefficients, const std::vector<int64_t>& plan,
                                               bool want_x, bool want_y);
 
+// kernel: its number in kdkernels/ops/correlation_congruence. plan: three form codes, for the bilinear kernel.
+std::tuple<Tensor, Tensor, Tensor> correlation_congruence(const Tensor& student, const Tensor& teacher, int64_t kernel,
+                                                          double gamma, int64_t order, bool normalize, double scale,
+                                                          const std::vector<int64_t>& plan, bool grad_student,
+                                                          bool grad_teacher);
+
+std::tuple<Tensor, Tensor, Tensor> similarity_preserving(const Tensor& student, const Tensor& teacher, double scale,
+                                                         bool feature, bool grad_student, bool grad_teacher);
+
 std::tuple<Tensor, std::vector<Tensor>> local_correlation(
     const std::vector<Tensor>& students, const std::vector<Tensor>& teachers, const std::vector<Tensor>& masks,
     const std::vector<int64_t>& k, const std::vector<double>& coefficients, const std::vector<int64_t>& plans,

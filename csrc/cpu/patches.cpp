@@ -5,6 +5,7 @@
 
 #include "operators.h"
 #include "parallel.h"
+#include "rows.h"
 #include "workspace.h"
 
 namespace kdkernels {
@@ -201,36 +202,6 @@ void for_each_element(const Partition& p, const Maps<M>& maps, T* patches, const
   }
 }
 
-// In float64, whose range holds the square of every float32.
-template <typename T>
-double dot(const T* a, const T* b, int64_t count) {
-  constexpr int lanes = 16;
-  double sums[lanes] = {}, total = 0;
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes)
-    for (int lane = 0; lane < lanes; ++lane) sums[lane] += double(a[i + lane]) * double(b[i + lane]);
-  for (; i < count; ++i) total += double(a[i]) * double(b[i]);
-  for (int lane = 0; lane < lanes; ++lane) total += sums[lane];
-  return total;
-}
-
-// Divide a row by its norm, and return the norm; 0 for a row of norm <= eps, which becomes zero.
-template <typename T>
-T normalise(T* row, int64_t length, double eps) {
-  const double norm = std::sqrt(dot(row, row, length));
-  if (norm <= eps) {
-    std::fill_n(row, length, T(0));
-    return 0;
-  }
-  const double inverse = 1 / norm;
-  // Beyond this range the inverse is not a normal float32.
-  if (norm > 1e-30 && norm < 1e30)
-    for (int64_t j = 0; j < length; ++j) row[j] *= T(inverse);
-  else
-    for (int64_t j = 0; j < length; ++j) row[j] = T(double(row[j]) * inverse);
-  return T(norm);
-}
-
 }  // namespace
 
 Shape Shape::of(const Tensor& features) {
@@ -294,14 +265,7 @@ void Partition::denormalise(const T* grad, const T* rows, const T* norms, T* out
   const int64_t size = length();
   parallel_blocks(this->rows(), 1, 1 + kGrain / size, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const T *g = grad + r * size, *row = rows + r * size;
-      T* result = out + r * size;
-      if (norms[r] == 0) {
-        std::fill_n(result, size, T(0));
-        continue;
-      }
-      const T radial = T(dot(g, row, size)), inverse = 1 / norms[r];
-      for (int64_t j = 0; j < size; ++j) result[j] = (g[j] - row[j] * radial) * inverse;
+      denormalise_row(grad + r * size, rows + r * size, norms[r], size, out + r * size);
     }
   });
 }

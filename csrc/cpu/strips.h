@@ -111,11 +111,17 @@ struct Strip {
     for_rows([&](int64_t i) {
       sums[i] += sum_vectors<T>(i, columns, [&](int64_t j, int64_t lanes) { return value(at(i, j), lanes); });
     });
+    constexpr int64_t rows = 8;  // that are added up before their sum is taken on in float64
     parallel_blocks(columns, Vec<T>::size, 1 + (1 << 15) / count, [&](int64_t j0, int64_t j1) {
-      for (int64_t i = 0; i < count; ++i)
-        for_vectors<T>(std::max(j0, i + 1), j1, [&](int64_t j, int64_t lanes) {
-          const auto values = value(at(i, j), lanes);
-          for (int64_t lane = 0; lane < lanes; ++lane) sums[j + lane] += sign * values[lane];
+      for (int64_t i0 = 0; i0 < count; i0 += rows)
+        for_vectors<T>(std::max(j0, i0 + 1), j1, [&](int64_t j, int64_t lanes) {
+          typename Vec<T>::type sum = {};
+          for (int64_t i = i0; i < std::min(count, i0 + rows); ++i) {
+            auto values = value(at(i, j), lanes);
+            if (j <= i) values = lane_numbers<T>() > Integer<T>(i - j) ? values : typename Vec<T>::type{};
+            sum += values;
+          }
+          for (int64_t lane = 0; lane < lanes; ++lane) sums[j + lane] += sign * sum[lane];
         });
     });
   }

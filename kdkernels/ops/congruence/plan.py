@@ -55,6 +55,8 @@ MIXED = Form(True, False, False)
 
 # What it costs to square, weigh and store an entry of a Gram tile, in multiply-adds of the products.
 TILE_ENTRY = 16
+# Up to how many rows SP holds its Gram matrices (csrc/cpu/similarity_preserving.cpp).
+HELD_ROWS = 512
 
 
 class Plan(NamedTuple):
@@ -104,6 +106,18 @@ def choose_form(
     forms = candidates(whole, grad_teacher)
     costs = [multiply_adds(f, rows, d_student, d_teacher, grad_student, grad_teacher) for f in forms]
     return forms[costs.index(min(costs))]  # min(forms, key=...) is more than torch.compile follows with dynamic shapes
+
+
+def similarity_costs(rows: int, d_student: int, d_teacher: int, grad_student: bool, grad_teacher: bool) -> dict:
+    """Modelled multiply-adds of SP in both forms. Its Gram matrices are computed once if they are held, else twice."""
+    again = 1 if rows <= HELD_ROWS else 2
+    gram = rows * rows * (again * (d_student + d_teacher) // 2 + 3 * TILE_ENTRY)
+    feature = 2 * rows * (d_student**2 + d_teacher**2 + d_student * d_teacher)
+    for d, other, grad in ((d_student, d_teacher, grad_student), (d_teacher, d_student, grad_teacher)):
+        if grad:
+            gram += rows * rows * d
+            feature += rows * d * (2 * d + 3 * other)
+    return {GRAM: gram, FEATURE: feature}
 
 
 def make_plan(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import backends, checks
+from ... import backends, checks, native
 from ...native import accumulation_dtype
-from ..congruence.plan import FORMS, Coefficients
+from ..autograd import scaled
+from ..congruence import plan_for
+from ..congruence.plan import FORMS, GRAM, Coefficients, Plan
 from ..congruence.reference import feature_form
 from . import reference
 from .reference import KERNELS, Kernel
@@ -28,8 +30,8 @@ def correlation_congruence(
     """The congruence of two networks' kernel matrices; see ``kdkernels.correlation_congruence_loss``."""
     check(student, teacher, kernel, reduction, form)
     scale = 1.0 / student.shape[0] ** 2 if reduction == "mean" else 1.0
-    run = {"reference": _reference}[backends.choose("reference" if backend == "auto" else backend, student)]
-    return run(student, teacher, kernel, bool(normalize), scale, form)
+    run = {"reference": _reference, "native": _native}[backends.choose(backend, student)]
+    return run(student, teacher, kernel, bool(normalize), scale, make_plan(student, teacher, kernel, scale, form))
 
 
 def kernel_matrix(x: Tensor, y: Tensor | None, *, kernel: Kernel, normalize: bool) -> Tensor:
@@ -72,11 +74,46 @@ def _embeddings(name: str, value: object, shape: str) -> Tensor:
     return checks.tensor(name, value, 2, shape)
 
 
-def _reference(student: Tensor, teacher: Tensor, kernel: Kernel, normalize: bool, scale: float, form: str) -> Tensor:
+def make_plan(student: Tensor, teacher: Tensor, kernel: Kernel, scale: float, form: str) -> Plan:
+    """The forms of the sum over all pairs: the bilinear kernel has a choice."""
+    if kernel.name != "bilinear":
+        return Plan(GRAM, GRAM, GRAM)
+    return plan_for(student, teacher, 1, Coefficients(scale, 0.0, 0.0, 0.0), form)
+
+
+def _reference(student: Tensor, teacher: Tensor, kernel: Kernel, normalize: bool, scale: float, plan: Plan) -> Tensor:
     # Autocast would run the products in half precision.
     with torch.autocast(student.device.type, enabled=False):
-        if form == "feature":
+        if plan.full != GRAM:
             dtype = accumulation_dtype(student, teacher)
             x, y = (reference.rows_of(rows, dtype, normalize) for rows in (student, teacher))
             return feature_form(x, y, 1, Coefficients(scale, 0.0, 0.0, 0.0))
         return reference.correlation_congruence(student, teacher, kernel, normalize, scale)
+
+
+def _native(student: Tensor, teacher: Tensor, kernel: Kernel, normalize: bool, scale: float, plan: Plan) -> Tensor:
+    settings = (KERNELS.index(kernel.name), float(kernel.gamma), kernel.order, normalize, scale, plan.codes)
+    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
+        return _Native.apply(student, teacher, *settings)
+    return native.ops.correlation_congruence(student, teacher, *settings, False, False)[0]
+
+
+class _Native(torch.autograd.Function):
+    """The forward pass computes the gradients as well: the loss is a scalar, so backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, *settings) -> Tensor:
+        needed = ctx.needs_input_grad[:2]
+        loss, *gradients = native.ops.correlation_congruence(student, teacher, *settings, *needed)
+        ctx.save_for_backward(*gradients)
+        # Not saved: only their place in the graph is asked for, so they may be overwritten.
+        ctx.inputs = student, teacher
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [
+            scaled(grad_loss, gradient, x.dtype, *ctx.inputs) if wanted else None
+            for gradient, x, wanted in zip(ctx.saved_tensors, ctx.inputs, ctx.needs_input_grad, strict=False)
+        ]
+        return *gradients, None, None, None, None, None, None

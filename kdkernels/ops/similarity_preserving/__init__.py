@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import backends, checks
-from ..congruence.plan import FORMS
+from ... import backends, checks, native
+from ..autograd import scaled
+from ..congruence.plan import FEATURE, FORMS, GRAM, Form, similarity_costs
 from . import reference
 
 REDUCTIONS = ("mean", "sum")
@@ -18,8 +19,23 @@ def similarity_preserving(
     """The difference of two networks' similarities; see ``kdkernels.similarity_preserving_loss``."""
     check(student, teacher, reduction, form)
     scale = 1.0 / student.shape[0] ** 2 if reduction == "mean" else 1.0
-    run = {"reference": _reference}[backends.choose("reference" if backend == "auto" else backend, student)]
-    return run(student, teacher, scale, form)
+    run = {"reference": _reference, "native": _native}[backends.choose(backend, student)]
+    return run(student, teacher, scale, choose_form(student, teacher, form))
+
+
+def choose_form(student: Tensor, teacher: Tensor, form: str) -> Form:
+    """The cheaper form by the cost model, or the one asked for by name."""
+    if form != "auto":
+        return GRAM if form == "gram" else FEATURE
+    costs = form_costs(student, teacher)
+    return FEATURE if costs[FEATURE] < costs[GRAM] else GRAM
+
+
+def form_costs(student: Tensor, teacher: Tensor) -> dict[Form, int]:
+    rows = student.shape[0]
+    widths = (features.numel() // rows for features in (student, teacher))
+    grads = (torch.is_grad_enabled() and features.requires_grad for features in (student, teacher))
+    return similarity_costs(rows, *widths, *grads)
 
 
 def check(student: object, teacher: object, reduction: str, form: str) -> None:
@@ -34,8 +50,35 @@ def _features(name: str, value: object) -> Tensor:
     return checks.tensor(name, value, max(value.dim(), 2) if isinstance(value, Tensor) else 2, "n x ...")
 
 
-def _reference(student: Tensor, teacher: Tensor, scale: float, form: str) -> Tensor:
-    run = reference.feature_form if form == "feature" else reference.gram_form
+def _reference(student: Tensor, teacher: Tensor, scale: float, form: Form) -> Tensor:
+    run = reference.feature_form if form == FEATURE else reference.gram_form
     # Autocast would run the products in half precision.
     with torch.autocast(student.device.type, enabled=False):
         return run(student, teacher, scale)
+
+
+def _native(student: Tensor, teacher: Tensor, scale: float, form: Form) -> Tensor:
+    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
+        return _Native.apply(student, teacher, scale, form == FEATURE)
+    return native.ops.similarity_preserving(student, teacher, scale, form == FEATURE, False, False)[0]
+
+
+class _Native(torch.autograd.Function):
+    """The forward pass computes the gradients as well: the loss is a scalar, so backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, scale: float, feature: bool) -> Tensor:
+        needed = ctx.needs_input_grad[:2]
+        loss, *gradients = native.ops.similarity_preserving(student, teacher, scale, feature, *needed)
+        ctx.save_for_backward(*gradients)
+        # Not saved: only their place in the graph is asked for, so they may be overwritten.
+        ctx.inputs = student, teacher
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [
+            scaled(grad_loss, gradient, x.dtype, *ctx.inputs) if wanted else None
+            for gradient, x, wanted in zip(ctx.saved_tensors, ctx.inputs, ctx.needs_input_grad, strict=False)
+        ]
+        return *gradients, None, None

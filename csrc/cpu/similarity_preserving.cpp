@@ -1,0 +1,247 @@
+// The whole SP loss in one call. With r_i and s_i the inverse norms of rows of G = X Xᵀ and H = Y Yᵀ it sums 2 − 2 cos_i, where
+// cos_i = r_i s_i (G_i · H_i), and its gradient in G is −2 (s_i r_i H_i − cos_i r_i² G_i): a row's own and, since G is symmetric,
+// the same of its column.
+#include <vector>
+
+#include "operators.h"
+#include "rows.h"
+#include "strips.h"
+#include "tensors.h"
+#include "workspace.h"
+
+namespace kdkernels {
+namespace {
+
+constexpr double kEps = 1e-12;   // a sample whose similarities have this norm or less resembles nothing
+constexpr int64_t kWhole = 512;  // samples up to which the Gram matrices are computed once and held
+
+// What the rows of both Gram matrices give: inverse norms, and the factors of G and of H in the gradients.
+template <typename T>
+struct Rows {
+  std::vector<T> inverse_x, inverse_y, own_x, own_y, cross;
+  std::vector<double> cosines;
+  double alive = 0;  // rows that are not zero, of either matrix
+
+  // From sums of squares of the rows and of their products.
+  Rows(const std::vector<double>& xx, const std::vector<double>& yy, const std::vector<double>& xy) {
+    const int64_t rows = xx.size();
+    for (auto* numbers : {&inverse_x, &inverse_y, &own_x, &own_y, &cross}) numbers->resize(rows);
+    cosines.resize(rows);
+    for (int64_t i = 0; i < rows; ++i) {
+      const auto inverse = [&](double squares) { return std::sqrt(squares) <= kEps ? 0 : 1 / std::sqrt(squares); };
+      const double r = inverse(xx[i]), s = inverse(yy[i]);
+      alive += (r != 0) + (s != 0);
+      cosines[i] = r * s * xy[i];
+      inverse_x[i] = T(r);
+      inverse_y[i] = T(s);
+      cross[i] = T(r * s);
+      own_x[i] = T(cosines[i] * r * r);
+      own_y[i] = T(cosines[i] * s * s);
+    }
+  }
+};
+
+// The loss of a row, and what its entries give to the gradients of G and H.
+template <typename T>
+struct Similarity {
+  const Rows<T>& rows;
+  bool grad_x, grad_y;
+
+  double operator()(int64_t r, int64_t length, const std::array<T*, 2>& entries) const {
+    using V = typename Vec<T>::type;
+    const auto [of_x, of_y] = entries;
+    const T x = rows.inverse_x[r], y = rows.inverse_y[r], cross = rows.cross[r];
+    const T own_first = of_x[0] * x - of_y[0] * y;
+    const double total = sum_vectors<T>(0, length, [&](int64_t j, int64_t count) {
+      const auto of_rows = [&](const std::vector<T>& numbers) {
+        return load_first<T>(numbers.data() + r + j, count, 0);
+      };
+      const V g = load_first<T>(of_x + j, count, 0), h = load_first<T>(of_y + j, count, 0);
+      const V mine = x * g - y * h, theirs = of_rows(rows.inverse_x) * g - of_rows(rows.inverse_y) * h;
+      const V both = cross + of_rows(rows.cross);
+      if (grad_x) store_first<T>(of_x + j, (rows.own_x[r] + of_rows(rows.own_x)) * g - both * h, count);
+      if (grad_y) store_first<T>(of_y + j, (rows.own_y[r] + of_rows(rows.own_y)) * h - both * g, count);
+      return mine * mine + theirs * theirs;
+    });
+    return total - double(own_first) * own_first;
+  }
+};
+
+template <typename T>
+struct Problem {
+  int64_t rows;
+  Operand<T> x, y;
+  double scale;
+  Gradient<T> grad_x, grad_y;
+
+  double gram_form() {
+    std::vector<Target<T>> targets;
+    if (grad_x.data) targets.push_back({x, &grad_x, T(2 * scale), 0});
+    if (grad_y.data) targets.push_back({y, &grad_y, T(2 * scale), 1});
+    const int64_t height = rows <= kWhole ? rows : strip_height(rows);
+    Strips<T, 2> strips(rows, height, {{{&x, nullptr}, {&y, nullptr}}}, std::move(targets));
+    std::vector<double> xx(rows), yy(rows), xy(rows);
+    strips.for_each([&](const Strip<T, 2>& strip) {
+      const auto add = [&](std::vector<double>& sums, int64_t a, int64_t b) {
+        strip.add_row_sums(sums.data() + strip.begin, 1, [=](const auto& at, int64_t count) {
+          return load_first<T>(at[a], count, 0) * load_first<T>(at[b], count, 0);
+        });
+      };
+      add(xx, 0, 0);
+      add(yy, 1, 1);
+      add(xy, 0, 1);
+    });
+    const Rows<T> of_rows(xx, yy, xy);
+    return scale * strips.run(Similarity<T>{of_rows, grad_x.data != nullptr, grad_y.data != nullptr});
+  }
+
+  // The same sums as x_iᵀ (XᵀX) x_i, y_iᵀ (YᵀY) y_i and x_iᵀ (XᵀY) y_i.
+  double feature_form() {
+    const Buffer<T> gram_x = product(x, x), gram_y = product(y, y), cross = product(x, y);
+    const Buffer<T> of_x = times(x, gram_x, x.width), of_y = times(y, gram_y, y.width),
+                    across = times(x, cross, y.width);
+    std::vector<double> xx(rows), yy(rows), xy(rows);
+    parallel_blocks(rows, 1, 1 + (1 << 14) / (x.width + y.width), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        xx[i] = dot(of_x.data() + i * x.width, x.rows.at(i, 0), x.width);
+        yy[i] = dot(of_y.data() + i * y.width, y.rows.at(i, 0), y.width);
+        xy[i] = dot(across.data() + i * y.width, y.rows.at(i, 0), y.width);
+      }
+    });
+    const Rows<T> of_rows(xx, yy, xy);
+    if (grad_x.data) add_gradient(x, y, of_x, {cross.data(), y.width, 1}, of_rows.own_x, of_rows.cross, grad_x);
+    if (grad_y.data)
+      add_gradient(y, x, of_y, View<T>{cross.data(), y.width, 1}.transposed(), of_rows.own_y, of_rows.cross, grad_y);
+    return scale * (of_rows.alive - 2 * std::accumulate(of_rows.cosines.begin(), of_rows.cosines.end(), 0.0));
+  }
+
+ private:
+  Buffer<T> product(const Operand<T>& a, const Operand<T>& b) const {
+    Buffer<T> result(a.width * b.width);
+    gemm<T>(a.width, b.width, rows, a.rows.transposed(), b.rows, result.data(), b.width);
+    return result;
+  }
+
+  Buffer<T> times(const Operand<T>& a, const Buffer<T>& matrix, int64_t width) const {
+    Buffer<T> result(rows * width);
+    gemm<T>(rows, width, a.width, a.rows, {matrix.data(), width, 1}, result.data(), width);
+    return result;
+  }
+
+  // 2 scale (diag(own) X XᵀX + X Xᵀ diag(own) X − diag(cross) Y YᵀX − Y Yᵀ diag(cross) X), `of_a` being X XᵀX and
+  // `across` XᵀY.
+  void add_gradient(const Operand<T>& a, const Operand<T>& b, const Buffer<T>& of_a, View<T> across,
+                    const std::vector<T>& own, const std::vector<T>& cross, const Gradient<T>& gradient) const {
+    const int64_t width = a.width;
+    T* out = gradient.data;
+    const Buffer<T> scaled(rows * width), inner(std::max(a.width, b.width) * width);
+    const auto weigh = [&](const std::vector<T>& factors) {
+      parallel_blocks(rows, 1, 1 + (1 << 14) / width, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          for (int64_t j = 0; j < width; ++j) scaled.data()[i * width + j] = factors[i] * *a.rows.at(i, j);
+      });
+    };
+    const View<T> weighed{scaled.data(), width, 1}, matrix{inner.data(), width, 1};
+    const T alpha = T(2 * scale);
+    gemm<T>(rows, width, b.width, b.rows, across.transposed(), out, width);
+    parallel_blocks(rows, 1, 1 + (1 << 14) / width, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t j = 0; j < width; ++j)
+          out[i * width + j] = alpha * (own[i] * of_a.data()[i * width + j] - cross[i] * out[i * width + j]);
+    });
+    weigh(own);
+    gemm<T>(width, width, rows, a.rows.transposed(), weighed, inner.data(), width);
+    gemm<T>(rows, width, width, a.rows, matrix, out, width, {alpha, true});
+    weigh(cross);
+    gemm<T>(b.width, width, rows, b.rows.transposed(), weighed, inner.data(), width);
+    gemm<T>(rows, width, b.width, b.rows, matrix, out, width, {-alpha, true});
+  }
+};
+
+// Whether every sample lies in memory without gaps, its elements in the order of their dimensions or channels last.
+bool dense(const Tensor& features, bool channels_last) {
+  std::vector<int64_t> order(features.dim() - 1);
+  std::iota(order.begin(), order.end(), 1);
+  if (channels_last) order = {2, 3, 1};
+  int64_t expected = 1;
+  for (auto d = order.rbegin(); d != order.rend(); ++d) {
+    if (features.size(*d) != 1 && features.stride(*d) != expected) return false;
+    expected *= features.size(*d);
+  }
+  return true;
+}
+
+// The features of a network as a row per sample, channels last if their memory is. Products of two samples do not depend on
+// the order of their elements.
+struct Samples {
+  Tensor features;
+  bool channels_last;
+  int64_t width;
+
+  explicit Samples(const Tensor& given)
+      : features(given), channels_last(last(given)), width(given.numel() / given.size(0)) {
+    if (dense(features, channels_last)) return;
+    channels_last = false;
+    if (!dense(features, false)) features = torch::stable::contiguous(features);
+  }
+
+  template <typename T, Scratch scratch>
+  Operand<T> operand() const {
+    const int64_t rows = features.size(0), stride = features.stride(0);
+    if (features.scalar_type() == kScalarType<T>) return {{features.const_data_ptr<T>(), stride, 1}, width};
+    T* copy = workspace<T, scratch>(rows * width);
+    with_element_type(features, [&](auto type) {
+      const auto* data = static_cast<const decltype(type)*>(features.const_data_ptr());
+      parallel_blocks(rows, 1, 1 + (1 << 15) / width, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          for (int64_t j = 0; j < width; ++j) copy[i * width + j] = T(data[i * stride + j]);
+      });
+    });
+    return {{copy, width, 1}, width};
+  }
+
+  // In the memory order of the samples.
+  template <typename T>
+  Tensor new_gradient(bool wanted) const {
+    using torch::headeronly::MemoryFormat;
+    if (!wanted) return new_compact(features, {0}, kScalarType<T>);
+    const auto sizes = features.sizes();
+    return torch::stable::empty(std::vector<int64_t>(sizes.begin(), sizes.end()), kScalarType<T>, std::nullopt,
+                                features.device(), std::nullopt,
+                                channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  }
+
+ private:
+  static bool last(const Tensor& features) {
+    return features.dim() == 4 && features.stride(1) == 1 && features.size(1) > 1 &&
+           features.size(2) * features.size(3) > 1 && dense(features, true);
+  }
+};
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, double scale, bool feature,
+                                       bool grad_student, bool grad_teacher) {
+  const Samples students(student), teachers(teacher);
+  const Tensor gradient_x = students.new_gradient<T>(grad_student), gradient_y = teachers.new_gradient<T>(grad_teacher);
+  Problem<T> problem{student.size(0),
+                     students.operand<T, Scratch::rows_x>(),
+                     teachers.operand<T, Scratch::rows_y>(),
+                     scale,
+                     {grad_student ? gradient_x.mutable_data_ptr<T>() : nullptr, students.width},
+                     {grad_teacher ? gradient_y.mutable_data_ptr<T>() : nullptr, teachers.width}};
+  const double loss = feature ? problem.feature_form() : problem.gram_form();
+  return {new_scalar<T>(student, loss), gradient_x, gradient_y};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> similarity_preserving(const Tensor& student, const Tensor& teacher, double scale,
+                                                         bool feature, bool grad_student, bool grad_teacher) {
+  STD_TORCH_CHECK(student.dim() >= 2 && teacher.dim() >= 2 && student.size(0) == teacher.size(0) &&
+                      student.numel() > 0 && teacher.numel() > 0,
+                  "similarity_preserving: student and teacher must be n x ..., not empty");
+  const bool in_double = student.scalar_type() == ScalarType::Double || teacher.scalar_type() == ScalarType::Double;
+  return (in_double ? run<double> : run<float>)(student, teacher, scale, feature, grad_student, grad_teacher);
+}
+
+}  // namespace kdkernels

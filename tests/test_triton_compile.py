@@ -25,9 +25,19 @@ from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-ROOMS = [import_module(f"kdkernels.ops.{name}.triton") for name in ("congruence", "kd", "patches")]
+ROOMS = [import_module(f"kdkernels.ops.{name}.triton") for name in ("congruence", "icc", "kd", "patches")]
 ops = torch.ops.kdkernels_triton
+ICC_KERNELS = {
+    "_sums_kernel",
+    "_map_kernel",
+    "_compare_kernel",
+    "_means_kernel",
+    "_pull_back_kernel",
+    "_samples_kernel",
+    "_samples_backward_kernel",
+}
 KERNELS = {
+    *ICC_KERNELS,
     "_kd_kernel",
     "_bounds_kernel",
     "_pack_kernel",
@@ -123,6 +133,19 @@ def test_kd(compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path) -
     check(compiled, target, tmp_path, {"_kd_kernel"})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_icc(compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, dtype: torch.dtype) -> None:
+    logits = torch.zeros(64, 100, dtype=dtype)
+    correlate(logits)
+    check(compiled, target, tmp_path, ICC_KERNELS)
+
+
+def correlate(logits: torch.Tensor) -> None:
+    ops.icc_map_backward(ops.icc_map(logits), logits)
+    for per_sample in (False, True):
+        ops.icc_loss(logits, logits, per_sample, 1.0, True, True)
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
 def test_patches(compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, channels_last: bool) -> None:
     dtype = torch.bfloat16 if channels_last else torch.float32
@@ -183,6 +206,7 @@ def test_sizes_of_one(compiled: list[CompiledKernel], target: GPUTarget) -> None
         pack_and_back(maps, 2, False, mask, bounds, True)
     for x, y in ((torch.zeros(1, 1), torch.zeros(1, 3)), (torch.zeros(3, 1), torch.zeros(3, 1))):
         ops.kd(x, x, 4.0, 1.0, True, True)
+        correlate(x)
         for feature in (False, True):
             ops.congruence(x, y, 1, [1.0, 0.5, 0.5, 1.0], [feature] * 3, True, True)
             ops.congruence(x, y, 1, [1.0, 0.5, 0.5, 1.0], [feature] * 3, False, False)

@@ -8,6 +8,8 @@ from helpers import loss_and_gradients
 from torch import Tensor
 
 import kdkernels
+from kdkernels import inter_class_correlation
+from kdkernels import inter_class_correlation_loss as icc_loss
 from kdkernels.ops.congruence import congruence
 from kdkernels.ops.patches import patches
 
@@ -20,6 +22,9 @@ def losses(device: str) -> list[tuple[object, Tensor]]:
     weight = draw(12, 8, device=device)
     return [
         (lambda x: kdkernels.kd_loss(x, logits, backend="triton"), draw(4, 6, device=device)),
+        (lambda x: icc_loss(x, logits, backend="triton"), draw(4, 6, device=device)),
+        (lambda x: icc_loss(x, logits, per_sample=True, backend="triton"), draw(4, 6, device=device)),
+        (lambda x: (inter_class_correlation(x, backend="triton") ** 2).sum(), draw(4, 6, device=device)),
         (lambda x: (patches(x, 2, backend="triton") * weight).sum(), draw(3, 2, 4, 4, device=device)),
         (lambda x: congruence(x, rows, positions=4, form="gram", backend="triton"), draw(8, 3, device=device)),
         (lambda x: congruence(x, rows, positions=4, form="feature", backend="triton"), draw(8, 3, device=device)),
@@ -82,3 +87,8 @@ def test_registration(device: str) -> None:
     for feature in (False, True):
         torch.library.opcheck(ops.congruence, (x, y, 4, [0.7, 0.5, -0.3, 0.2], [feature] * 3, True, False))
     torch.library.opcheck(ops.kd, (x, draw(8, 3, device=device), 4.0, 16.0, True, False))
+    logits = laid_out(draw(6, 4, device=device), "transposed")
+    for per_sample in (False, True):
+        torch.library.opcheck(ops.icc_loss, (logits, draw(6, 4, device=device), per_sample, 0.1, True, per_sample))
+    torch.library.opcheck(ops.icc_map, (logits,))
+    torch.library.opcheck(ops.icc_map_backward, (draw(4, 4, device=device), logits))

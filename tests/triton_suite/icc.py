@@ -1,0 +1,103 @@
+"""``icc``"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_as_good_as, assert_close, exactly, loss_and_gradients
+from torch import Tensor
+
+from kdkernels import inter_class_correlation, inter_class_correlation_loss
+from kdkernels.ops.icc import reference as icc_reference
+
+from . import FULL_PRECISION, draw, laid_out
+
+both_forms = pytest.mark.parametrize("per_sample", [False, True], ids=["map", "per sample"])
+
+
+def run_icc(student: Tensor, teacher: Tensor, per_sample: bool) -> Tensor:
+    return inter_class_correlation_loss(student, teacher, per_sample=per_sample, backend="triton")
+
+
+def expected_icc(student: Tensor, teacher: Tensor, per_sample: bool) -> Tensor:
+    return icc_reference.icc_loss(student, teacher, per_sample, 1 / student.shape[1])
+
+
+def check_icc(student: Tensor, teacher: Tensor, per_sample: bool) -> None:
+    loss, gradients = loss_and_gradients(lambda s, t: run_icc(s, t, per_sample), student, teacher)
+    expected, correct = loss_and_gradients(lambda s, t: expected_icc(s, t, per_sample), *exactly(student, teacher))
+    assert loss.dtype == student.dtype
+    assert_close(loss, expected, "loss")
+    for gradient, exact in zip(gradients, correct, strict=True):
+        if exact is None:
+            assert gradient is None
+        elif student.shape[1] == 1:
+            assert gradient.abs().max() < 1e-6
+        else:
+            assert_close(gradient, exact, "gradient")
+
+
+@pytest.mark.parametrize("dtype", FULL_PRECISION)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (1, 33), (5, 45)])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@both_forms
+def test_icc_loss(device: str, dtype: torch.dtype, shape: tuple[int, int], layout: str, per_sample: bool) -> None:
+    student, teacher = (laid_out(1.5 * draw(*shape, device=device, dtype=dtype), layout) for _ in range(2))
+    check_icc(student.requires_grad_(), teacher.requires_grad_(), per_sample)
+    check_icc(student.detach().requires_grad_(), teacher.detach(), per_sample)
+
+
+@both_forms
+def test_icc_of_confident_networks(device: str, per_sample: bool) -> None:
+    """Logits up to 30: their products are far beyond the range of exp."""
+    student, teacher = (60 * torch.rand(4, 40, device=device) - 30 for _ in range(2))
+    check_icc(student.requires_grad_(), teacher.requires_grad_(), per_sample)
+
+
+def test_icc_by_chunks_of_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdkernels.ops.icc import triton as kernels
+
+    monkeypatch.setattr(kernels, "HELD", 45 * 17)
+    student, teacher = (1.5 * draw(3, 45, device=device) for _ in range(2))
+    check_icc(student.requires_grad_(), teacher.requires_grad_(), False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@both_forms
+def test_icc_in_half_precision(device: str, dtype: torch.dtype, per_sample: bool) -> None:
+    student, teacher = (2 * draw(4, 20, device=device, dtype=dtype) for _ in range(2))
+    student.requires_grad_()
+    loss, (gradient, _) = loss_and_gradients(lambda s, t: run_icc(s, t, per_sample), student, teacher)
+    expected, (correct, _) = loss_and_gradients(lambda s, t: expected_icc(s, t, per_sample), *exactly(student, teacher))
+    assert loss.dtype == torch.float32
+    assert gradient.dtype == dtype
+    assert_close(loss, expected, "loss")
+    assert_as_good_as(gradient, correct.to(dtype), correct, "gradient")
+
+
+@pytest.mark.parametrize("dtype", FULL_PRECISION)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (4, 39)])
+@pytest.mark.parametrize("scale", [1.5, 12.0])
+def test_icc_map(device: str, dtype: torch.dtype, shape: tuple[int, int], scale: float) -> None:
+    logits, weight = scale * draw(*shape, device=device, dtype=dtype), draw(shape[1], shape[1], device=device)
+    logits.requires_grad_()
+    result = inter_class_correlation(logits, backend="triton")
+    expected = icc_reference.icc_map(logits.double())
+    assert result.dtype == dtype
+    assert_close(result, expected)
+    (gradient,) = torch.autograd.grad(result, logits, weight.to(dtype).t())
+    (correct,) = torch.autograd.grad(expected, logits, weight.double().t())
+    if shape[1] == 1 or scale > 5:  # a gradient that vanishes with a confident network's derivatives
+        torch.testing.assert_close(gradient, correct.to(dtype), rtol=1e-5, atol=1e-6)
+    else:
+        assert_close(gradient, correct)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@both_forms
+def test_icc_of_a_broken_network(device: str, bad: float, per_sample: bool) -> None:
+    for place in range(2):
+        logits = [draw(3, 10, device=device) for _ in range(2)]
+        logits[place][1, 4] = bad
+        assert run_icc(*logits, per_sample).isnan()
+        assert inter_class_correlation(logits[place], backend="triton").isnan().any()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import figures, networks, options, results, training
-from common.data import Batches, Dataset
+from common.data import Dataset
+from common.experiment import Experiment, conduct
 from common.networks import StagedNetwork
 from common.training import History, Losses, Schedule
 from torch import Tensor, nn
@@ -108,43 +110,21 @@ class Trained(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    recipe = recipe_of(arguments)
-    dataset = options.load_data(parser, arguments)
-    if arguments.fresh:
-        options.forget(arguments.out)
-    try:
-        Experiment(arguments, recipe, dataset).run()
-    except training.CheckpointError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        raise SystemExit("\nInterrupted. The same command goes on after the last finished epoch.") from None
+    conduct(parser, arguments, partial(LocalCorrelation, arguments, recipe_of(arguments)))
 
 
-class Experiment:
-    """One data set, one teacher, its masks, and all students; every file lies under ``out``."""
+class LocalCorrelation(Experiment):
+    """One data set, one teacher, its masks, and all students."""
 
     def __init__(self, arguments: argparse.Namespace, recipe: Recipe, dataset: Dataset) -> None:
+        super().__init__(arguments, dataset)
         self.recipe = recipe
-        self.dataset = dataset
         self.methods = {name: METHODS[name] for name in arguments.methods}
         self.teacher_weights: Path | None = arguments.teacher_weights
-        self.backend: str = arguments.backend
-        self.out: Path = arguments.out
-        self.device = options.pick_device(arguments)
-        self.data_settings = {
-            "data": arguments.data,
-            "validate": arguments.validate,
-            "images": (len(dataset.train), len(dataset.test)),
-        }
 
     def run(self) -> None:
-        images = self.dataset.train.pixels
         few = self.dataset.only(self.recipe.share)
-        print(
-            f"{len(images)} training and {len(self.dataset.test)} test images of "
-            f"{' x '.join(map(str, images.shape[1:]))} in {self.dataset.num_classes} classes; "
-            f"students see {len(few.train)} training images; on {self.device}; files in {self.out}"
-        )
+        self.introduce(few)
         teacher = self.teacher()
         caat = self.caat(teacher) if any(method.masked for method in self.methods.values()) else None
         students: dict[str, list[StagedNetwork]] = {name: [] for name in self.methods}
@@ -158,25 +138,13 @@ class Experiment:
 
     def teacher(self) -> StagedNetwork:
         """The trained, frozen teacher."""
-        torch.manual_seed(0)
-        teacher = self.network(self.recipe.teacher)
+        recipe = self.recipe
         if self.teacher_weights is not None:
+            teacher = self.network(recipe.teacher)
             training.load_weights(teacher, self.teacher_weights)
         else:
-
-            def loss(images: Tensor, labels: Tensor) -> Losses:
-                return {"loss": F.cross_entropy(teacher(images)[0], labels)}
-
-            schedule = self.recipe.teacher_schedule
-            training.fit(
-                f"teacher {self.recipe.teacher}",
-                teacher,
-                loss,
-                Batches(self.dataset, schedule.batch_size, 0, self.device),
-                schedule,
-                lambda: self.measure(lambda images: teacher(images)[0]),
-                self.checkpoint("teacher"),
-                self.data_settings | {"network": self.recipe.teacher},
+            teacher, _ = self.classifier(
+                f"teacher {recipe.teacher}", recipe.teacher, self.dataset, recipe.teacher_schedule, 0, "teacher"
             )
         return teacher.requires_grad_(False).eval()
 
@@ -199,17 +167,8 @@ class Experiment:
             )
             return {f"test_accuracy_stage_{n}": accuracy for n, accuracy in enumerate(measured["test_accuracy"], 1)}
 
-        schedule = self.recipe.caat_schedule
-        training.fit(
-            "CAAT",
-            caat,
-            loss,
-            Batches(self.dataset, schedule.batch_size, 0, self.device),
-            schedule,
-            evaluate,
-            self.checkpoint("caat"),
-            self.data_settings | {"teacher": training.fingerprint(teacher)},
-        )
+        settings = {"teacher": training.fingerprint(teacher)}
+        self.fit("CAAT", caat, loss, self.dataset, self.recipe.caat_schedule, 0, "caat", settings, evaluate=evaluate)
         for module in caat:
             module.freeze()
         return caat
@@ -221,17 +180,10 @@ class Experiment:
         torch.manual_seed(seed)
         student = self.network(self.recipe.student)
         method, schedule = self.methods[name], self.recipe.student_schedule
-        history = training.fit(
-            f"{name} seed {seed}",
-            student,
-            self.student_loss(method, student, teacher, caat),
-            Batches(dataset, schedule.batch_size, seed, self.device),
-            schedule,
-            lambda: self.measure(lambda images: student(images)[0]),
-            self.checkpoint(f"{name.lower()}-seed{seed}"),
-            self.student_settings(method, teacher, caat) | {"seed": seed},
-        )
-        return student, history
+        loss = self.student_loss(method, student, teacher, caat)
+        settings = self.student_settings(method, teacher, caat) | {"seed": seed}
+        checkpoint = f"{name.lower()}-seed{seed}"
+        return student, self.fit(f"{name} seed {seed}", student, loss, dataset, schedule, seed, checkpoint, settings)
 
     def student_loss(
         self, method: Method, student: StagedNetwork, teacher: StagedNetwork, caat: nn.ModuleList | None
@@ -263,7 +215,7 @@ class Experiment:
     def student_settings(self, method: Method, teacher: StagedNetwork, caat: nn.ModuleList | None) -> dict[str, object]:
         """What a student depends on, and nothing else: runs of other methods stay valid when a setting changes."""
         recipe = self.recipe
-        settings = self.data_settings | {"network": recipe.student, "share": recipe.share}
+        settings = {"network": recipe.student, "share": recipe.share}
         if method.kd:
             settings |= {
                 "teacher": training.fingerprint(teacher),
@@ -276,15 +228,6 @@ class Experiment:
         if method.masked:
             settings |= {"caat": training.fingerprint(caat), "threshold": recipe.threshold}
         return settings
-
-    def network(self, name: str) -> StagedNetwork:
-        return networks.build(name, self.dataset.channels, self.dataset.num_classes).to(self.device)
-
-    def measure(self, classify: Callable[[Tensor], Tensor]) -> dict:
-        return training.measure(classify, self.dataset, self.device)
-
-    def checkpoint(self, name: str) -> Path:
-        return self.out / "checkpoints" / f"{name}.pt"
 
     def report(self, trained: Trained) -> None:
         """Write the table, results.json and the figures, and print the table."""
@@ -394,12 +337,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("recipe", "what is not given is the recipe's")
     group.add_argument("--recipe", choices=RECIPES, help="default: demo for digits, paper for cifar100")
 
-    def add(
-        flag: str, type: Callable[[str], object], what: str, value: Callable[[Recipe], object], **more: object
-    ) -> None:
-        defaults = ", ".join(f"{name}: {value(recipe)}" for name, recipe in RECIPES.items())
-        group.add_argument(flag, type=type, help=f"{what} ({defaults})", **more)
-
+    add = partial(options.add_recipe_flag, group, RECIPES)
     count, name = options.positive_int, {"choices": networks.NETWORKS, "metavar": "NAME"}
     add("--teacher", str, "teacher network", lambda r: r.teacher, **name)
     add("--student", str, "student network", lambda r: r.student, **name)

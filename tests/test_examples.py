@@ -420,7 +420,7 @@ def test_flags_override_the_recipe() -> None:
 def test_the_loss_is_eq_11(tmp_path: Path, name: str) -> None:
     arguments = train_lkd.build_parser().parse_args(["--out", str(tmp_path), "--alpha", "0.3", "--beta", "0.01"])
     settings = train_lkd.recipe_of(arguments)
-    experiment = train_lkd.Experiment(arguments, settings, data.load("digits"))
+    experiment = train_lkd.LocalCorrelation(arguments, settings, data.load("digits"))
     student, teacher = (networks.build(n, 1, 10).eval() for n in (settings.student, settings.teacher))
     caat = nn.ModuleList(kdkernels.nn.ClassAwareAttention(c, 10).freeze() for c in teacher.channels)
     images, labels = torch.randn(6, 1, 16, 16), torch.randint(10, (6,))

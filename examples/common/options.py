@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +35,20 @@ def add_options(parser: argparse.ArgumentParser, out: Path) -> None:
     group.add_argument(
         "--threads", type=positive_int, metavar="N", help="CPU threads; default: 1 for digits, else PyTorch's"
     )
+
+
+def add_recipe_flag(
+    group: argparse._ArgumentGroup,
+    recipes: Mapping[str, Any],
+    flag: str,
+    type: Callable[[str], object],
+    what: str,
+    value: Callable[[Any], object],
+    **more: Any,
+) -> None:
+    """A flag in place of a recipe's value; its help tells what that is in each."""
+    defaults = ", ".join(f"{name}: {value(recipe)}" for name, recipe in recipes.items())
+    group.add_argument(flag, type=type, help=f"{what} ({defaults})", **more)
 
 
 def positive_int(text: str) -> int:

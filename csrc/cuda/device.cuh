@@ -15,6 +15,7 @@
 namespace kdkernels {
 
 using Stream = cudaStream_t;
+constexpr int kWarp = 32;
 
 // The shared memory whose size the launch names.
 __device__ inline char* dynamic_shared_memory() {
@@ -57,12 +58,44 @@ __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Open) : "memory");
 }
 
+// Products on tensor cores, by a warp: c += a b, where a is 16 M x 8, b is 8 x 8 N. Lane 4 g + t holds of each 16 x 8 block
+// of a the elements (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); of each 8 x 8 block of b (t, g), (t + 4, g); of each
+// 16 x 8 block of c (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1). Of the floats in a and b only the first 11 bits
+// of the mantissa count (tf32), and sums are truncated.
+template <int M, int N>
+__device__ inline void multiply(float (&c)[M][N][4], const float (&a)[M][4], const float (&b)[N][2]) {
+#pragma unroll
+  for (int i = 0; i < M; ++i)
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+      asm volatile(
+          "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+          "{%0, %1, %2, %3};"
+          : "+f"(c[i][j][0]), "+f"(c[i][j][1]), "+f"(c[i][j][2]), "+f"(c[i][j][3])
+          : "r"(__float_as_uint(a[i][0])), "r"(__float_as_uint(a[i][1])), "r"(__float_as_uint(a[i][2])),
+            "r"(__float_as_uint(a[i][3])), "r"(__float_as_uint(b[j][0])), "r"(__float_as_uint(b[j][1])));
+}
+
+// The same in float64, in four products of 8 x 4 by 4 x 8.
+template <int M, int N>
+__device__ inline void multiply(double (&c)[M][N][4], const double (&a)[M][4], const double (&b)[N][2]) {
+#pragma unroll
+  for (int i = 0; i < M; ++i)
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+#pragma unroll
+      for (int part = 0; part < 4; ++part) {
+        const int half = part % 2, k = part / 2;
+        asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                     : "+d"(c[i][j][2 * half]), "+d"(c[i][j][2 * half + 1])
+                     : "d"(a[i][half + 2 * k]), "d"(b[j][k]));
+      }
+}
+
 }  // namespace kdkernels
 #endif
 
 namespace kdkernels {
-
-constexpr int kWarp = 32;
 
 template <typename T>
 struct Sum {

@@ -18,6 +18,13 @@ struct Group {
   int64_t first[kMost + 1] = {};
   P problems[kMost] = {};
 
+  void add(const P& problem, int64_t blocks) {
+    problems[count++] = problem;
+    first[count] = first[count - 1] + blocks;
+  }
+  int64_t blocks() const { return first[count]; }
+
+  // Of the block that asks: its problem, and its number among the blocks of that.
   __device__ int index() const {
     int i = 0;
     while (i + 1 < count && int64_t(blockIdx.x) >= first[i + 1]) ++i;
@@ -31,15 +38,14 @@ template <typename P>
 using Problems = std::vector<std::pair<P, int64_t>>;
 
 // In as few launches as the parameters allow: one, but for networks of very many stages.
-template <typename P>
-void launch(void (*kernel)(Group<P>), const Problems<P>& problems, int threads, int shared_bytes, Stream stream) {
+template <typename P, typename... Arguments>
+void launch(void (*kernel)(Group<P>, Arguments...), const Problems<P>& problems, int threads, int shared_bytes,
+            Stream stream, const Arguments&... arguments) {
   for (size_t begin = 0; begin < problems.size(); begin += Group<P>::kMost) {
     Group<P> group;
-    for (size_t i = begin; i < std::min(problems.size(), begin + Group<P>::kMost); ++i) {
-      group.problems[group.count++] = problems[i].first;
-      group.first[group.count] = group.first[group.count - 1] + problems[i].second;
-    }
-    launch(kernel, group.first[group.count], threads, shared_bytes, stream, group);
+    for (size_t i = begin; i < std::min(problems.size(), begin + Group<P>::kMost); ++i)
+      group.add(problems[i].first, problems[i].second);
+    launch(kernel, group.blocks(), threads, shared_bytes, stream, group, arguments...);
   }
 }
 

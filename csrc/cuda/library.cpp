@@ -11,4 +11,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CUDA, m) {
   m.impl("kd", TORCH_BOX(&kdkernels::kd));
   m.impl("patches", TORCH_BOX(&kdkernels::patches));
   m.impl("patches_backward", TORCH_BOX(&kdkernels::patches_backward));
+  m.impl("congruence", TORCH_BOX(&kdkernels::congruence));
+  m.impl("local_correlation", TORCH_BOX(&kdkernels::local_correlation));
+  m.impl("local_correlation_backward", TORCH_BOX(&kdkernels::local_correlation_backward));
 }

@@ -218,17 +218,21 @@ struct Projection {
   int length;
 };
 
-// A block per row: the gradient before normalisation from that after it, (g − x̂ ⟨g, x̂⟩) / ‖x‖. May be in place.
+// By a block, for one row: the gradient before normalisation from that after it, (g − x̂ ⟨g, x̂⟩) / ‖x‖. May be in place.
 template <typename T>
-__global__ void __launch_bounds__(512, 1) denormalise_kernel(const __grid_constant__ Group<Projection<T>> group) {
-  const int index = group.index();
-  const Projection<T>& p = group.problems[index];
-  const int64_t row = group.block(index), begin = row * p.length;
+__device__ void denormalise(const Projection<T>& p, int64_t row) {
+  const int64_t begin = row * p.length;
   double product = 0;
   for (int j = threadIdx.x; j < p.length; j += blockDim.x) product += double(p.grad[begin + j]) * p.rows[begin + j];
   const T radial = T(block_reduce(product, Sum<double>())), norm = p.norms[row];
   for (int j = threadIdx.x; j < p.length; j += blockDim.x)
     p.out[begin + j] = norm == 0 ? T(0) : (p.grad[begin + j] - p.rows[begin + j] * radial) / norm;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(512, 1) denormalise_kernel(const __grid_constant__ Group<Projection<T>> group) {
+  const int index = group.index();
+  denormalise(group.problems[index], group.block(index));
 }
 
 template <typename T>

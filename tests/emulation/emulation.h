@@ -3,6 +3,7 @@
 // arrives when it is waited for, its destination being NaN until then: a barrier that is missing changes the result.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -56,7 +57,9 @@ struct Copy {
 };
 
 struct Fibre {
-  ucontext_t context;
+  ucontext_t beginning;
+  jmp_buf place;  // where it gave way: jumping there is much faster than a switch of contexts, which calls the system
+  bool begun = false;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   bool done = false;
   const Barrier* waits_for = nullptr;
@@ -76,7 +79,7 @@ inline std::mt19937_64 generator;
 inline int64_t launches = 0;
 
 // The block that is running.
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::vector<Fibre> fibres;
 inline std::vector<Warp> warps;
 inline Barrier block_barrier;
@@ -103,6 +106,16 @@ inline void* shared_array(const void* site, size_t bytes) {
   return entry->second.data();
 }
 
+inline void give_way() {
+  if (_setjmp(fibres[current].place) == 0) _longjmp(scheduler, 1);
+}
+
+[[gnu::noinline]] inline void resume(Fibre& fibre) {
+  if (_setjmp(scheduler) != 0) return;
+  if (std::exchange(fibre.begun, true)) _longjmp(fibre.place, 1);
+  setcontext(&fibre.beginning);
+}
+
 inline void wait(Barrier& barrier, int threads) {
   if (++barrier.arrived == threads) {
     barrier.arrived = 0;
@@ -112,7 +125,7 @@ inline void wait(Barrier& barrier, int threads) {
   Fibre& self = fibres[current];
   self.waits_for = &barrier;
   self.until = barrier.passed + 1;
-  swapcontext(&self.context, &scheduler);
+  give_way();
 }
 
 inline void wait_for_warp() { wait(warps[current / kWarpSize].barrier, kWarpSize); }
@@ -136,7 +149,7 @@ inline void enter() {
     failure = std::current_exception();
   }
   fibres[current].done = true;
-  swapcontext(&fibres[current].context, &scheduler);
+  give_way();
 }
 
 inline std::vector<int64_t> permutation(int64_t count) {
@@ -160,10 +173,11 @@ inline void run_block(int64_t block, int threads, int shared_bytes) {
     fibre.done = false;
     fibre.waits_for = nullptr;
     fibre.copies.assign(1, {});
-    getcontext(&fibre.context);
-    fibre.context.uc_stack.ss_sp = fibre.stack.get();
-    fibre.context.uc_stack.ss_size = kStackBytes;
-    makecontext(&fibre.context, enter, 0);
+    fibre.begun = false;
+    getcontext(&fibre.beginning);
+    fibre.beginning.uc_stack.ss_sp = fibre.stack.get();
+    fibre.beginning.uc_stack.ss_size = kStackBytes;
+    makecontext(&fibre.beginning, enter, 0);
   }
   for (int done = 0; done < threads;) {
     bool progress = false;
@@ -173,7 +187,7 @@ inline void run_block(int64_t block, int threads, int shared_bytes) {
       fibre.waits_for = nullptr;
       current = int(thread);
       threadIdx.x = unsigned(thread);
-      swapcontext(&scheduler, &fibre.context);
+      resume(fibre);
       progress = true;
       if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
       done += fibre.done;
@@ -207,6 +221,32 @@ T __shfl_xor_sync(unsigned mask, T value, int distance) {
   return result;
 }
 
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+namespace emulation {
+
+// What a tensor core sees of an operand, and what it leaves of a sum.
+inline double operand(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
+inline double operand(double x) { return x; }
+
+inline float accumulated(double sum, float) {
+  const float nearest = float(sum);
+  return std::abs(double(nearest)) > std::abs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+inline double accumulated(double sum, double) { return sum; }
+
+}  // namespace emulation
+
 #define SHARED_ARRAY(T, name, count) \
   static const char name##_site = 0; \
   T* const name = static_cast<T*>(emulation::shared_array(&name##_site, sizeof(T) * (count)))
@@ -214,6 +254,7 @@ T __shfl_xor_sync(unsigned mask, T value, int distance) {
 namespace kdkernels {
 
 using Stream = int;
+constexpr int kWarp = emulation::kWarpSize;
 
 inline char* dynamic_shared_memory() {
   char* memory = emulation::dynamic_shared.data();
@@ -246,6 +287,36 @@ void wait_copies() {
       copy.from ? std::memcpy(copy.to, copy.from, copy.bytes) : std::memset(copy.to, 0, copy.bytes);
     groups[group].clear();
   }
+}
+
+// Products of a warp, laid out over its lanes as csrc/cuda/device.cuh says.
+template <typename T, int M, int N>
+void multiply(T (&c)[M][N][4], const T (&a)[M][4], const T (&b)[N][2]) {
+  struct Operands {
+    double a[M][4], b[N][2];
+  } own;
+  for (int i = 0; i < M; ++i)
+    for (int e = 0; e < 4; ++e) own.a[i][e] = emulation::operand(a[i][e]);
+  for (int j = 0; j < N; ++j)
+    for (int e = 0; e < 2; ++e) own.b[j][e] = emulation::operand(b[j][e]);
+  emulation::show(own);
+  const int lane = emulation::current % kWarp, g = lane / 4, t = lane % 4;
+  double sums[M][N][4];
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < N; ++j) std::copy_n(c[i][j], 4, sums[i][j]);
+  for (int k = 0; k < 8; ++k) {
+    const auto& of_row = emulation::shown_by<Operands>(4 * g + k % 4);
+    const auto& left = emulation::shown_by<Operands>(8 * t + k % 4);
+    const auto& right = emulation::shown_by<Operands>(8 * t + 4 + k % 4);
+    for (int i = 0; i < M; ++i)
+      for (int j = 0; j < N; ++j)
+        for (int e = 0; e < 4; ++e)
+          sums[i][j][e] += of_row.a[i][e / 2 + k / 4 * 2] * (e % 2 ? right : left).b[j][k / 4];
+  }
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < N; ++j)
+      for (int e = 0; e < 4; ++e) c[i][j][e] = emulation::accumulated(sums[i][j][e], T());
+  emulation::wait_for_warp();
 }
 
 }  // namespace kdkernels

@@ -1,0 +1,195 @@
+// Sums of squared differences between two Gram matrices, with gradients, in sample space or in feature space.
+#pragma once
+
+#include "group.cuh"
+#include "tile.cuh"
+
+namespace kdkernels {
+
+// Rows of tiles of which only the columns from the diagonal on are computed: which tile a block has.
+struct Place {
+  int row, column;  // of the tile's first entry
+
+  static __device__ Place in_triangle(int64_t index, int tiles_across) {
+    int line = 0;
+    for (; index >= tiles_across - line; ++line) index -= tiles_across - line;
+    return {line * kTile, int(line + index) * kTile};
+  }
+};
+
+inline int tiles(int64_t size) { return int((size + kTile - 1) / kTile); }
+inline int64_t triangle(int lines, int across) { return int64_t(lines) * across - int64_t(lines) * (lines - 1) / 2; }
+
+// Rows first to first + height of D = X Xᵀ - Y Yᵀ, from column first on; row r belongs to image r / positions and position
+// r % positions. `batch` numbers lie between one such matrix and the next.
+template <typename T>
+struct Gram {
+  Matrix<T> x, y;
+  int64_t batch_x, batch_y;
+  int width_x, width_y, first, height, rows, positions;
+  double full, intra, inter_same,
+      diagonal;  // what D² is multiplied by for all pairs and, in addition, for related ones
+  T* strip;      // D times those weights, height x (rows - first); null if not wanted
+  int64_t batch_strip, partials;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kTileThreads, 2)
+    gram_kernel(const __grid_constant__ Group<Gram<T>> group, double* partials) {
+  const int index = group.index();
+  const Gram<T>& p = group.problems[index];
+  const int across = (p.rows - p.first + kTile - 1) / kTile, lines = (p.height + kTile - 1) / kTile;
+  const int64_t per_batch = int64_t(lines) * across - int64_t(lines) * (lines - 1) / 2;
+  const int64_t batch = group.block(index) / per_batch;
+  const Place place = Place::in_triangle(group.block(index) % per_batch, across);
+  const int columns = p.rows - p.first;
+
+  const Matrix<T> x = p.x.from(batch * p.batch_x + p.first * p.x.stride);
+  const Matrix<T> y = p.y.from(batch * p.batch_y + p.first * p.y.stride);
+  Tile<T> tile = multiply_tiles<T, true, true>({x, x, 0, p.width_x}, {y, y, 0, p.width_y}, place.row, p.height,
+                                               place.column, columns);
+
+  const bool on_diagonal = place.row == place.column;
+  const bool related = p.intra != 0 || p.inter_same != 0 || p.diagonal != 0;
+  double sum = 0;
+  tile.for_each([&](int r, int s, T& entry) {
+    r += place.row;
+    s += place.column;
+    if (r >= p.height || s >= columns) return;
+    double weight = p.full;
+    if (related) {
+      const int row = p.first + r, column = p.first + s;
+      if (row / p.positions == column / p.positions) weight += p.intra;
+      if (row % p.positions == column % p.positions) weight += p.inter_same;
+      if (row == column) weight += p.diagonal;
+    }
+    // Entries below the diagonal, but for those of this tile or of later strips' rows, are not computed: they count twice.
+    sum += (on_diagonal ? 1 : 2) * weight * double(entry) * double(entry);
+    if (!p.strip) return;
+    T* strip = p.strip + batch * p.batch_strip;
+    const T value = T(weight) * entry;
+    strip[int64_t(r) * columns + s] = value;
+    if (!on_diagonal && s < p.height) strip[int64_t(s) * columns + r] = value;
+  });
+  sum = block_reduce(sum, Sum<double>());
+  if (threadIdx.x == 0) partials[p.partials + group.block(index)] = sum;
+}
+
+// out = scale (A₁ B₁ - A₂ B₂), or that added to it. Split along its depth, part by part.
+template <typename T>
+struct Product {
+  Matrix<T> a[2], b[2];
+  int64_t batch_a[2], batch_b[2];
+  int depth[2], rows, columns;
+  bool symmetric;  // only the tiles from the diagonal on are computed
+  int splits, split_depth;
+  T* out;
+  int64_t line, batch_out;  // of the next part, where there are splits
+  T scale;
+  bool accumulate;
+};
+
+// A's neighbours in memory lie along the depth or across it, B's across it.
+template <typename T, bool AlongA>
+__global__ void __launch_bounds__(kTileThreads, 2) product_kernel(const __grid_constant__ Group<Product<T>> group) {
+  const int index = group.index();
+  const Product<T>& p = group.problems[index];
+  const int lines = (p.rows + kTile - 1) / kTile, across = (p.columns + kTile - 1) / kTile;
+  const int64_t per_part = p.symmetric ? int64_t(lines) * (lines + 1) / 2 : int64_t(lines) * across;
+  const int64_t part = group.block(index) / per_part, tile_index = group.block(index) % per_part;
+  const int64_t batch = part / p.splits;
+  const int begin = int(part % p.splits) * p.split_depth;
+  const Place place = p.symmetric ? Place::in_triangle(tile_index, across)
+                                  : Place{int(tile_index / across) * kTile, int(tile_index % across) * kTile};
+  const auto term = [&](int i) {
+    const int end = min(p.depth[i], begin + p.split_depth);
+    return Term<T>{p.a[i].from(batch * p.batch_a[i]), p.b[i].from(batch * p.batch_b[i]), begin, max(begin, end)};
+  };
+  Tile<T> tile = multiply_tiles<T, AlongA, false>(term(0), term(1), place.row, p.rows, place.column, p.columns);
+  tile.for_each([&](int r, int s, T& entry) {
+    r += place.row;
+    s += place.column;
+    if (r >= p.rows || s >= p.columns) return;
+    T* out = p.out + part * p.batch_out + r * p.line + s;
+    *out = p.scale * entry + (p.accumulate ? *out : T(0));
+  });
+}
+
+constexpr int kFoldThreads = 256, kFoldEach = 4;
+
+// The parts of split products, rows x columns each, `splits` of them for each of a batch.
+template <typename T>
+struct Fold {
+  const T* parts;
+  int splits, rows, columns;
+  bool symmetric;       // of the parts, only what is on the diagonal and to the right of it is there
+  double coefficient;   // of the sum of squares
+  T *out, *transposed;  // null if not wanted
+  int64_t batch, partials;
+};
+
+// Adds them up, and sums the squares.
+template <typename T>
+__global__ void __launch_bounds__(kFoldThreads)
+    fold_kernel(const __grid_constant__ Group<Fold<T>> group, double* partials) {
+  const int index = group.index();
+  const Fold<T>& p = group.problems[index];
+  const int64_t size = int64_t(p.rows) * p.columns;
+  double squares = 0;
+  for (int e = 0; e < kFoldEach; ++e) {
+    const int64_t i = (group.block(index) * kFoldEach + e) * kFoldThreads + threadIdx.x;
+    if (i >= p.batch * size) break;
+    const int64_t batch = i / size;
+    const int r = int(i % size / p.columns), s = int(i % p.columns);
+    const int64_t from = p.symmetric && r > s ? int64_t(s) * p.columns + r : int64_t(r) * p.columns + s;
+    T sum = 0;
+    for (int split = 0; split < p.splits; ++split) sum += p.parts[(batch * p.splits + split) * size + from];
+    if (p.out) p.out[i] = sum;
+    if (p.transposed) p.transposed[batch * size + int64_t(s) * p.rows + r] = sum;
+    squares += double(sum) * double(sum);
+  }
+  squares = block_reduce(squares, Sum<double>());
+  if (threadIdx.x == 0) partials[p.partials + group.block(index)] = p.coefficient * squares;
+}
+
+constexpr int kDiagonalThreads = 128;
+
+// c Σ (‖x_r‖² - ‖y_r‖²)² and its gradients, a block per row.
+template <typename T>
+struct Diagonal {
+  Matrix<T> x, y;
+  int width_x, width_y;
+  double coefficient;
+  T *grad_x, *grad_y;  // null if not wanted
+  bool accumulate;
+  int64_t partials;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kDiagonalThreads)
+    diagonal_kernel(const __grid_constant__ Group<Diagonal<T>> group, double* partials) {
+  const int index = group.index();
+  const Diagonal<T>& p = group.problems[index];
+  const int64_t row = group.block(index);
+  const auto squares = [&](const Matrix<T>& matrix, int width) {
+    double sum = 0;
+    for (int j = threadIdx.x; j < width; j += kDiagonalThreads) {
+      const double value = matrix.data[row * matrix.stride + j];
+      sum += value * value;
+    }
+    return block_reduce(sum, Sum<double>());
+  };
+  const double difference = squares(p.x, p.width_x) - squares(p.y, p.width_y);
+  const auto add = [&](const Matrix<T>& matrix, int width, double slope, T* grad) {
+    if (!grad) return;
+    for (int j = threadIdx.x; j < width; j += kDiagonalThreads) {
+      T& out = grad[row * width + j];
+      out = (p.accumulate ? out : T(0)) + T(slope) * matrix.data[row * matrix.stride + j];
+    }
+  };
+  add(p.x, p.width_x, 4 * p.coefficient * difference, p.grad_x);
+  add(p.y, p.width_y, -4 * p.coefficient * difference, p.grad_y);
+  if (threadIdx.x == 0) partials[p.partials + row] = p.coefficient * difference * difference;
+}
+
+}  // namespace kdkernels

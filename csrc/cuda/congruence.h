@@ -1,0 +1,87 @@
+// Launches the kernels of congruence, for one pair of row sets or for those of every stage.
+#pragma once
+
+#include "congruence.cuh"
+#include "host.h"
+
+namespace kdkernels {
+
+// Factors of the sum of D² over all pairs, pairs of one image, pairs of one position, and the diagonal.
+struct Coefficients {
+  double full, intra, inter_same, diagonal;
+};
+
+// In which space a loss is computed, by the numbers of kdkernels/ops/congruence/plan.py. Mixed becomes the cheaper of the two.
+enum class Form : int64_t { gram = 0, mixed = 1, feature = 7 };
+
+struct Plan {
+  Form full, intra, inter_same;
+};
+
+inline Coefficients coefficients_of(const double* c) { return {c[0], c[1], c[2], c[3]}; }
+inline Plan plan_of(const int64_t* codes) { return {Form(codes[0]), Form(codes[1]), Form(codes[2])}; }
+
+// The rows of one network, one after the other, and where their gradient goes; nowhere if it is null.
+template <typename T>
+struct Side {
+  const T* rows;
+  int64_t width;
+  T* grad;
+};
+
+// `count` sets of `size` rows: row r of set b is row b * step + r * stride of all.
+struct Sets {
+  int64_t count, size, step, stride;
+};
+
+// Losses of any number of pairs of row sets. Their products are collected by the order in which they depend on each other, and
+// those that do not share a launch.
+template <typename T>
+class Congruences {
+ public:
+  Congruences(const OnDevice& device, const Tensor& like) : device_(device), like_(like) {}
+
+  // Row r of x and y belongs to image r / positions and position r % positions.
+  void add(int64_t rows, int64_t positions, const Side<T>& x, const Side<T>& y, const Coefficients& coefficients,
+           const Plan& plan);
+
+  // Launch everything. The sum of `parts()` numbers, which the blocks leave on the device, is the loss.
+  void run();
+  int64_t parts() const { return parts_count_; }
+  const double* part_data() const { return data_of<double>(parts_); }
+
+ private:
+  // What can run at the same time, in the order of its fields.
+  struct Round {
+    Problems<Gram<T>> grams;
+    Problems<Product<T>> products;
+    Problems<Fold<T>> folds;
+    Problems<Product<T>> gradients;   // S X and X P
+    Problems<Product<T>> transposed;  // Sᵀ X
+    Problems<Diagonal<T>> diagonals;
+  };
+
+  Round& round(size_t i) {
+    if (rounds_.size() <= i) rounds_.resize(i + 1);
+    return rounds_[i];
+  }
+  T* new_memory(int64_t count);
+  int64_t new_parts(int64_t count) { return std::exchange(parts_count_, parts_count_ + count); }
+
+  void add_gram(const Sets& sets, int64_t positions, const Side<T>& x, const Side<T>& y, const Coefficients& weights);
+  void add_feature(const Sets& sets, const Side<T>& x, const Side<T>& y, double coefficient);
+  T* add_norm(Round& round, const Sets& sets, const Side<T>& a, const Side<T>& b, double coefficient, bool keep,
+              T** transposed);
+  void add_diagonal(int64_t rows, const Side<T>& x, const Side<T>& y, double coefficient);
+
+  const OnDevice& device_;
+  const Tensor& like_;
+  std::vector<Tensor> memory_;
+  std::vector<Round> rounds_;
+  size_t next_ = 0;       // round of the pair at hand
+  bool written_ = false;  // whether its gradients hold something already
+  int64_t parts_count_ = 0;
+  Tensor parts_;
+};
+
+}  // namespace kdkernels

@@ -1,0 +1,176 @@
+// Products of matrices by tiles of 64 x 64, a block each: panels of the operands come to shared memory a few steps ahead of the
+// tensor cores, which keep float32's accuracy by computing with each number in two halves.
+#pragma once
+
+#include <type_traits>
+
+#include "device.cuh"
+
+namespace kdkernels {
+
+constexpr int kTile = 64;                // rows and columns of a tile
+constexpr int kDepth = 16;               // depth of a panel
+constexpr int kTileThreads = 128;        // four warps, each with a quarter of the tile, 32 x 32
+constexpr int kLines = 2, kColumns = 4;  // blocks of 16 x 8 that make up such a quarter
+
+// Panels of both operands that shared memory holds.
+template <typename T>
+inline constexpr int kStages = sizeof(T) == sizeof(float) ? 4 : 2;
+
+// Numbers that lie next to each other along one dimension, and `stride` apart along the other.
+template <typename T>
+struct Matrix {
+  const T* data;
+  int64_t stride;
+  bool vectors;  // 16 bytes may be read at a time: pointers, strides and sizes are all multiples of it
+
+  __host__ __device__ Matrix from(int64_t offset) const { return {data + offset, stride, vectors}; }
+};
+
+// A panel of one operand, 64 x 16. Its neighbours in memory lie along the depth or across it, and so they do in shared memory,
+// where lines are padded such that the lanes of a warp read from different banks.
+template <typename T, bool Along>
+struct Panel {
+  static constexpr int kPitch = Along ? kDepth + 4 : kTile + 32 / int(sizeof(T));
+  static constexpr int kSize = (Along ? kTile : kDepth) * kPitch;
+
+  // Begin to copy; zeros where there is no row or no depth any more.
+  static __device__ void load(T* panel, const Matrix<T>& matrix, int row, int rows, int begin, int end) {
+    const auto copy = [&](auto together) {
+      constexpr int width = decltype(together)::value;
+      constexpr int length = Along ? kDepth : kTile, lines = Along ? kTile : kDepth, pieces = length / width;
+#pragma unroll
+      for (int i = threadIdx.x; i < lines * pieces; i += kTileThreads) {
+        const int line = i / pieces, column = i % pieces * width;
+        const int r = row + (Along ? line : column), k = begin + (Along ? column : line);
+        const int64_t offset = Along ? r * matrix.stride + k : k * matrix.stride + r;
+        const bool valid = r < rows && k < end;
+        copy_async<width * sizeof(T)>(panel + line * kPitch + column, valid ? matrix.data + offset : matrix.data,
+                                      valid);
+      }
+    };
+    if (matrix.vectors)
+      copy(std::integral_constant<int, 16 / int(sizeof(T))>());
+    else
+      copy(std::integral_constant<int, 1>());
+  }
+
+  static __device__ T at(const T* panel, int row, int k) {
+    return Along ? panel[row * kPitch + k] : panel[k * kPitch + row];
+  }
+};
+
+// The first 11 bits of the mantissa, rounded: what remains of x is exact and has no more than 12.
+__device__ inline float upper_half(float x) { return __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u); }
+
+template <int M, int N>
+__device__ void multiply_accurately(float (&c)[M][N][4], const float (&a)[M][4], const float (&b)[N][2]) {
+  float a_upper[M][4], a_lower[M][4], b_upper[N][2], b_lower[N][2];
+#pragma unroll
+  for (int i = 0; i < M; ++i)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) a_upper[i][e] = upper_half(a[i][e]), a_lower[i][e] = a[i][e] - a_upper[i][e];
+#pragma unroll
+  for (int j = 0; j < N; ++j)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) b_upper[j][e] = upper_half(b[j][e]), b_lower[j][e] = b[j][e] - b_upper[j][e];
+  multiply(c, a_lower, b_upper);
+  multiply(c, a_upper, b_lower);
+  multiply(c, a_upper, b_upper);
+}
+
+template <int M, int N>
+__device__ void multiply_accurately(double (&c)[M][N][4], const double (&a)[M][4], const double (&b)[N][2]) {
+  multiply(c, a, b);
+}
+
+// Of one product, the depths from begin to end.
+template <typename T>
+struct Term {
+  Matrix<T> a, b;
+  int begin, end;
+
+  __device__ int panels() const { return (end - begin + kDepth - 1) / kDepth; }
+};
+
+// A tile of a product as the threads of a block hold it.
+template <typename T>
+struct Tile {
+  T entries[kLines][kColumns][4] = {};
+
+  static __device__ int first_row() { return int(threadIdx.x) / kWarp / 2 * 32 + int(threadIdx.x) % kWarp / 4; }
+  static __device__ int first_column() { return int(threadIdx.x) / kWarp % 2 * 32 + int(threadIdx.x) % 4 * 2; }
+
+  // Calls f(row, column, entry) with this thread's entries.
+  template <typename F>
+  __device__ void for_each(const F& f) {
+#pragma unroll
+    for (int i = 0; i < kLines; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          f(first_row() + 16 * i + e / 2 * 8, first_column() + 8 * j + e % 2, entries[i][j][e]);
+  }
+};
+
+template <typename T, bool AlongA, bool AlongB>
+inline constexpr int kTileBytes = kStages<T> * (Panel<T, AlongA>::kSize + Panel<T, AlongB>::kSize) * int(sizeof(T));
+
+// The tile at (row, column) of plus.a plus.b - minus.a minus.b, which has so many rows and columns. Sums are carried on from
+// panel to panel by additions that round, since those in the tensor cores do not.
+template <typename T, bool AlongA, bool AlongB>
+__device__ Tile<T> multiply_tiles(const Term<T>& plus, const Term<T>& minus, int row, int rows, int column,
+                                  int columns) {
+  using A = Panel<T, AlongA>;
+  using B = Panel<T, AlongB>;
+  static_assert(kTileBytes<T, AlongA, AlongB> <= 48 * 1024);
+  T* const memory = reinterpret_cast<T*>(dynamic_shared_memory());
+  const auto stage = [&](int panel) { return memory + panel % kStages<T> * (A::kSize + B::kSize); };
+  const int first = plus.panels(), count = first + minus.panels();
+
+  const auto load = [&](int panel) {
+    if (panel < count) {
+      const Term<T> term = panel < first ? plus : minus;
+      const int begin = term.begin + (panel < first ? panel : panel - first) * kDepth;
+      A::load(stage(panel), term.a, row, rows, begin, term.end);
+      B::load(stage(panel) + A::kSize, term.b, column, columns, begin, term.end);
+    }
+    close_copies();
+  };
+
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  const int my_row = warp / 2 * 32 + lane / 4, my_column = warp % 2 * 32 + lane / 4, my_depth = lane % 4;
+  Tile<T> tile;
+  for (int panel = 0; panel < kStages<T> - 1; ++panel) load(panel);
+  for (int panel = 0; panel < count; ++panel) {
+    wait_copies<kStages<T> - 2>();
+    __syncthreads();
+    load(panel + kStages<T> - 1);  // in the place of the panel before this one
+    const T *a_panel = stage(panel), *b_panel = a_panel + A::kSize;
+    T sums[kLines][kColumns][4] = {};
+#pragma unroll
+    for (int k = 0; k < kDepth; k += 8) {
+      T a[kLines][4], b[kColumns][2];
+#pragma unroll
+      for (int i = 0; i < kLines; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) a[i][e] = A::at(a_panel, my_row + 16 * i + e % 2 * 8, k + my_depth + e / 2 * 4);
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) b[j][e] = B::at(b_panel, my_column + 8 * j, k + my_depth + e * 4);
+      multiply_accurately(sums, a, b);
+    }
+    const T sign = panel < first ? T(1) : T(-1);
+#pragma unroll
+    for (int i = 0; i < kLines; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) tile.entries[i][j][e] += sign * sums[i][j][e];
+  }
+  return tile;
+}
+
+}  // namespace kdkernels

@@ -1,0 +1,109 @@
+"""``local_correlation`` in CUDA, emulated, against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close, exactly, loss_and_gradients
+from torch import Tensor
+
+import kdkernels
+
+from . import build
+
+
+def stages(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor]]:
+    student = [torch.randn(3, 2, 6, 6), torch.randn(3, 5, 4, 4)]
+    teacher = [torch.randn(3, 4, 6, 4), torch.randn(3, 3, 7, 5).to(memory_format=torch.channels_last)]
+    student[0][1, :, :3, :3] = 0  # a patch that is dead in one network
+    return [x.to(dtype) for x in student], [x.to(dtype) for x in teacher]
+
+
+def check(student: list[Tensor], teacher: list[Tensor], ks: list[int], form: str = "auto", **settings: object) -> None:
+    count = len(student)
+
+    def run(*maps: Tensor, backend: str = "native", form: str = form) -> Tensor:
+        return kdkernels.local_correlation_loss(
+            maps[:count], maps[count:], ks, backend=backend, form=form, partition="resize", **settings
+        )
+
+    loss, gradients = loss_and_gradients(run, *student, *teacher)
+    exact, exact_gradients = loss_and_gradients(
+        lambda *maps: run(*maps, backend="reference", form="gram"), *exactly(*student, *teacher)
+    )
+    assert_close(loss.float(), exact, "loss")
+    for leaf, gradient, correct in zip((*student, *teacher), gradients, exact_gradients, strict=True):
+        assert (gradient is None) == (correct is None)
+        if gradient is not None:
+            assert gradient.dtype == leaf.dtype
+            assert_close(gradient, correct, "gradient")
+
+
+@pytest.mark.parametrize("form", ["auto", "gram", "feature"])
+def test_stages_masks_and_weights(order: str, form: str) -> None:
+    student, teacher = stages()
+    masks = [torch.rand(3, *maps.shape[-2:]) for maps in teacher]
+    for maps in (*student, *teacher):
+        maps.requires_grad_()
+    check(student, teacher, [2, 3], form, weights=(1.0, 0.5, 0.3), mask=masks, threshold=0.6)
+
+
+@pytest.mark.parametrize("form", ["gram", "feature"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_students_gradient(form: str, reduction: str) -> None:
+    student, teacher = stages()
+    for maps in student:
+        maps.requires_grad_()
+    check(student, teacher, [2, 1], form, reduction=reduction)
+
+
+def test_stages_of_different_dtypes() -> None:
+    student, teacher = stages()
+    student[1] = student[1].double()
+    student = [maps.requires_grad_() for maps in student]
+    check(student, teacher, [2, 2])
+
+
+def test_many_stages() -> None:
+    student = [torch.randn(2, 2, 4, 4).requires_grad_() for _ in range(19)]
+    check(student, [torch.randn(2, 3, 4, 4) for _ in range(19)], [2] * 19)
+
+
+@pytest.mark.parametrize(("form", "launches"), [("gram", 4), ("feature", 5)])
+def test_launches(form: str, launches: int) -> None:
+    """The paper's three stages together take as many as one."""
+    student = [torch.randn(2, c, 8, 8).requires_grad_() for c in (2, 3, 4)]
+    teacher = [torch.randn(2, c, 8, 8) for c in (2, 3, 4)]
+    loss = kdkernels.local_correlation_loss(student, teacher, 4, form=form, backend="native")
+    assert build.launches() == launches
+    loss.backward()
+    assert build.launches() == 1
+
+
+def test_upstream_gradient_and_a_second_backward() -> None:
+    student, teacher = stages()
+    student = [maps.requires_grad_() for maps in student]
+    loss = kdkernels.local_correlation_loss(student, teacher, [2, 1], backend="native")
+    once = torch.autograd.grad(loss, student, retain_graph=True)
+    thrice = torch.autograd.grad(3 * loss, student, retain_graph=True)
+    again = torch.autograd.grad(loss, student)
+    for a, b, c in zip(once, thrice, again, strict=True):
+        assert_close(b, 3 * a)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    student, teacher = stages(dtype)
+    loss = kdkernels.local_correlation_loss(student, teacher, [2, 1], backend="native")
+    exact = kdkernels.local_correlation_loss(
+        [x.double() for x in student], [x.double() for x in teacher], [2, 1], backend="reference"
+    )
+    assert loss.dtype == torch.float32
+    assert_close(loss, exact)
+
+
+def test_nan_gives_nan() -> None:
+    student, teacher = stages()
+    teacher[1][2, 1, 3, 0] = torch.nan
+    assert kdkernels.local_correlation_loss(student, teacher, [2, 1], backend="native").isnan()

@@ -7,6 +7,9 @@ Trains a teacher, then class-aware attention (CAAT) on its frozen features, one 
 with cross-entropy alone (CE), with KD, with LKD, and with LKD on masked and cropped features (LKD+CAAT), over several
 seeds. Writes a table of accuracies, every number of every epoch as JSON, and figures. Every epoch ends with a
 checkpoint: however a run was interrupted, the same command goes on from there.
+
+On several processes, by torchrun --nproc-per-node N examples/train_lkd.py ..., each takes its share of every batch, and
+patches are compared across all of them: the batch size is that of all together.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import figures, networks, options, results, training
+from common import figures, networks, options, parallel, results, training
 from common.data import Dataset
 from common.experiment import Experiment, conduct
 from common.networks import StagedNetwork
@@ -134,7 +137,8 @@ class LocalCorrelation(Experiment):
                 student, history = self.student(name, seed, few, teacher, caat)
                 students[name].append(student)
                 histories[name].append(history)
-        self.report(Trained(teacher, caat, students, histories))
+        if parallel.rank() == 0:
+            self.report(Trained(teacher, caat, students, histories))
 
     def teacher(self) -> StagedNetwork:
         """The trained, frozen teacher."""
@@ -191,7 +195,7 @@ class LocalCorrelation(Experiment):
         """Eq. 11 with the method's terms."""
         recipe = self.recipe
         kd = KDLoss(recipe.temperature, backend=self.backend)
-        lkd = LocalCorrelationLoss(recipe.k, threshold=recipe.threshold, backend=self.backend)
+        lkd = LocalCorrelationLoss(recipe.k, threshold=recipe.threshold, backend=self.backend, group=parallel.group())
 
         def loss(images: Tensor, labels: Tensor) -> Losses:
             logits, stages = student(images)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from . import backends, functional
 from .ops import icc, kd, local_correlation
-from .ops.congruence.plan import GRAM, Form, candidates, multiply_adds
+from .ops.congruence.plan import FEATURE, GRAM, Form, candidates, multiply_adds
 from .ops.local_correlation import Stage
+
+if TYPE_CHECKING:
+    from .distributed import Ranks
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ def explain(name: str, *args: object, **settings: object) -> Explanation:
 
     Args:
         name: of a function, such as "local_correlation_loss" or "kd_loss".
-        args, settings: as that function takes them.
+        args, settings: as that function takes them. With a group every rank has to ask, and costs are those of a rank:
+            a number moved to another counts as many multiply-adds.
 
     Returns:
         An ``Explanation`` to print.
@@ -90,11 +95,27 @@ def _inter_class_stages(student_logits: Tensor, teacher_logits: Tensor, *, reduc
 
 
 def _local_correlation_stages(
-    student, teacher, k, *, weights, mask, threshold, partition, reduction, eps, form, **_
+    student, teacher, k, *, weights, mask, threshold, partition, reduction, eps, form, group, **_
 ) -> tuple[Tensor, list]:
     settings = local_correlation.Settings(threshold, partition, eps, form)
     stages = local_correlation.check(student, teacher, k, weights, mask, reduction, settings)
+    if group is not None:
+        from .ops.local_correlation.distributed import meet
+
+        ranks = meet(stages, settings, group)
+        return stages[0].student, [[_sum_over_ranks(ranks, stage, form)] for stage in stages]
     return stages[0].student, [_sums(stage, form) for stage in stages]
+
+
+def _sum_over_ranks(ranks: Ranks, stage: Stage, form: str) -> Sum:
+    from .ops.congruence.distributed import costs
+    from .ops.local_correlation.distributed import coefficients_over
+
+    by_position = coefficients_over(ranks, stage).inter_same != 0
+    modelled = costs(ranks, stage.k**2, *stage.lengths, by_position)
+    cost = {named: round(modelled[str(named)]) for named in (GRAM, FEATURE)}
+    chosen = min(cost, key=cost.__getitem__) if form == "auto" else {"gram": GRAM, "feature": FEATURE}[form]
+    return Sum(f"all pairs over {ranks.world} ranks", ranks.samples * stage.k**2, 1, chosen, cost)
 
 
 def _sums(stage: Stage, form: str) -> list[Sum]:

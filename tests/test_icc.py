@@ -523,7 +523,7 @@ def test_explain():
         (torch.ones(2, 3), torch.ones(2, 3, device="meta"), {}, ValueError, "device cpu, got meta"),
         (torch.ones(2, 3), torch.ones(2, 3), {"reduction": "none"}, ValueError, "reduction must be one of.*'none'"),
         (torch.ones(2, 3), torch.ones(2, 3), {"backend": "cuda"}, ValueError, "backend must be one of.*got 'cuda'"),
-        (torch.ones(2, 3), torch.ones(2, 3), {"group": object()}, NotImplementedError, "group"),
+        (torch.ones(2, 3), torch.ones(2, 3), {"group": object()}, TypeError, "group must be .* process group"),
     ],
 )
 def test_misuse_is_explained(student, teacher, settings, error, message):

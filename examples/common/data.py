@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import parallel
+
 
 @dataclass(frozen=True)
 class Images:
@@ -105,14 +107,14 @@ class Batches:
         return whole + (rest > 0 and not self.drop_last)
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised float images and labels, on the device."""
+        """Normalised float images and labels, on the device: this process's share of each batch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         order = torch.randperm(len(self.images), generator=generator)
         for index in order.split(self.batch_size)[: len(self)]:
             batch = self.images[index.to(self.images.labels.device)]
             bordered = F.pad(batch.pixels, [self.dataset.padding] * 4)
             pixels = crop(bordered, batch.pixels.shape[-1], generator, flip=self.dataset.flip)
-            yield self.dataset.normalise(pixels), batch.labels
+            yield self.dataset.normalise(parallel.share(pixels)), parallel.share(batch.labels)
 
 
 def crop(pixels: Tensor, side: int, generator: torch.Generator, *, flip: bool = False) -> Tensor:

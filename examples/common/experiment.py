@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import networks, options, training
+from . import networks, options, parallel, training
 from .data import Batches, Dataset
 from .networks import StagedNetwork
 from .training import History, Losses, Schedule
@@ -94,12 +94,14 @@ class Experiment:
 def conduct(
     parser: argparse.ArgumentParser, arguments: argparse.Namespace, experiment: Callable[[Dataset], Experiment]
 ) -> None:
-    """Load the data and run the experiment on it; what is wrong with its files is said without a traceback."""
+    """Load the data and run the experiment on it, on all processes that torchrun started; what is wrong with its files
+    is said without a traceback."""
     dataset = options.load_data(parser, arguments)
-    if arguments.fresh:
-        options.forget(arguments.out)
     try:
-        experiment(dataset).run()
+        with parallel.processes():
+            if arguments.fresh:
+                options.forget(arguments.out)
+            experiment(dataset).run()
     except training.CheckpointError as error:
         parser.error(str(error))
     except KeyboardInterrupt:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import data
+from . import data, parallel
 
 
 def add_options(parser: argparse.ArgumentParser, out: Path) -> None:
@@ -74,10 +75,14 @@ def pick_device(options: argparse.Namespace) -> torch.device:
     torch.set_num_threads(options.threads or (1 if options.data == "digits" else torch.get_num_threads()))
     if options.device != "auto":
         return torch.device(options.device)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def forget(out: Path) -> None:
     """Delete the checkpoints under ``out``."""
-    for path in (out / "checkpoints").glob("*"):
-        path.unlink()
+    if parallel.rank() == 0:
+        for path in (out / "checkpoints").glob("*"):
+            path.unlink()
+    parallel.wait()

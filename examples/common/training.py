@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import parallel
 from .data import Batches, Dataset
 
 Losses = dict[str, Tensor]
@@ -69,11 +70,17 @@ def fit(
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(schedule.milestones))
     state = {"module": module, "optimizer": optimizer, "scheduler": scheduler}
     settings = settings | asdict(schedule)
+    if parallel.world_size() > 1:
+        settings["processes"] = parallel.world_size()
     history = restore(checkpoint, state, settings) if checkpoint.exists() else []
     done, started = len(history), perf_counter()
 
     bar = tqdm(
-        total=schedule.epochs * len(batches), initial=len(history) * len(batches), desc=name, leave=False, disable=None
+        total=schedule.epochs * len(batches),
+        initial=len(history) * len(batches),
+        desc=name,
+        leave=False,
+        disable=parallel.rank() > 0 or None,
     )
     with bar:
         for epoch in range(len(history), schedule.epochs):
@@ -83,10 +90,13 @@ def fit(
                 losses = loss(images, labels)
                 optimizer.zero_grad()
                 losses["loss"].backward()
+                parallel.average([p.grad for p in parameters if p.grad is not None])
                 optimizer.step()
                 # Kept on the device: reading a number every step would wait for it.
                 sums = {key: sums.get(key, 0) + value.detach() for key, value in losses.items()}
                 bar.update()
+            parallel.average(list(sums.values()))
+            parallel.share_buffers(module)
             record = {"epoch": epoch + 1, "lr": scheduler.get_last_lr()[0]}
             record |= {key: value.item() / len(batches) for key, value in sums.items()}
             scheduler.step()
@@ -105,6 +115,8 @@ def fit(
 
 
 def save(checkpoint: Path, state: dict[str, object], settings: dict[str, object], history: History) -> None:
+    if parallel.rank():
+        return
     content = {key: value.state_dict() for key, value in state.items()}
     content |= {"settings": settings, "history": history, "rng": torch.get_rng_state()}
     if torch.cuda.is_available():

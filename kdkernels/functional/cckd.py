@@ -59,7 +59,10 @@ def correlation_congruence_loss(
     Memory: one packed n x d matrix per network, the gradients, and two strips of at most 512 x n; never n x n.
     """
     if group is not None:
-        raise NotImplementedError("group: global-batch losses are not available yet, pass group=None")
+        from ..ops.correlation_congruence.distributed import correlation_congruence as over_ranks
+
+        chosen = Kernel(kernel, gamma, order)
+        return over_ranks(student, teacher, chosen, normalize, reduction, form, backend, group)
     return _congruence.correlation_congruence(
         student,
         teacher,

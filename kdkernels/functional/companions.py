@@ -192,7 +192,9 @@ def similarity_preserving_loss(
     (Gram form) or three d x d sums (feature form).
     """
     if group is not None:
-        raise NotImplementedError("group: global-batch losses are not available yet, pass group=None")
+        from ..ops.similarity_preserving.distributed import similarity_preserving as over_ranks
+
+        return over_ranks(student, teacher, reduction, form, backend, group)
     return similarity_preserving(student, teacher, reduction=reduction, form=form, backend=backend)
 
 

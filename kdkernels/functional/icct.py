@@ -62,5 +62,7 @@ def inter_class_correlation_loss(
     Memory: a few times b x K per thread; never b·K², nor K².
     """
     if group is not None:
-        raise NotImplementedError("group: global-batch losses are not available yet, pass group=None")
+        from ..ops.icc.distributed import icc_loss as over_ranks
+
+        return over_ranks(student_logits, teacher_logits, per_sample, reduction, backend, group)
     return icc.icc_loss(student_logits, teacher_logits, per_sample=per_sample, reduction=reduction, backend=backend)

@@ -61,10 +61,12 @@ def local_correlation_loss(
 
     Memory: one packed N x d matrix per network, the gradient, and tiles; never N².
     """
-    if group is not None:
-        raise NotImplementedError("group: global-batch losses are not available yet, pass group=None")
     settings = _local_correlation.Settings(threshold, partition, eps, form)
     stages = _local_correlation.check(student, teacher, k, weights, mask, reduction, settings)
+    if group is not None:
+        from ..ops.local_correlation.distributed import local_correlation_loss as over_ranks
+
+        return over_ranks(stages, settings, backend, group)
     return _local_correlation.local_correlation_loss(stages, settings, backend)
 
 

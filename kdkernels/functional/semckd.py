@@ -12,7 +12,7 @@ from ..ops.gram import gram
 __all__ = ["cross_layer_mse", "similarity_matrices"]
 
 
-def similarity_matrices(features: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
+def similarity_matrices(features: Sequence[Tensor], *, backend: str = "auto", group: object | None = None) -> Tensor:
     """The pairwise similarity matrices of several layers in one call (SemCKD Eq. 8).
 
     ``A_l = R(F_l) R(F_l)ᵀ``, where R flattens each sample: plain dot products, not normalised.
@@ -21,9 +21,11 @@ def similarity_matrices(features: Sequence[Tensor], *, backend: str = "auto") ->
         features: L tensors, b x ... each; sizes and strides may differ from layer to layer. float32, float64, bfloat16
             or float16, read as they are: half precision is accumulated in float32 and does not overflow.
         backend: "auto", "reference", "native" or "triton".
+        group: a torch.distributed process group over which the batch is spread.
 
     Returns:
-        L x b x b in float32 (float64 if any features are), differentiable.
+        L x b x b in float32 (float64 if any features are), differentiable. With a group, the rows of this rank's
+        samples: L x b x B, with a column for each of the B samples of all ranks, in the order of the ranks.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what it got.
@@ -32,6 +34,10 @@ def similarity_matrices(features: Sequence[Tensor], *, backend: str = "auto") ->
     Memory: the matrices; per thread one b x b and scratch of at most 1 MiB + b x 2 KiB; for the gradients one tensor
         of each layer that receives one. Saved for backward: the features themselves.
     """
+    if group is not None:
+        from ..ops.gram.distributed import gram as over_ranks
+
+        return over_ranks(features, backend, group)
     return gram(features, backend=backend)
 
 
@@ -71,5 +77,7 @@ def cross_layer_mse(
         receives one. Saved for backward: the maps themselves, nothing of their size besides.
     """
     if group is not None:
-        raise NotImplementedError("group: global-batch losses are not available yet, pass group=None")
+        from ..ops.feature_mse.distributed import feature_mse as over_ranks
+
+        return over_ranks(projected, targets, weights, reduction, backend, group)
     return feature_mse(projected, targets, weights, reduction=reduction, backend=backend)

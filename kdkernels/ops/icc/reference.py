@@ -32,16 +32,16 @@ def _divergence_of_maps(rows: slice, z_s: Tensor, z_t: Tensor) -> Tensor:
 
 
 def _divergence_of_samples(rows: slice, z_s: Tensor, z_t: Tensor) -> Tensor:
-    log_q, log_p = _log_correlations(rows, z_s), _log_correlations(rows, z_t)
+    log_q, log_p = log_correlations(rows, z_s), log_correlations(rows, z_t)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
 def _log_map(rows: slice, z: Tensor) -> Tensor:
     """Rows of log M, by log-sum-exp over the samples (Eq. 6)."""
-    return torch.logsumexp(_log_correlations(rows, z), dim=0) - math.log(z.shape[0])
+    return torch.logsumexp(log_correlations(rows, z), dim=0) - math.log(z.shape[0])
 
 
-def _log_correlations(rows: slice, z: Tensor) -> Tensor:
+def log_correlations(rows: slice, z: Tensor) -> Tensor:
     """Rows of log P = log softmax(z zᵀ) of every sample (Eq. 5), b x rows x K."""
     z_i = z[:, rows, None]
     # The row's largest product is z_i times the largest or the smallest logit. It is taken off before it is rounded:

@@ -27,17 +27,16 @@ class Stage(NamedTuple):
     teacher: Tensor
     mask: Tensor | None
     k: int
-    factors: tuple[float, float, float]
+    weights: tuple[float, float, float]
+    reduction: str
+
+    @property
+    def factors(self) -> tuple[float, float, float]:
+        return factors(self.weights, self.reduction, self.student.shape[0], self.k**2)
 
     @property
     def coefficients(self) -> Coefficients:
-        """w₁·intra + w₂·inter_same + w₃·inter_diff written as sums over all pairs and corrections to them."""
-        intra, same, diff = self.factors
-        if self.k == 1:
-            return Coefficients(same, 0.0, 0.0, intra)
-        if self.student.shape[0] == 1:
-            return Coefficients(intra, 0.0, 0.0, same)
-        return Coefficients(diff, intra - diff, same - diff, diff)
+        return coefficients(self.factors, self.student.shape[0], self.k**2)
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -77,7 +76,7 @@ def _reference(stages: Sequence[Stage], settings: Settings) -> Tensor:
 
 
 def _reference_stage(stage: Stage, settings: Settings) -> Tensor:
-    student, teacher = (_patches(stage, features, settings, "reference") for features in stage[:2])
+    student, teacher = (patches_of(stage, features, settings, "reference") for features in stage[:2])
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     student, teacher = student.to(dtype), teacher.to(dtype)
     if settings.form == "feature":
@@ -92,7 +91,7 @@ def _triton(stages: Sequence[Stage], settings: Settings) -> Tensor:
 def _triton_stage(stage: Stage, settings: Settings) -> Tensor:
     from ..congruence.triton import congruence
 
-    student, teacher = (_patches(stage, features, settings, "triton") for features in stage[:2])
+    student, teacher = (patches_of(stage, features, settings, "triton") for features in stage[:2])
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     plan = stage.plan(settings.form)
     return congruence(student.to(dtype), teacher.to(dtype), stage.k**2, stage.coefficients, plan)
@@ -146,7 +145,7 @@ class _Native(torch.autograd.Function):
         return None, *(once(grad, anchor) if want else None for grad, anchor, want in anchored)
 
 
-def _patches(stage: Stage, features: Tensor, settings: Settings, backend: str) -> Tensor:
+def patches_of(stage: Stage, features: Tensor, settings: Settings, backend: str) -> Tensor:
     return patches(
         features,
         stage.k,
@@ -205,17 +204,28 @@ def _check_stage(
             f"mask{index} must have teacher{index}'s height and width {tuple(teacher.shape[-2:])}, "
             f"got {tuple(mask.shape[-2:])}"
         )
-    return Stage(student, teacher, mask, k, _factors(weights, reduction, student.shape[0], k * k))
+    return Stage(student, teacher, mask, k, weights, reduction)
 
 
-def _factors(
+def factors(
     weights: tuple[float, float, float], reduction: str, images: int, positions: int
 ) -> tuple[float, float, float]:
+    """What the sums of Eqs. 4, 5 and 6 are multiplied by."""
     if reduction == "sum":
         return weights
     intra, same, diff = weights
     pairs = images * (images - 1) * positions * (positions - 1)
     return intra / (images * positions**2), same / (positions * images**2), diff / pairs if pairs else 0.0
+
+
+def coefficients(factors: tuple[float, float, float], images: int, positions: int) -> Coefficients:
+    """w₁·intra + w₂·inter_same + w₃·inter_diff written as sums over all pairs and corrections to them."""
+    intra, same, diff = factors
+    if positions == 1:
+        return Coefficients(same, 0.0, 0.0, intra)
+    if images == 1:
+        return Coefficients(intra, 0.0, 0.0, same)
+    return Coefficients(diff, intra - diff, same - diff, diff)
 
 
 def _check_weights(weights: Sequence[float]) -> tuple[float, float, float]:

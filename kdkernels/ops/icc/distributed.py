@@ -1,0 +1,75 @@
+"""Inter-class correlation over the samples of all ranks."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import backends, distributed
+from ...distributed import LossAndGradients, Ranks
+from ...native import accumulation_dtype
+from . import check
+from . import icc_loss as icc_loss_of_one
+from .reference import CHUNK, log_correlations
+
+
+def icc_loss(
+    student_logits: Tensor, teacher_logits: Tensor, per_sample: bool, reduction: str, backend: str, group: object
+) -> Tensor:
+    """The divergence of the concatenated batch; see ``kdkernels.inter_class_correlation_loss``.
+
+    That of single samples is each rank's own, and only its sum is exchanged.
+    """
+    check(student_logits, teacher_logits, reduction)
+    backends.choose(backend, student_logits)
+    dtype = accumulation_dtype(student_logits, teacher_logits)
+    batch, classes = student_logits.shape
+    settings = {"per_sample": per_sample, "reduction": reduction, "dtype": dtype}
+    ranks = distributed.meet(group, batch, student_logits.device, **{"number of classes": classes}, **settings)
+    if per_sample:
+        own = icc_loss_of_one(student_logits, teacher_logits, per_sample=True, reduction=reduction, backend=backend)
+        return distributed.sum_over(ranks, own * (batch / ranks.samples))
+    scale = 1.0 if reduction == "sum" else 1.0 / classes
+    run = functools.partial(_divergence_of_maps, ranks=ranks, scale=scale, dtype=dtype)
+    return distributed.loss(ranks, run, student_logits, teacher_logits)
+
+
+def _divergence_of_maps(
+    student: Tensor, teacher: Tensor, *, ranks: Ranks, scale: float, dtype: torch.dtype, wanted: Sequence[bool]
+) -> LossAndGradients:
+    """KL(M_T ‖ M_S), some rows of the maps at a time.
+
+    With ``R`` this rank's share of ``b·M``, its logits' derivatives are those of its own log-sum-exp of the rows of
+    log P, times ``R`` and the derivative of log M: −M_T of the student, ``M_T (1 + log M_T − log M_S)`` of the teacher.
+    """
+    logits = [z.to(dtype).requires_grad_(want) for z, want in zip((student, teacher), wanted, strict=True)]
+    gradients = [torch.zeros_like(z) if want else None for z, want in zip(logits, wanted, strict=True)]
+    loss = student.new_zeros((), dtype=torch.float64)
+    classes = student.shape[1]
+    step = max(1, CHUNK // (max(ranks.sizes) * classes))  # equal on all ranks
+    for begin in range(0, classes, step):
+        rows = slice(begin, begin + step)
+        with torch.set_grad_enabled(any(wanted)):
+            own = [torch.logsumexp(log_correlations(rows, z), dim=0) for z in logits]
+        q, p = log_maps = _log_maps(ranks, torch.stack([part.detach() for part in own]))
+        loss += scale * F.kl_div(q, p, reduction="sum", log_target=True)
+        of_log_maps = (-p.exp(), p.exp() * (1 + p - q))
+        for z, gradient, part, log_map, of_log_map in zip(logits, gradients, own, log_maps, of_log_maps, strict=True):
+            if gradient is not None:
+                share = (part.detach() - log_map - math.log(ranks.samples)).exp()
+                gradient += torch.autograd.grad(part, z, scale * of_log_map * share)[0]
+    return loss.to(dtype), gradients
+
+
+def _log_maps(ranks: Ranks, own: Tensor) -> Tensor:
+    """log M from every rank's log-sum-exp over its samples: the largest first, then the sum relative to it."""
+    largest = own.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=ranks.group)
+    (total,) = distributed.add(ranks, (own - largest).exp())
+    return largest + total.log() - math.log(ranks.samples)

@@ -209,7 +209,7 @@ def eighth_vgg_size() -> int:
     return sum(9 * a * b + 3 * b for a, b in pairwise(widths)) + 65 * 100
 
 
-RESNET, VGG, SHUFFLENET, MOBILENET = (32, 16, 8), (16, 8, 4, 4), (16, 8, 4), (16, 8, 4, 2)
+RESNET, VGG, SHUFFLENET, MOBILENET, CNN = (32, 16, 8), (16, 8, 4, 4), (16, 8, 4), (16, 8, 4, 2), (16, 8, 4)
 
 
 # Those of the papers have the sizes published with their results on CIFAR-100.
@@ -223,6 +223,10 @@ RESNET, VGG, SHUFFLENET, MOBILENET = (32, 16, 8), (16, 8, 4, 4), (16, 8, 4), (16
         ("resnet110", 1_736_564, (16, 32, 64), RESNET),
         ("resnet8x4", 1_233_540, (64, 128, 256), RESNET),
         ("resnet32x4", 7_433_860, (64, 128, 256), RESNET),
+        ("resnet18", 11_220_132, (64, 128, 256, 512), (32, 16, 8, 4)),
+        ("wrn-28-10", 36_536_884, (160, 320, 640), RESNET),
+        ("cnn5-quarter", 13_572, (8, 16, 32), CNN),
+        ("cnn5", 368_868, (32, 64, 128), CNN),
         ("wrn-16-1", 180_916, (16, 32, 64), RESNET),
         ("wrn-16-2", 703_284, (32, 64, 128), RESNET),
         ("wrn-40-2", 2_255_156, (32, 64, 128), RESNET),

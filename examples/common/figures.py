@@ -127,6 +127,36 @@ def masks(
     return save(figure, path)
 
 
+def matrices(path: Path, panels: Mapping[str, np.ndarray], names: Sequence[str], label: str) -> Path:
+    """Square matrices over the classes side by side on one scale; few classes are named."""
+    figure = Figure(figsize=(3.2 * len(panels) + 0.8, 3.4), layout="constrained")
+    row = np.atleast_1d(figure.subplots(1, len(panels)))
+    low, high = min(map(np.min, panels.values())), max(map(np.max, panels.values()))
+    for axes, (title, matrix) in zip(row, panels.items(), strict=True):
+        image = axes.imshow(matrix, cmap="viridis", vmin=low, vmax=high)
+        axes.set_title(title, fontsize=10)
+        ticks = range(len(names)) if len(names) <= 20 else []
+        axes.set_xticks(ticks, [names[i] for i in ticks], fontsize=7)
+        axes.set_yticks(ticks, [names[i] for i in ticks], fontsize=7)
+    figure.colorbar(image, ax=row.tolist(), shrink=0.8).set_label(label)
+    return save(figure, path)
+
+
+def embeddings(path: Path, panels: Mapping[str, np.ndarray], labels: np.ndarray, names: Sequence[str]) -> Path:
+    """Points in the plane coloured by class, a panel per network; few classes are named where their points lie."""
+    figure = Figure(figsize=(3.2 * len(panels), 3.4), layout="constrained")
+    few = len(names) <= 10
+    colours = colormaps["tab10"](np.arange(10)) if few else colormaps["turbo"](np.linspace(0, 1, len(names)))
+    for axes, (title, points) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+        axes.scatter(*points.T, c=colours[labels], s=6, linewidths=0)
+        if len(names) <= 20:
+            for label, name in enumerate(names):
+                axes.annotate(name, np.median(points[labels == label], axis=0), fontsize=10, weight="bold")
+        axes.set_title(title, fontsize=10)
+        axes.set(xticks=[], yticks=[])
+    return save(figure, path)
+
+
 def _tint(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The mask's colours, as bright as the image."""
     (height, width), (rows, columns) = image.shape[:2], mask.shape

@@ -25,6 +25,11 @@ def table(teacher: tuple[str, float], methods: Mapping[str, Sequence[float]], ba
         for row, values in zip(rows[1:], methods.values(), strict=True):
             gains = [value - base for value, base in zip(values, methods[baseline], strict=True)]
             row.append("" if row[0] == baseline else spread(gains))
+    return markdown(header, rows)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns are as wide as their longest cell."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """SGD with momentum; the learning rate is divided by ten at each milestone, in epochs."""
+    """SGD with momentum, or Adam; the learning rate is multiplied by ``decay`` at each milestone, in epochs."""
 
     epochs: int
     lr: float
@@ -35,6 +35,16 @@ class Schedule:
     batch_size: int = 64
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    nesterov: bool = False
+    decay: float = 0.1
+    optimizer: str = "sgd"
+
+    def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        if self.optimizer == "adam":
+            return torch.optim.Adam(parameters, self.lr, weight_decay=self.weight_decay)
+        return torch.optim.SGD(
+            parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
+        )
 
     def lasting(self, epochs: int) -> Schedule:
         """The same shape in another number of epochs."""
@@ -66,8 +76,8 @@ def fit(
         One dictionary of numbers per epoch: means of the losses over the epoch, and what ``evaluate`` gave after it.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(schedule.milestones))
+    optimizer = schedule.build(parameters)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(schedule.milestones), schedule.decay)
     state = {"module": module, "optimizer": optimizer, "scheduler": scheduler}
     settings = settings | asdict(schedule)
     if parallel.world_size() > 1:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from torch import nn
 
+from .cnn import cnn5
 from .mobilenet import mobilenet_v2
-from .resnet import resnet, wide_resnet
+from .resnet import resnet, resnet18, wide_resnet
 from .shufflenet import shufflenet_v1, shufflenet_v2
 from .staged import StagedNetwork
 from .vgg import vgg
@@ -26,9 +27,13 @@ NETWORKS: dict[str, Callable[[int, int], StagedNetwork]] = {
     "resnet110": lambda channels, classes: resnet(110, channels, classes),
     "resnet8x4": lambda channels, classes: resnet(8, channels, classes, width=64, stem_width=32),
     "resnet32x4": lambda channels, classes: resnet(32, channels, classes, width=64, stem_width=32),
+    "resnet18": resnet18,
     "wrn-16-1": lambda channels, classes: wide_resnet(16, 1, channels, classes),
     "wrn-16-2": lambda channels, classes: wide_resnet(16, 2, channels, classes),
     "wrn-40-2": lambda channels, classes: wide_resnet(40, 2, channels, classes),
+    "wrn-28-10": lambda channels, classes: wide_resnet(28, 10, channels, classes),
+    "cnn5-quarter": lambda channels, classes: cnn5(channels, classes, width=8, side=2),
+    "cnn5": cnn5,
     "vgg8-eighth": lambda channels, classes: vgg(1, channels, classes, width=8),
     "vgg8": lambda channels, classes: vgg(1, channels, classes),
     "vgg13": lambda channels, classes: vgg(2, channels, classes),

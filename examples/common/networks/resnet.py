@@ -1,4 +1,4 @@
-"""ResNets and wide ResNets in three stages, the second and third of which halve the map."""
+"""ResNets and wide ResNets, of whose stages all but the first halve the map."""
 
 from __future__ import annotations
 
@@ -60,6 +60,13 @@ def resnet(
     channels = (width, 2 * width, 4 * width)
     stages = _stages(BasicBlock, (depth - 2) // 6, inputs, channels)
     return StagedNetwork(stem, stages, channels, nn.Identity(), num_classes)
+
+
+def resnet18(in_channels: int, num_classes: int) -> StagedNetwork:
+    """ResNet-18 with its first convolution for small images: four stages of two blocks."""
+    channels = (64, 128, 256, 512)
+    stem = nn.Sequential(conv3x3(in_channels, 64), nn.BatchNorm2d(64), nn.ReLU())
+    return StagedNetwork(stem, _stages(BasicBlock, 2, 64, channels), channels, nn.Identity(), num_classes)
 
 
 def wide_resnet(depth: int, factor: int, in_channels: int, num_classes: int) -> StagedNetwork:

@@ -47,7 +47,11 @@ class StagedNetwork(nn.Module):
         for stage in self.stages:
             features = stage(features)
             stages.append(features)
-        return self.classifier(self.tail(features).mean((2, 3))), stages
+        return self.classifier(self.pool(features)), stages
+
+    def pool(self, features: Tensor) -> Tensor:
+        """What the classifier sees of the last stage's map, n x channels."""
+        return self.tail(features).mean((2, 3))
 
 
 def stage(block: Callable[[int, int, int], nn.Module], depth: int, inputs: int, outputs: int, stride: int) -> nn.Module:

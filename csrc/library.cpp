@@ -46,6 +46,13 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
   // b x depth in that order.
   m.def("gram(Tensor[] features) -> Tensor matrices");
   m.def("gram_backward(Tensor grad_matrices, Tensor[] features) -> Tensor[] grad_features");
+  // scale * Σ weights ∘ errors of pairs of maps, in the order of the weights' last two dimensions, and scale * errors. wanted: a
+  // flag for every projected map, then for every target; gradients have their maps' element type.
+  m.def(
+      "feature_mse(Tensor[] projected, Tensor[] targets, Tensor weights, float scale) -> (Tensor loss, Tensor errors)");
+  m.def(
+      "feature_mse_backward(Tensor grad_loss, Tensor[] projected, Tensor[] targets, Tensor weights, float scale,"
+      " int[] wanted) -> Tensor[] grads");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
@@ -62,4 +69,6 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("local_correlation_backward", TORCH_BOX(&kdkernels::local_correlation_backward));
   m.impl("gram", TORCH_BOX(&kdkernels::gram));
   m.impl("gram_backward", TORCH_BOX(&kdkernels::gram_backward));
+  m.impl("feature_mse", TORCH_BOX(&kdkernels::feature_mse));
+  m.impl("feature_mse_backward", TORCH_BOX(&kdkernels::feature_mse_backward));
 }

@@ -189,6 +189,28 @@ def _register_fakes() -> None:
             _new_samples(teacher, dtype) if grad_teacher else student.new_empty((0,), dtype=dtype),
         )
 
+    @torch.library.register_fake("kdkernels::feature_mse")
+    def feature_mse(
+        projected: list[Tensor], targets: list[Tensor], weights: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        dtype = accumulation_dtype(*projected, *targets)
+        return weights.new_empty((), dtype=dtype), weights.new_empty(weights.shape, dtype=dtype)
+
+    @torch.library.register_fake("kdkernels::feature_mse_backward")
+    def feature_mse_backward(
+        grad_loss: Tensor,
+        projected: list[Tensor],
+        targets: list[Tensor],
+        weights: Tensor,
+        scale: float,
+        wanted: list[int],
+    ) -> list[Tensor]:
+        orders = [map_shape(maps)[3] for maps in projected]
+        return [
+            _new_like(maps, channels_last) if want else maps.new_empty((0,))
+            for maps, channels_last, want in zip([*projected, *targets], [*orders, *orders], wanted, strict=True)
+        ]
+
     @torch.library.register_fake("kdkernels::local_correlation")
     def local_correlation(
         students: list[Tensor],
@@ -255,6 +277,12 @@ def _new_samples(features: Tensor, dtype: torch.dtype) -> Tensor:
         if c > 1 and h * w > 1 and features[0].is_contiguous(memory_format=torch.channels_last):
             return features.new_empty((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
     return features.new_empty(features.shape, dtype=dtype)
+
+
+def _new_like(maps: Tensor, channels_last: bool) -> Tensor:
+    """A gradient of ``maps``: compact, in the memory format that is given."""
+    n, c, h, w = maps.shape
+    return maps.new_empty((n, h, w, c)).permute(0, 3, 1, 2) if channels_last else maps.new_empty((n, c, h, w))
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

@@ -149,11 +149,6 @@ std::vector<Tensor> run_backward(const Tensor& grad, const std::vector<Tensor>& 
   return grads;
 }
 
-bool any_double(const std::vector<Tensor>& tensors) {
-  return std::any_of(tensors.begin(), tensors.end(),
-                     [](const Tensor& t) { return t.scalar_type() == ScalarType::Double; });
-}
-
 }  // namespace
 
 Tensor gram(const std::vector<Tensor>& features) {

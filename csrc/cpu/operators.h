@@ -59,4 +59,12 @@ Tensor gram(const std::vector<Tensor>& features);
 
 std::vector<Tensor> gram_backward(const Tensor& grad, const std::vector<Tensor>& features);
 
+// Loss, and the errors of every sample and pair, b x s_L x t_L, times `scale`: the loss's gradient in the weights.
+std::tuple<Tensor, Tensor> feature_mse(const std::vector<Tensor>& projected, const std::vector<Tensor>& targets,
+                                       const Tensor& weights, double scale);
+
+std::vector<Tensor> feature_mse_backward(const Tensor& grad_loss, const std::vector<Tensor>& projected,
+                                         const std::vector<Tensor>& targets, const Tensor& weights, double scale,
+                                         const std::vector<int64_t>& wanted);
+
 }  // namespace kdkernels

@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -44,6 +45,11 @@ auto with_element_type(const Tensor& tensor, const F& f) {
 template <typename F>
 auto with_compute_type(const Tensor& tensor, const F& f) {
   return tensor.scalar_type() == ScalarType::Double ? f(double()) : f(float());
+}
+
+inline bool any_double(const std::vector<Tensor>& tensors) {
+  const auto is_double = [](const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; };
+  return std::any_of(tensors.begin(), tensors.end(), is_double);
 }
 
 inline Tensor new_compact(const Tensor& like, const std::vector<int64_t>& shape,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import backends, checks
+from ... import backends, checks, native
+from ..autograd import once, scaled
 from . import reference
 
 REDUCTIONS = ("mean", "sum")
@@ -24,7 +25,7 @@ def feature_mse(
     """Weighted sum of every pair's per-sample errors; see ``kdkernels.cross_layer_mse``."""
     projected, targets = check(projected, targets, weights, reduction)
     scale = 1.0 if reduction == "sum" else 1.0 / (weights.shape[0] * weights.shape[1])
-    run = {"reference": _reference}[backends.choose("reference" if backend == "auto" else backend, projected[0])]
+    run = {"reference": _reference, "native": _native, "triton": _triton}[backends.choose(backend, projected[0])]
     return run(projected, targets, weights, scale)
 
 
@@ -64,3 +65,43 @@ def _reference(projected: list[Tensor], targets: list[Tensor], weights: Tensor, 
     # Autocast would change the precision of the sums.
     with torch.autocast(weights.device.type, enabled=False):
         return reference.feature_mse(projected, targets, weights, scale)
+
+
+def _native(projected: list[Tensor], targets: list[Tensor], weights: Tensor, scale: float) -> Tensor:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*projected, *targets, weights)):
+        return _Native.apply(scale, weights, *projected, *targets)
+    return native.ops.feature_mse(projected, targets, weights, scale)[0]
+
+
+def _triton(projected: list[Tensor], targets: list[Tensor], weights: Tensor, scale: float) -> Tensor:
+    from .triton import feature_mse as run
+
+    return run(projected, targets, weights, scale)
+
+
+class _Native(torch.autograd.Function):
+    """The maps' gradients are computed in the backward pass: saving the maps costs nothing, unlike gradients."""
+
+    @staticmethod
+    def forward(ctx, scale, weights, *maps):
+        pairs = len(maps) // 2
+        loss, errors = native.ops.feature_mse(maps[:pairs], maps[pairs:], weights, scale)
+        ctx.save_for_backward(errors, weights, *maps)
+        ctx.scale = scale
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        errors, weights, *maps = ctx.saved_tensors
+        _, want_weights, *wanted = ctx.needs_input_grad
+        pairs = len(maps) // 2
+        with torch.no_grad():
+            grads = native.ops.feature_mse_backward(
+                grad_loss, maps[:pairs], maps[pairs:], weights, ctx.scale, [int(want) for want in wanted]
+            )
+        anchored = zip(grads, maps, wanted, strict=True)
+        return (
+            None,
+            scaled(grad_loss, errors, weights.dtype, weights, *maps) if want_weights else None,
+            *(once(grad, weights, *maps) if want else None for grad, own, want in anchored),
+        )

@@ -62,8 +62,7 @@ template <typename T>
 inline typename Vec<T>::type exp_floored(typename Vec<T>::type x) {
   using V = typename Vec<T>::type;
   using C = exp_detail::Constants<T>;
-  const V floor = V{} + (C::lowest + 1);
-  x = floor > x ? floor : x;
+  x = larger<T>(V{} + (C::lowest + 1), x);
   const V shifted = x * C::log2e + C::rounder;
   const V n = shifted - C::rounder;
   V series;

@@ -39,6 +39,26 @@ T sum_of(typename Vec<T>::type lanes) {
   return reduce<T>(lanes, [](V a, V b) { return a + b; });
 }
 
+// Each of `a` and `b` folded in two: the sums of `a` come to lie in the lanes without the bit `step`, those of `b` with it.
+template <typename T, int64_t step>
+typename Vec<T>::type fold(typename Vec<T>::type a, typename Vec<T>::type b) {
+  vec_detail::exchange<step>(a, b, std::make_integer_sequence<int64_t, Vec<T>::size>());
+  return a + b;
+}
+
+// The sums over the lanes of R vectors, all at once.
+template <typename T, int R>
+[[gnu::always_inline]] inline void sums_of(const typename Vec<T>::type* rows, T* out) {
+  if constexpr (R == 1 || R > Vec<T>::size) {
+    for (int r = 0; r < R; ++r) out[r] = sum_of<T>(rows[r]);
+  } else {
+    auto sums = fold<T, 1>(rows[0], rows[1]);
+    if constexpr (R == 4) sums = fold<T, 2>(sums, fold<T, 1>(rows[2], rows[3]));
+    for (Integer<T> step = R; step < Vec<T>::size; step *= 2) sums += __builtin_shuffle(sums, lane_numbers<T>() ^ step);
+    for (int r = 0; r < R; ++r) out[r] = sums[r];
+  }
+}
+
 // One network's logits as numbers of the compute type, a row per sample, with zeros behind the last class.
 template <typename T>
 class Logits {
@@ -144,7 +164,7 @@ struct Products {
   std::array<BelowMax<T>, R> below_max() const { return below_max(std::make_integer_sequence<int, R>()); }
 
   // exp(A - max A) in rows of `stride`, zeros behind the last class, and one over their sums.
-  void exponentials(T* out, int64_t stride, T* inverse_sums) const {
+  [[gnu::always_inline]] void exponentials(T* out, int64_t stride, T* inverse_sums) const {
     const auto below = below_max();
     V sums[R] = {};
     int64_t j = 0;
@@ -171,13 +191,16 @@ struct Products {
         sums[r] += e;
       }
     }
-    for (int r = 0; r < R; ++r) inverse_sums[r] = 1 / sum_of<T>(sums[r]);
+    T totals[R];
+    sums_of<T, R>(sums, totals);
+    for (int r = 0; r < R; ++r) inverse_sums[r] = 1 / totals[r];
   }
 
   // Adds to the sample's gradient what dA gives: z_r dA_r to all logits, and dA_r · z to logit r. dA(j, r) comes without
   // its factor scales[r].
   template <typename F>
-  void spread(int64_t first, int64_t stride, const T* scales, T* grad, const F& d_products) const {
+  [[gnu::always_inline]] void spread(int64_t first, int64_t stride, const T* scales, T* grad,
+                                     const F& d_products) const {
     V rows[R] = {}, factors[R];
     for (int r = 0; r < R; ++r) factors[r] = V{} + factor[r] * scales[r];
     for (int64_t begin = 0; begin < stride; begin += kBlock) {
@@ -195,12 +218,14 @@ struct Products {
       }
       for (int r = 0; r < R; ++r) rows[r] += block[r];
     }
-    for (int r = 0; r < R; ++r) grad[first + r] += sum_of<T>(rows[r]) * scales[r];
+    T totals[R];
+    sums_of<T, R>(rows, totals);
+    for (int r = 0; r < R; ++r) grad[first + r] += totals[r] * scales[r];
   }
 
   // Given the exponentials and -dL/dP, the sample's gradient is dA = P (mean - (negative - top)) with `top` the largest
   // entry's `negative`, so that nothing cancels where that entry is nearly 1, and mean = P · (negative - top).
-  void means(int64_t stride, const T* e, const T* inverse, const T* negative, V* out) const {
+  [[gnu::always_inline]] void means(int64_t stride, const T* e, const T* inverse, const T* negative, V* out) const {
     V dots[R] = {}, tops[R];
     for (int r = 0; r < R; ++r) tops[r] = V{} + negative[r * stride + top[r]];
     for (int64_t begin = 0; begin < stride; begin += kBlock) {
@@ -213,7 +238,9 @@ struct Products {
         }
       for (int r = 0; r < R; ++r) dots[r] += block[r];
     }
-    for (int r = 0; r < R; ++r) out[r] = V{} + sum_of<T>(dots[r]) * inverse[r];
+    T totals[R];
+    sums_of<T, R>(dots, totals);
+    for (int r = 0; r < R; ++r) out[r] = V{} + totals[r] * inverse[r];
   }
 
   void pull_back(int64_t first, int64_t stride, const T* e, const T* inverse, const T* negative, const V* means,
@@ -276,9 +303,9 @@ struct Rows {
       for (int r = 0; r < R; ++r)
         for (int64_t j = 0; j < stride; j += Vec<T>::size) {
           T* entry = map + r * stride + j;
+          const T* e = memory.of(begin, R, stride) + r * stride + j;
           V sum = load<T>(entry);
-          for (int64_t s = begin; s < end; ++s)
-            sum += load<T>(memory.of(s, R, stride) + r * stride + j) * memory.inverse_sums[s * R + r];
+          for (int64_t s = begin; s < end; ++s, e += R * stride) sum += load<T>(e) * memory.inverse_sums[s * R + r];
           store<T>(entry, sum);
         }
     });

@@ -14,6 +14,7 @@ from helpers import assert_close, exactly, loss_and_gradients
 from torch import Tensor, nn
 
 from kdkernels.integrations import mdistiller, repdistiller
+from kdkernels.nn import FeatureCapture, LocalCorrelationLoss
 
 
 def maps(*shape: int) -> Tensor:
@@ -380,3 +381,68 @@ def test_a_matching_student_has_gradient_zero(registry):
     student = torch.randn(5, 4, requires_grad=True)
     _, (gradient,) = loss_and_gradients(lambda s: loss(io(s), io(student.detach())), student)
     assert not gradient.isnan().any()
+
+
+# PyTorch Lightning ----------------------------------------------------------------------------------------------------
+
+
+class Module(nn.Module):
+    """A LightningModule as the callback sees it."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(96, 5))
+        self.logged: dict[str, Tensor] = {}
+
+    def log(self, name: str, value: Tensor) -> None:
+        self.logged[name] = value
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def lightning_step(callback, module: Module, batch: tuple[Tensor, Tensor], accumulate: int) -> Tensor:
+    """The order of Lightning's calls around one training step."""
+    trainer = SimpleNamespace(accumulate_grad_batches=accumulate)
+    callback.on_fit_start(trainer, module)
+    callback.on_train_batch_start(trainer, module, batch, 0)
+    loss = module.training_step(batch) / accumulate
+    callback.on_before_backward(trainer, module, loss)
+    loss.backward()
+    callback.on_fit_end(trainer, module)
+    return loss.detach()
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("layers", [{"net.2": "2"}, {"net.0": "0", "net.2": "2"}], ids=["one", "two"])
+def test_lightning(monkeypatch: pytest.MonkeyPatch, accumulate, layers):
+    host = ModuleType("lightning.pytorch")
+    host.Callback = object
+    monkeypatch.setitem(sys.modules, "lightning", ModuleType("lightning"))
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", host)
+    monkeypatch.delitem(sys.modules, "kdkernels.integrations.lightning", raising=False)
+    callbacks = import_module("kdkernels.integrations.lightning")
+    monkeypatch.delitem(sys.modules, "kdkernels.integrations.lightning")
+
+    module, teacher = Module(), nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    batch = torch.randn(6, 3, 8, 8), torch.randint(5, (6,))
+    compare = LocalCorrelationLoss(k=2)
+    callback = callbacks.Distillation(teacher, compare, layers, weight=0.3)
+    loss = lightning_step(callback, module, batch, accumulate)
+    gradient = module.net[0].weight.grad.clone()
+
+    module.zero_grad()
+    with FeatureCapture(module.net, [name[4:] for name in layers]) as student:
+        hard = module.training_step(batch)
+        with FeatureCapture(teacher, list(layers.values())) as target:
+            teacher(batch[0])
+            soft = compare(student.features, target.features)
+    expected = (hard + 0.3 * soft) / accumulate
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(gradient, module.net[0].weight.grad)
+    assert module.logged["distillation"] == soft
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not module._forward_pre_hooks

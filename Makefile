@@ -3,10 +3,11 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
+GPU_PYTHON ?= python3
 SOURCES := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 RUFF := $(PYTHON) -m ruff
 
-.PHONY: demo test lint bench wheel setup clean
+.PHONY: demo test lint bench wheel gpu-check setup clean
 
 demo: setup
 	$(PYTHON) examples/train_lkd.py
@@ -24,6 +25,10 @@ lint: setup
 
 bench: setup
 	$(PYTHON) -m pytest bench/bench_*.py
+
+# On a machine with a GPU, offline: the Python that has PyTorch there is used as it is.
+gpu-check:
+	$(GPU_PYTHON) bench/gpu_check.py
 
 # One wheel serves every Python and every torch from 2.11 on.
 wheel: setup

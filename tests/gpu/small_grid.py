@@ -1,0 +1,31 @@
+"""Every native operator on small odd shapes, for compute-sanitizer: ``python tests/gpu/small_grid.py``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import kdkernels
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda", requires_grad=True)
+
+
+def main() -> None:
+    for rows, classes in ((1, 1), (3, 37), (2, 1000)):
+        kdkernels.kd_loss(draw(rows, classes), draw(rows, classes), backend="native").backward()
+    for form in ("gram", "feature"):
+        student, teacher = [draw(5, 3, 6, 6), draw(5, 7, 4, 4)], [draw(5, 4, 6, 3), draw(5, 2, 5, 7)]
+        masks = [torch.rand(5, *maps.shape[-2:], device="cuda") for maps in teacher]
+        settings = {"weights": (1.0, 0.5, 0.3), "partition": "resize", "form": form, "backend": "native"}
+        kdkernels.local_correlation_loss(student, teacher, [2, 3], **settings).backward()
+        kdkernels.local_correlation_loss(student, teacher, 2, mask=masks, threshold=0.5, **settings).backward()
+        many = draw(20, 8, 8, 8)
+        kdkernels.local_correlation_loss(many, draw(20, 8, 8, 8), 2, form=form, backend="native").backward()
+        torch.cuda.synchronize()
+        assert many.grad.isfinite().all()
+
+
+if __name__ == "__main__":
+    main()

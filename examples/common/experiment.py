@@ -58,14 +58,15 @@ class Experiment:
         settings: dict[str, object],
         *,
         evaluate: Callable[[], dict[str, float]] | None = None,
+        drop_last: bool = True,
     ) -> History:
         """``training.fit`` with batches of ``dataset`` and the checkpoint called ``name``. By default it measures the
-        accuracy of a network."""
+        accuracy of a network and leaves out the last, smaller batch."""
         return training.fit(
             title,
             module,
             loss,
-            Batches(dataset, schedule.batch_size, seed, self.device),
+            Batches(dataset, schedule.batch_size, seed, self.device, drop_last=drop_last),
             schedule,
             evaluate or (lambda: self.measure(lambda images: module(images)[0])),
             self.checkpoint(name),

@@ -84,6 +84,58 @@ def histograms(path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], edges
     return save(figure, path)
 
 
+def attention(path: Path, weights: Mapping[str, np.ndarray]) -> Path:
+    """A row per method and a panel per student layer: how much it attends to each teacher layer, epoch by epoch, the
+    mean over the runs, shaded from low to high.
+
+    Args:
+        weights: for every method runs x epochs x student layers x teacher layers.
+    """
+    layers = next(iter(weights.values())).shape[2]
+    figure = Figure(figsize=(3.1 * layers, 2.7 * len(weights)), layout="constrained")
+    grid = figure.subplots(len(weights), layers, squeeze=False, sharex=True, sharey="row")
+    for row, (name, values) in zip(grid, weights.items(), strict=True):
+        epochs = np.arange(1, values.shape[1] + 1)
+        for layer, axes in enumerate(row):
+            for target, colour in zip(range(values.shape[3]), COLOURS, strict=False):
+                line = values[:, :, layer, target]
+                axes.plot(epochs, line.mean(0), color=colour, linewidth=1.8, label=f"teacher layer {target + 1}")
+                axes.fill_between(epochs, line.min(0), line.max(0), color=colour, alpha=0.15, linewidth=0)
+            axes.axhline(1 / values.shape[3], color=TEACHER, linestyle=":", linewidth=1)
+            _tidy(axes, f"{name}, student layer {layer + 1}", "epoch")
+        row[0].set_ylabel("attention")
+    grid[0, 0].legend(frameon=False, fontsize=8.5)
+    return save(figure, path)
+
+
+def against(
+    path: Path,
+    x: Sequence[float],
+    lines: Mapping[str, Sequence[Sequence[float]]],
+    xlabel: str,
+    title: str,
+    *,
+    level: tuple[str, float] | None = None,
+) -> Path:
+    """Each line's mean over its runs against ``x``, with bars from low to high.
+
+    Args:
+        lines: for every line and every ``x`` the runs' values.
+        level: label and height of a horizontal line.
+    """
+    figure = Figure(figsize=(4.6, 3.7), layout="constrained")
+    axes = figure.subplots()
+    for (name, runs), colour in zip(lines.items(), COLOURS, strict=False):
+        means = [np.mean(values) for values in runs]
+        reach = [[m - min(v), max(v) - m] for m, v in zip(means, runs, strict=True)]
+        axes.errorbar(x, means, np.transpose(reach), color=colour, marker="o", capsize=3, linewidth=1.8, label=name)
+    if level is not None:
+        axes.axhline(level[1], color=TEACHER, linestyle="--", linewidth=1.2, label=level[0])
+    _tidy(axes, title, xlabel)
+    axes.legend(frameon=False, fontsize=9)
+    return save(figure, path)
+
+
 def masks(
     path: Path,
     images: np.ndarray,

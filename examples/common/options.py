@@ -59,6 +59,13 @@ def positive_int(text: str) -> int:
     return value
 
 
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number in [0, 1], got {value:g}")
+    return value
+
+
 def load_data(parser: argparse.ArgumentParser, options: argparse.Namespace) -> data.Dataset:
     """The dataset asked for; what is wrong with its files is said without a traceback."""
     try:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import mean, stdev
+
+import numpy as np
 
 
 def spread(values: Sequence[float]) -> str:
     """Mean ± sample standard deviation."""
-    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
 
 
 def table(teacher: tuple[str, float], methods: Mapping[str, Sequence[float]], baseline: str) -> str:
@@ -26,6 +27,11 @@ def table(teacher: tuple[str, float], methods: Mapping[str, Sequence[float]], ba
             gains = [value - base for value, base in zip(values, methods[baseline], strict=True)]
             row.append("" if row[0] == baseline else spread(gains))
     return markdown(header, rows)
+
+
+def grid(corner: str, rows: Mapping[str, Sequence[Sequence[float]]], columns: Sequence[str]) -> str:
+    """A Markdown table: each cell is the mean and the deviation of its values."""
+    return markdown([corner, *columns], [[name, *map(spread, cells)] for name, cells in rows.items()])
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -115,7 +115,7 @@ def fit(
                 record |= evaluate()
             history.append(record)
             save(checkpoint, state, settings, history)
-            bar.set_postfix({key: f"{value:.4g}" for key, value in record.items() if key != "epoch"})
+            bar.set_postfix({key: f"{value:.4g}" for key, value in record.items() if isinstance(value, float)})
     module.eval()
     accuracies = {key.replace("_", " "): value for key, value in history[-1].items() if "accuracy" in key}
     measured = ", ".join(f"{key} {value:.2f} %" for key, value in accuracies.items())

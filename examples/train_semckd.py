@@ -364,7 +364,8 @@ class CrossLayer(Experiment):
             if study == "methods":
                 tables += self.report_methods(runs, accuracy, content)
             elif study == "beta":
-                tables.append(results.grid("beta", {f"{self.beta(r.setting):g}": [r.accuracies] for r in runs}, [""]))
+                heads = [f"{self.beta(r.setting):g}" for r in runs]
+                tables.append(results.grid("beta", {"SemCKD": [r.accuracies for r in runs]}, heads))
                 self.draw_beta(runs)
             else:
                 few = study == "few-shot"

@@ -6,11 +6,12 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from . import backends, functional
-from .ops import icc, kd, local_correlation
-from .ops.congruence.plan import FEATURE, GRAM, Form, candidates, multiply_adds
+from .ops import correlation_congruence, icc, kd, local_correlation, similarity_preserving
+from .ops.congruence.plan import FEATURE, GRAM, TILE_ENTRY, Form, candidates, multiply_adds
 from .ops.local_correlation import Stage
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def explain(name: str, *args: object, **settings: object) -> Explanation:
         ValueError: for another name; and whatever the call itself would raise for its arguments.
     """
     explainers = {
+        "correlation_congruence_loss": _correlation_congruence_stages,
+        "similarity_preserving_loss": _similarity_stages,
         "local_correlation_loss": _local_correlation_stages,
         "inter_class_correlation": _map_stages,
         "inter_class_correlation_loss": _inter_class_stages,
@@ -74,7 +77,8 @@ def explain(name: str, *args: object, **settings: object) -> Explanation:
     bound = inspect.signature(getattr(functional, name)).bind(*args, **settings)
     bound.apply_defaults()
     tensor, stages = explainers[name](**bound.arguments)
-    backend = backends.choose(bound.arguments["backend"], tensor)
+    choose = similarity_preserving.choose_backend if name == "similarity_preserving_loss" else backends.choose
+    backend = choose(bound.arguments["backend"], tensor)
     reasons = {other: backends.why_not(other, tensor) for other in backends.BACKENDS[1:]}
     return Explanation(name, backend, {b: reason for b, reason in reasons.items() if reason is not None}, stages)
 
@@ -92,6 +96,29 @@ def _map_stages(logits: Tensor, **_) -> tuple[Tensor, list]:
 def _inter_class_stages(student_logits: Tensor, teacher_logits: Tensor, *, reduction: str, **_) -> tuple[Tensor, list]:
     icc.check(student_logits, teacher_logits, reduction)
     return student_logits, []
+
+
+def _correlation_congruence_stages(
+    student: Tensor, teacher: Tensor, *, kernel: str, gamma: float, order: int, reduction: str, form: str, **_
+) -> tuple[Tensor, list]:
+    metric = correlation_congruence.Kernel(kernel, gamma, order)
+    correlation_congruence.check(student, teacher, metric, reduction, form)
+    plan = correlation_congruence.make_plan(student, teacher, metric, 1.0, form)
+    rows = student.shape[0]
+    wanted = [torch.is_grad_enabled() and embeddings.requires_grad for embeddings in (student, teacher)]
+    forms = candidates(True, wanted[1]) if kernel == "bilinear" else (GRAM,)
+    if kernel == "mmd":
+        costs = {GRAM: TILE_ENTRY * rows**2}
+    else:
+        costs = {form: multiply_adds(form, rows, student.shape[1], teacher.shape[1], *wanted) for form in forms}
+    return student, [[Sum("all pairs", rows, 1, plan.full, costs)]]
+
+
+def _similarity_stages(student: Tensor, teacher: Tensor, *, reduction: str, form: str, **_) -> tuple[Tensor, list]:
+    similarity_preserving.check(student, teacher, reduction, form)
+    chosen = similarity_preserving.choose_form(student, teacher, form)
+    costs = similarity_preserving.form_costs(student, teacher)
+    return student, [[Sum("all pairs", student.shape[0], 1, chosen, costs)]]
 
 
 def _local_correlation_stages(

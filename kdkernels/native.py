@@ -274,7 +274,7 @@ def _new_samples(features: Tensor, dtype: torch.dtype) -> Tensor:
     """A compact gradient, channels last where every sample lies so in memory."""
     if features.dim() == 4:
         n, c, h, w = features.shape
-        if c > 1 and h * w > 1 and features[0].is_contiguous(memory_format=torch.channels_last):
+        if c > 1 and h * w > 1 and features[:1].is_contiguous(memory_format=torch.channels_last):
             return features.new_empty((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
     return features.new_empty(features.shape, dtype=dtype)
 

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import HALF_DTYPES, assert_as_good_as, assert_close, exactly, loss_and_gradients
+from helpers import DTYPES, HALF_DTYPES, assert_as_good_as, assert_close, exactly, loss_and_gradients, relative_error
 from torch import Tensor
 
 import kdkernels
+from kdkernels import backends, native
 
 FORMS = ("gram", "feature")
 every_form = pytest.mark.parametrize("form", FORMS)
+needs_native = pytest.mark.skipif(
+    native.why_not(torch.device("cpu")) is not None, reason=str(native.why_not(torch.device("cpu")))
+)
+
+
+@pytest.fixture(params=["reference", "native"])
+def backend(request: pytest.FixtureRequest) -> str:
+    reason = backends.why_not(request.param, Tensor())
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
 
 
 def definition(student: Tensor, teacher: Tensor, reduction: str = "mean") -> Tensor:
@@ -62,3 +74,195 @@ def check(backend: str, student: Tensor, teacher: Tensor, form: str = "auto", re
 )
 def test_matches_the_definition(backend, form, reduction, student, teacher):
     check(backend, maps(*student), maps(*teacher), form, reduction)
+
+
+@every_form
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes(backend, form, dtype):
+    check(backend, maps(9, 4, 3, 3, dtype=dtype), maps(9, 13, dtype=dtype), form)
+    check(backend, maps(9, 4, 3, 3, dtype=dtype), maps(9, 13), form)
+
+
+@every_form
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.contiguous(memory_format=torch.channels_last),
+        lambda x: torch.cat([x, x], 1)[:, 2:6],
+        lambda x: x.transpose(2, 3),
+        lambda x: torch.cat([x, 2 * x])[::2],
+        lambda x: x.contiguous(memory_format=torch.channels_last)[:, 1:3],
+        lambda x: x.flatten(1).T.contiguous().T,
+    ],
+    ids=["channels_last", "sliced", "transposed", "every other", "some of the last channels", "matrix"],
+)
+def test_strides(backend, form, view):
+    student, teacher = (view(maps(8, 4, 3, 5, requires_grad=False)) for _ in range(2))
+    check(backend, student.requires_grad_(), maps(8, 7), form)
+    check(backend, maps(8, 7), teacher.requires_grad_(), form)
+
+
+@every_form
+@pytest.mark.parametrize("rows", [300, 700])
+def test_many_rows(form, rows):
+    """Gram matrices that are held, and ones that are computed twice, in strips."""
+    x, y = maps(rows, 24), maps(rows, 40)
+
+    def loss_of(form: str, backend: str):
+        return lambda s, t: kdkernels.similarity_preserving_loss(s, t, form=form, backend=backend)
+
+    loss, gradients = loss_and_gradients(loss_of(form, "auto"), x, y)
+    expected, expected_gradients = loss_and_gradients(loss_of("gram", "reference"), *exactly(x, y))
+    assert_close(loss, expected, "loss")
+    for gradient, correct in zip(gradients, expected_gradients, strict=True):
+        assert_close(gradient, correct, "gradient")
+
+
+@every_form
+def test_zero_and_duplicate_samples(backend, form):
+    x, y = maps(9, 5, requires_grad=False), maps(9, 7, requires_grad=False)
+    x[1] = x[4]
+    x[6] = y[0] = y[6] = 0
+    student, teacher = x.requires_grad_(), y.requires_grad_()
+    loss, gradients = loss_and_gradients(
+        lambda s, t: kdkernels.similarity_preserving_loss(s, t, form=form, backend=backend), student, teacher
+    )
+    assert_close(loss, definition(*exactly(student, teacher)).detach())
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_a_good_student_keeps_its_digits(backend):
+    """The Gram form compares entry by entry: nothing of the size of the whole cancels."""
+    teacher = maps(12, 30, requires_grad=False).relu() + 0.5
+    student = (teacher + 1e-3 * torch.randn(12, 30)).requires_grad_()
+    loss, (gradient,) = loss_and_gradients(
+        lambda s: kdkernels.similarity_preserving_loss(s, teacher, form="gram", backend=backend), student
+    )
+    exact, (correct,) = loss_and_gradients(lambda s: definition(s, teacher.double()), *exactly(student))
+    assert relative_error(loss, exact) < 1e-3
+    assert relative_error(gradient, correct) < 1e-2
+
+
+def test_no_overflow_where_half_precision_has_it(backend):
+    """Gram entries of 256 x 8 x 8 maps of rms 2 exceed what float16 holds."""
+    student = (2 * torch.randn(6, 256, 8, 8)).half().requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        loss = kdkernels.similarity_preserving_loss(student, maps(6, 10), backend=backend)
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad.isfinite().all()
+
+
+@every_form
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("n", [1, 20])
+def test_not_a_number_comes_out(backend, form, value, n):
+    for place in range(2):
+        features = [maps(n, 9, requires_grad=False) for _ in range(2)]
+        features[place][-1, 3] = value
+        assert kdkernels.similarity_preserving_loss(*features, form=form, backend=backend).isnan()
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)], ids=str)
+@every_form
+def test_gradients_where_wanted(backend, form, wanted):
+    features = [maps(9, 6, requires_grad=want) for want in wanted]
+    if any(wanted):
+        check(backend, *features, form)
+    with torch.no_grad():
+        assert not kdkernels.similarity_preserving_loss(*features, form=form, backend=backend).requires_grad
+
+
+@every_form
+def test_upstream_gradient_and_a_second_backward(backend, form):
+    student = maps(6, 15)
+    loss = kdkernels.similarity_preserving_loss(student, maps(6, 4), form=form, backend=backend)
+    (once,) = torch.autograd.grad(loss, student, retain_graph=True)
+    (thrice,) = torch.autograd.grad(3 * loss, student, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, student)
+    assert_close(thrice, 3 * once)
+    assert torch.equal(once, again)
+
+
+@needs_native
+def test_a_second_derivative_raises():
+    student = maps(6, 15)
+    loss = kdkernels.similarity_preserving_loss(student, maps(6, 4), backend="native")
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (loss + gradient.square().sum()).backward()
+
+
+@every_form
+def test_repeats_bit_by_bit(backend, form):
+    student, teacher = maps(130, 33), maps(130, 20)
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        return loss_and_gradients(
+            lambda s, t: kdkernels.similarity_preserving_loss(s, t, form=form, backend=backend), student, teacher
+        )
+
+    first, second = run(), run()
+    assert torch.equal(first[0], second[0])
+    assert all(map(torch.equal, first[1], second[1]))
+
+
+@needs_native
+@pytest.mark.parametrize("feature", [True, False])
+@pytest.mark.parametrize("wanted", [(True, False), (True, True), (False, False)], ids=str)
+def test_opcheck(feature, wanted):
+    compact, teacher = maps(5, 3, 2, 4, requires_grad=False), maps(7, 5, dtype=torch.bfloat16, requires_grad=False).t()
+    for student in (compact, compact.contiguous(memory_format=torch.channels_last), compact.transpose(2, 3)):
+        torch.library.opcheck(native.ops.similarity_preserving.default, (student, teacher, 0.1, feature, *wanted))
+
+
+def test_compiles_into_one_graph(backend):
+    @torch.compile(fullgraph=True)
+    def step(s: Tensor, t: Tensor) -> Tensor:
+        return 2 * kdkernels.similarity_preserving_loss(s, t, backend=backend)
+
+    for shape in ((6, 4, 2, 2), (9, 11, 1, 3)):
+        student, teacher = maps(*shape), maps(*shape)
+        loss, gradients = loss_and_gradients(step, student, teacher)
+        expected = loss_and_gradients(lambda s, t: 2 * definition(s, t), *exactly(student, teacher))
+        assert_close(loss, expected[0])
+        for gradient, exact in zip(gradients, expected[1], strict=True):
+            assert_close(gradient, exact)
+
+
+def test_module_and_backend_block(backend):
+    student, teacher = maps(4, 8), maps(4, 8)
+    with kdkernels.use_backend(backend):
+        loss = kdkernels.nn.SimilarityPreservingLoss(reduction="sum")(student, teacher)
+    assert_close(loss, definition(*exactly(student, teacher), reduction="sum").detach())
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "settings", "error", "message"),
+    [
+        ([1.0], torch.ones(2, 3), {}, TypeError, "student must be a tensor, got list"),
+        (torch.ones(3), torch.ones(3, 2), {}, ValueError, r"student must have shape n x ..., got \(3,\)"),
+        (torch.ones(2, 3), torch.ones(2, 3).int(), {}, TypeError, "teacher must be float32.*got torch.int32"),
+        (torch.ones(2, 3), torch.ones(4, 3), {}, ValueError, "teacher must have student's batch size 2, got 4"),
+        (torch.ones(2, 0), torch.ones(2, 3), {}, ValueError, "student must not be empty"),
+        (torch.ones(2, 3), torch.ones(2, 3), {"reduction": "none"}, ValueError, "reduction must be one of"),
+        (torch.ones(2, 3), torch.ones(2, 3), {"form": "tiles"}, ValueError, "form must be one of"),
+        (torch.ones(2, 3), torch.ones(2, 3), {"group": object()}, NotImplementedError, "group"),
+    ],
+)
+def test_misuse_is_explained(student, teacher, settings, error, message):
+    with pytest.raises(error, match=message):
+        kdkernels.similarity_preserving_loss(student, teacher, **settings)
+
+
+def test_explanation(backend):
+    """Names the backend and the cheaper form; and misuse is explained as by the call itself."""
+    wide, narrow = (maps(20, width) for width in (400, 3))
+    for student, expected in ((wide, "gram"), (narrow, "feature")):
+        explanation = kdkernels.explain("similarity_preserving_loss", student, student, backend=backend)
+        assert explanation.backend == backend
+        ((part,),) = explanation.stages
+        assert str(part.form) == expected
+        assert part.costs[part.form] == min(part.costs.values())
+    with pytest.raises(ValueError, match="batch size 20, got 2"):
+        kdkernels.explain("similarity_preserving_loss", wide, narrow[:2])

@@ -25,7 +25,13 @@ from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+<<<<<<< HEAD
 ROOMS = [import_module(f"kdkernels.ops.{name}.triton") for name in ("congruence", "icc", "kd", "patches")]
+=======
+ROOMS = [
+    import_module(f"kdkernels.ops.{name}.triton") for name in ("congruence", "correlation_congruence", "kd", "patches")
+]
+>>>>>>> 6e0a6fe (Compare kernels in Triton too; test correlation congruence, similarity preserving and the samplers; explain both losses)
 ops = torch.ops.kdkernels_triton
 ICC_KERNELS = {
     "_sums_kernel",
@@ -46,6 +52,7 @@ KERNELS = {
     "_product_kernel",
     "_fold_kernel",
     "_diagonal_kernel",
+    "_compare_kernel",
 }
 # Bytes of shared memory that one block may have.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
@@ -196,6 +203,29 @@ def test_congruence_on_tensor_cores(
         assert all(instruction in code(kernel, target) for kernel in whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_correlation_congruence(
+    compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    x, y = torch.zeros(256, 128, dtype=dtype), torch.zeros(256, 64, dtype=dtype)
+    for kernel in (0, 1, 3):
+        for wanted in ((True, False), (True, True), (False, False)):
+            ops.kernel_congruence(x, y, kernel, 0.4, 2, 1.0, *wanted)
+    check(compiled, target, tmp_path, {"_compare_kernel", "_product_kernel"})
+
+
+def test_correlation_congruence_on_tensor_cores(
+    compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, permit_tf32: None
+) -> None:
+    x = torch.zeros(256, 128)
+    for kernel in (0, 1):
+        ops.kernel_congruence(x, x, kernel, 0.4, 2, 1.0, True, True)
+    check(compiled, target, tmp_path, {"_compare_kernel", "_product_kernel"})
+    instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(target.arch)
+    comparisons = [kernel for kernel in distinct(compiled) if kernel.metadata.name == "_compare_kernel"]
+    assert not instruction or all(instruction in code(kernel, target) for kernel in comparisons)
+
+
 @pytest.mark.parametrize("target", [GPUTarget("cuda", 90, 32)], ids=["sm_90"], indirect=True)
 def test_sizes_of_one(compiled: list[CompiledKernel], target: GPUTarget) -> None:
     """Compiled kernels, unlike interpreted ones, take an integer argument of 1 as a constant."""
@@ -210,6 +240,8 @@ def test_sizes_of_one(compiled: list[CompiledKernel], target: GPUTarget) -> None
         for feature in (False, True):
             ops.congruence(x, y, 1, [1.0, 0.5, 0.5, 1.0], [feature] * 3, True, True)
             ops.congruence(x, y, 1, [1.0, 0.5, 0.5, 1.0], [feature] * 3, False, False)
+        for kernel in (0, 1, 3):
+            ops.kernel_congruence(x, y, kernel, 0.4, 1, 1.0, True, True)
     assert {kernel.metadata.name for kernel in compiled} == KERNELS - {"_fold_kernel"}
 
 

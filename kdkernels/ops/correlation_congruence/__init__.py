@@ -30,7 +30,7 @@ def correlation_congruence(
     """The congruence of two networks' kernel matrices; see ``kdkernels.correlation_congruence_loss``."""
     check(student, teacher, kernel, reduction, form)
     scale = 1.0 / student.shape[0] ** 2 if reduction == "mean" else 1.0
-    run = {"reference": _reference, "native": _native}[backends.choose(backend, student)]
+    run = {"reference": _reference, "native": _native, "triton": _triton}[backends.choose(backend, student)]
     return run(student, teacher, kernel, bool(normalize), scale, make_plan(student, teacher, kernel, scale, form))
 
 
@@ -96,6 +96,12 @@ def _native(student: Tensor, teacher: Tensor, kernel: Kernel, normalize: bool, s
     if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
         return _Native.apply(student, teacher, *settings)
     return native.ops.correlation_congruence(student, teacher, *settings, False, False)[0]
+
+
+def _triton(student: Tensor, teacher: Tensor, kernel: Kernel, normalize: bool, scale: float, plan: Plan) -> Tensor:
+    from .triton import correlation_congruence as run
+
+    return run(student, teacher, kernel, normalize, scale, plan)
 
 
 class _Native(torch.autograd.Function):

@@ -47,7 +47,7 @@ def kernel_matrix(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
 
 def _taylor(products: Tensor, gamma: float, order: int) -> Tensor:
     """``exp(−2γ) Σ_{p≤P} (2γ)^p / p! · g^p`` (Eq. 9), by Horner's rule from the innermost factor."""
-    series = torch.ones_like(products)
+    series = 1 + 0 * products  # what is not a number stays so at order 0 too
     for p in range(order, 0, -1):
         series = 1 + series * products * (2 * gamma / p)
     return math.exp(-2 * gamma) * series

@@ -19,8 +19,16 @@ def similarity_preserving(
     """The difference of two networks' similarities; see ``kdkernels.similarity_preserving_loss``."""
     check(student, teacher, reduction, form)
     scale = 1.0 / student.shape[0] ** 2 if reduction == "mean" else 1.0
-    run = {"reference": _reference, "native": _native}[backends.choose(backend, student)]
+    run = {"reference": _reference, "native": _native}[choose_backend(backend, student)]
     return run(student, teacher, scale, choose_form(student, teacher, form))
+
+
+def choose_backend(backend: str, student: Tensor) -> str:
+    """As for every operator, but that there are no Triton kernels."""
+    if backend == "triton":
+        raise RuntimeError("backend='triton' cannot run here: similarity_preserving_loss has no Triton kernels yet")
+    chosen = backends.choose(backend, student)
+    return "reference" if chosen == "triton" else chosen
 
 
 def choose_form(student: Tensor, teacher: Tensor, form: str) -> Form:

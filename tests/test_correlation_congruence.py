@@ -402,7 +402,6 @@ def test_kernel_matrix(kernel, normalize):
         (torch.ones(2, 3), torch.ones(2, 3), {"form": "feature"}, ValueError, "form='feature' is that of.*bilinear"),
         (torch.ones(2, 3), torch.ones(2, 3), {"reduction": "none"}, ValueError, "reduction must be one of"),
         (torch.ones(2, 3), torch.ones(2, 3), {"backend": "cuda"}, ValueError, "backend must be one of.*got 'cuda'"),
-        (torch.ones(2, 3), torch.ones(2, 3), {"group": object()}, NotImplementedError, "group"),
     ],
 )
 def test_misuse_is_explained(student, teacher, settings, error, message):

@@ -247,7 +247,6 @@ def test_module_and_backend_block(backend):
         (torch.ones(2, 0), torch.ones(2, 3), {}, ValueError, "student must not be empty"),
         (torch.ones(2, 3), torch.ones(2, 3), {"reduction": "none"}, ValueError, "reduction must be one of"),
         (torch.ones(2, 3), torch.ones(2, 3), {"form": "tiles"}, ValueError, "form must be one of"),
-        (torch.ones(2, 3), torch.ones(2, 3), {"group": object()}, NotImplementedError, "group"),
     ],
 )
 def test_misuse_is_explained(student, teacher, settings, error, message):

@@ -25,13 +25,10 @@ from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-<<<<<<< HEAD
-ROOMS = [import_module(f"kdkernels.ops.{name}.triton") for name in ("congruence", "icc", "kd", "patches")]
-=======
 ROOMS = [
-    import_module(f"kdkernels.ops.{name}.triton") for name in ("congruence", "correlation_congruence", "kd", "patches")
+    import_module(f"kdkernels.ops.{name}.triton")
+    for name in ("congruence", "correlation_congruence", "icc", "kd", "patches")
 ]
->>>>>>> 6e0a6fe (Compare kernels in Triton too; test correlation congruence, similarity preserving and the samplers; explain both losses)
 ops = torch.ops.kdkernels_triton
 ICC_KERNELS = {
     "_sums_kernel",
@@ -52,7 +49,7 @@ KERNELS = {
     "_product_kernel",
     "_fold_kernel",
     "_diagonal_kernel",
-    "_compare_kernel",
+    "_kernels_kernel",
 }
 # Bytes of shared memory that one block may have.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
@@ -211,7 +208,7 @@ def test_correlation_congruence(
     for kernel in (0, 1, 3):
         for wanted in ((True, False), (True, True), (False, False)):
             ops.kernel_congruence(x, y, kernel, 0.4, 2, 1.0, *wanted)
-    check(compiled, target, tmp_path, {"_compare_kernel", "_product_kernel"})
+    check(compiled, target, tmp_path, {"_kernels_kernel", "_product_kernel"})
 
 
 def test_correlation_congruence_on_tensor_cores(
@@ -220,9 +217,9 @@ def test_correlation_congruence_on_tensor_cores(
     x = torch.zeros(256, 128)
     for kernel in (0, 1):
         ops.kernel_congruence(x, x, kernel, 0.4, 2, 1.0, True, True)
-    check(compiled, target, tmp_path, {"_compare_kernel", "_product_kernel"})
+    check(compiled, target, tmp_path, {"_kernels_kernel", "_product_kernel"})
     instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(target.arch)
-    comparisons = [kernel for kernel in distinct(compiled) if kernel.metadata.name == "_compare_kernel"]
+    comparisons = [kernel for kernel in distinct(compiled) if kernel.metadata.name == "_kernels_kernel"]
     assert not instruction or all(instruction in code(kernel, target) for kernel in comparisons)
 
 

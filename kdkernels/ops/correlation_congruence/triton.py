@@ -126,7 +126,7 @@ def _compare(
     block_rows, block_columns, block_depth = _tile(x.dtype, height, rows, precision)
     programs = triton.cdiv(height, block_rows) * triton.cdiv(rows, block_columns)
     partials = x.new_empty(programs, dtype=torch.float64)
-    _compare_kernel[(programs,)](
+    _kernels_kernel[(programs,)](
         x,
         y,
         terms_x,
@@ -191,7 +191,7 @@ def _correlate(products, terms_ptr, row, column, rows, order, gamma, KERNEL: tl.
 
 
 @triton.jit
-def _compare_kernel(
+def _kernels_kernel(
     x_ptr,
     y_ptr,
     terms_x_ptr,

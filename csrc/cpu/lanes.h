@@ -95,17 +95,16 @@ inline void store_first(T* out, typename Vec<T>::type value, int64_t count) {
 // The larger of two numbers, b where either is NaN: in one instruction, which GCC does not make of a comparison.
 template <typename T>
 inline typename Vec<T>::type larger(typename Vec<T>::type a, typename Vec<T>::type b) {
-  using V = typename Vec<T>::type;
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<T, float>)
-    return (V)_mm512_max_ps((__m512)a, (__m512)b);
+    return (decltype(a))_mm512_max_ps((__m512)a, (__m512)b);
   else
-    return (V)_mm512_max_pd((__m512d)a, (__m512d)b);
+    return (decltype(a))_mm512_max_pd((__m512d)a, (__m512d)b);
 #elif defined(__AVX2__)
   if constexpr (std::is_same_v<T, float>)
-    return (V)_mm256_max_ps((__m256)a, (__m256)b);
+    return (decltype(a))_mm256_max_ps((__m256)a, (__m256)b);
   else
-    return (V)_mm256_max_pd((__m256d)a, (__m256d)b);
+    return (decltype(a))_mm256_max_pd((__m256d)a, (__m256d)b);
 #else
   return a > b ? a : b;
 #endif

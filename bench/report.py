@@ -39,7 +39,8 @@ def section(file: Path) -> str:
     """Table and provenance of one file of results."""
     measured = json.loads(file.read_text())
     cases = [result for result in measured["results"] if result.get("headline", True)]
-    lines = [row(header) for header in heading(cases)] + [row(cells(case)) for case in cases]
+    quantities = {key for case in cases for key in case}
+    lines = [row(header) for header in heading(cases)] + [row(cells(case, quantities)) for case in cases]
     origin = (
         f"{measured['processor']}, PyTorch {measured['PyTorch']}, {measured['date'][:10]}, "
         f"commit {measured['commit']}; `bench/results/{file.name}`."
@@ -54,7 +55,7 @@ def heading(cases: list[Result]) -> list[list[str]]:
     return [columns, ["---", *["---:"] * (len(columns) - 1)]]
 
 
-def cells(case: Result) -> list[str]:
+def cells(case: Result, measured: set[str]) -> list[str]:
     seconds = dict(case["seconds"])
     fused = seconds.pop("fused")
     eager, compiled = (
@@ -63,12 +64,12 @@ def cells(case: Result) -> list[str]:
     )
     best = min(seconds.values())
     row = [case["case"], f"**{duration(fused)}**", duration(eager), duration(compiled), f"{best / fused:.2f}x"]
-    if "peak extra bytes" in case:
-        peaks = dict(case["peak extra bytes"])
-        own = peaks.pop("fused")
-        row.append(f"{mebibytes(own)} / {mebibytes(min(peaks.values()))} MiB")
-    if "share of the limit" in case:
-        row.append(f"{case['share of the limit']:.0%}")
+    if "peak extra bytes" in measured:
+        peaks = dict(case.get("peak extra bytes", {}))
+        own = peaks.pop("fused", None)
+        row.append(f"{mebibytes(own)} / {mebibytes(min(peaks.values()))} MiB" if peaks else "")
+    if "share of the limit" in measured:
+        row.append(f"{case['share of the limit']:.0%}" if "share of the limit" in case else "")
     return row
 
 

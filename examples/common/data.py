@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kdkernels.samplers import ClassUniformSampler
 
 from . import parallel
 
@@ -59,6 +61,18 @@ class Dataset:
         kept, held = split(self.train.labels, 1 - share)
         return replace(self, train=self.train[kept], test=self.train[held])
 
+    def of_classes(self, classes: Sequence[int]) -> Dataset:
+        """The dataset with these classes alone, numbered anew in their order."""
+
+        def those(images: Images) -> Images:
+            numbers = torch.full((self.num_classes,), -1)
+            numbers[list(classes)] = torch.arange(len(classes))
+            labels = numbers[images.labels]
+            return Images(images.pixels[labels >= 0], labels[labels >= 0])
+
+        names = tuple(self.class_names[label] for label in classes)
+        return replace(self, train=those(self.train), test=those(self.test), class_names=names)
+
     def only(self, share: float) -> Dataset:
         """The dataset with a share of its training images."""
         return replace(self, train=self.train[split(self.train.labels, share)[0]])
@@ -88,11 +102,18 @@ class Batches:
     """Shuffled, varied, normalised batches of training images. An epoch depends on ``seed`` and its number alone.
 
     The last, smaller batch is left out: the loss of a pair of images would weigh differently in it. With
-    ``drop_last=False`` it is not.
+    ``drop_last=False`` it is not. A ``sampler`` composes the batches instead.
     """
 
     def __init__(
-        self, dataset: Dataset, batch_size: int, seed: int, device: torch.device, *, drop_last: bool = True
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        *,
+        drop_last: bool = True,
+        sampler: ClassUniformSampler | None = None,
     ) -> None:
         if len(dataset.train) < batch_size:
             raise ValueError(f"batch_size={batch_size} is more than the {len(dataset.train)} training images")
@@ -101,20 +122,30 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         self.drop_last = drop_last
+        self.sampler = sampler
 
     def __len__(self) -> int:
+        if self.sampler is not None:
+            return len(self.sampler)
         whole, rest = divmod(len(self.images), self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised float images and labels, on the device: this process's share of each batch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        order = torch.randperm(len(self.images), generator=generator)
-        for index in order.split(self.batch_size)[: len(self)]:
+        for index in self._indices(number, generator):
             batch = self.images[index.to(self.images.labels.device)]
             bordered = F.pad(batch.pixels, [self.dataset.padding] * 4)
             pixels = crop(bordered, batch.pixels.shape[-1], generator, flip=self.dataset.flip)
             yield self.dataset.normalise(parallel.share(pixels)), parallel.share(batch.labels)
+
+    def _indices(self, number: int, generator: torch.Generator) -> Iterator[Tensor]:
+        if self.sampler is None:
+            order = torch.randperm(len(self.images), generator=generator)
+            yield from order.split(self.batch_size)[: len(self)]
+        else:
+            self.sampler.set_epoch(number)
+            yield from map(torch.tensor, self.sampler)
 
 
 def crop(pixels: Tensor, side: int, generator: torch.Generator, *, flip: bool = False) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdkernels.samplers import ClassUniformSampler
+
 from . import networks, options, parallel, training
 from .data import Batches, Dataset
 from .networks import StagedNetwork
@@ -59,14 +61,15 @@ class Experiment:
         *,
         evaluate: Callable[[], dict[str, float]] | None = None,
         drop_last: bool = True,
+        sampler: ClassUniformSampler | None = None,
     ) -> History:
         """``training.fit`` with batches of ``dataset`` and the checkpoint called ``name``. By default it measures the
-        accuracy of a network and leaves out the last, smaller batch."""
+        accuracy of a network, and batches are drawn uniformly but for the last, smaller one."""
         return training.fit(
             title,
             module,
             loss,
-            Batches(dataset, schedule.batch_size, seed, self.device, drop_last=drop_last),
+            Batches(dataset, schedule.batch_size, seed, self.device, drop_last=drop_last, sampler=sampler),
             schedule,
             evaluate or (lambda: self.measure(lambda images: module(images)[0])),
             self.checkpoint(name),

@@ -73,7 +73,10 @@ struct Mmd {
   static constexpr bool products = false, row_sums = true;
   static constexpr double sign = -1;
 
-  T term(const T* row, int64_t width) const { return T(std::accumulate(row, row + width, 0.0) / width); }
+  T term(const T* row, int64_t width) const {
+    return T(sum_vectors<T>(0, width, [&](int64_t j, int64_t count) { return load_first<T>(row + j, count, 0); }) /
+             width);
+  }
   T own(T, T) const { return 0; }
   Entry<T> at(V, T mean, V means) const {
     const V difference = mean - means, one = V{} + 1;
@@ -129,7 +132,9 @@ double compare(const Kernel& kernel, int64_t rows, Side<T>& x, Side<T>& y) {
     Side<T>& side = *sides[m];
     const bool wanted = side.gradient.data;
     side.terms.resize(rows);
-    for (int64_t r = 0; r < rows; ++r) side.terms[r] = kernel.term(side.operand.rows.at(r, 0), side.operand.width);
+    parallel_blocks(rows, 1, 1 + (1 << 15) / side.operand.width, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) side.terms[r] = kernel.term(side.operand.rows.at(r, 0), side.operand.width);
+    });
     if (Kernel::row_sums && wanted) side.row_sums.assign(rows, 0);
     if (Kernel::products) grams[m] = {&side.operand, nullptr};
     if (Kernel::products && wanted) targets.push_back({side.operand, &side.gradient, T(side.factor), m});

@@ -120,7 +120,10 @@ def test_attention_errors_loss_and_every_gradient(batch, temperature):
     for name, ours, exact in zip(names, *results, strict=True):
         # What lies before a batch norm's mean has no gradient but for rounding.
         assert (ours - exact).norm() <= 1e-11 * max(exact.norm(), 1e-3 * scale), name
-    assert all(gradient.abs().max() > 0 for gradient in results[0])
+    # Now and then all hidden units of an embedding are off; the convolutions always learn.
+    learning = {name.split(".")[0] for name, gradient in zip(names, results[0], strict=True) if gradient.any()}
+    assert learning >= {"keys", "queries", "projections"}
+    assert all(gradient.any() for name, gradient in zip(names, results[0], strict=True) if "projections" in name)
 
 
 def test_sizes_that_do_not_divide_and_rectangles():

@@ -18,7 +18,8 @@ class OnDevice {
 #else
   explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current) == AOTI_TORCH_SUCCESS,
+                    "PyTorch names no current CUDA stream");
     stream = static_cast<Stream>(current);
   }
 #endif

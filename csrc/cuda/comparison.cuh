@@ -1,0 +1,101 @@
+// Sums of squared differences between two kernel matrices of embeddings, with gradients: the tiles of both Gram matrices are
+// made into entries of the kernel while they are in registers.
+#pragma once
+
+#include "congruence.cuh"
+
+namespace kdkernels {
+
+enum class Metric : int { taylor_rbf = 0, rbf = 1, bilinear = 2, mmd = 3 };
+
+// The entry of a kernel that a product g of two rows makes, and its slope in g.
+template <typename T>
+struct Entry {
+  T value, slope;
+};
+
+// exp(−2γ) Σ (2γ)^p / p! g^p over p = 1, ..., order, by Horner's rule. The term of p = 0 is that of every entry.
+template <typename T>
+__device__ Entry<T> taylor_rbf(T g, T gamma, T constant, int order) {
+  if (order == 0) return {0, 0};
+  T series = 1, slope = 0;
+  for (int p = order; p > 1; --p) {
+    const T ratio = 2 * gamma / T(p);
+    slope = ratio * (series + g * slope);
+    series = 1 + ratio * g * series;
+  }
+  const T ratio = 2 * gamma * constant;
+  return {ratio * g * series, ratio * (series + g * slope)};
+}
+
+// exp(−γ ‖a − b‖²) of rows whose squares are known. Its slope in a is that in g times b − a.
+template <typename T>
+__device__ Entry<T> rbf(T g, T gamma, T square, T other_square) {
+  const T distance = square + other_square - 2 * g;
+  const T value = exp(-gamma * (distance < 0 ? T(0) : distance));
+  return {value, 2 * gamma * value};
+}
+
+// As Gram in congruence.cuh: rows first to first + height of both matrices, from column first on.
+template <typename T>
+struct Comparison {
+  Metric metric;
+  T gamma, constant;  // exp(−2γ)
+  int order, width_x, width_y;
+  const T *terms_x, *terms_y;  // squares of the rows, for rbf
+  double scale;
+  Matrix<T> x, y;
+  int first, height, rows;
+  T *strip_x, *strip_y;  // the difference times either kernel's slope, height x (rows - first); null if not wanted
+  int64_t partials;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kTileThreads, 2)
+    comparison_kernel(const __grid_constant__ Group<Comparison<T>> group, double* partials) {
+  const int index = group.index();
+  const Comparison<T>& p = group.problems[index];
+  const int columns = p.rows - p.first, across = (columns + kTile - 1) / kTile;
+  const Place place = Place::in_triangle(group.block(index), across);
+  const Matrix<T> x = p.x.from(p.first * p.x.stride), y = p.y.from(p.first * p.y.stride);
+  const auto products = [&](const Matrix<T>& rows, int width) {
+    return multiply_tiles<T, true, true>({rows, rows, 0, width}, {rows, rows, 0, 0}, place.row, p.height, place.column,
+                                         columns);
+  };
+  Tile<T> of_x = products(x, p.width_x);
+  __syncthreads();  // before the panels' memory is used again
+  Tile<T> of_y = products(y, p.width_y);
+
+  const bool on_diagonal = place.row == place.column;
+  const auto entry = [&](T g, const T* terms, int row, int column) {
+    if (p.metric == Metric::taylor_rbf) return taylor_rbf(g, p.gamma, p.constant, p.order);
+    if (row == column) return Entry<T>{1, 0};  // the distance of a row to itself, from which nothing is to be learnt
+    return rbf(g, p.gamma, terms[row], terms[column]);
+  };
+  double sum = 0;
+#pragma unroll
+  for (int i = 0; i < kLines; ++i)
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int r = place.row + Tile<T>::first_row() + 16 * i + e / 2 * 8;
+        const int s = place.column + Tile<T>::first_column() + 8 * j + e % 2;
+        if (r >= p.height || s >= columns) continue;
+        const Entry<T> a = entry(of_x.entries[i][j][e], p.terms_x, p.first + r, p.first + s);
+        const Entry<T> b = entry(of_y.entries[i][j][e], p.terms_y, p.first + r, p.first + s);
+        const T difference = a.value - b.value;
+        sum += (on_diagonal ? 1 : 2) * double(difference) * double(difference);
+        const auto store = [&](T* strip, T value) {
+          if (!strip) return;
+          strip[int64_t(r) * columns + s] = value;
+          if (!on_diagonal && s < p.height) strip[int64_t(s) * columns + r] = value;
+        };
+        store(p.strip_x, difference * a.slope);
+        store(p.strip_y, difference * b.slope);
+      }
+  sum = block_reduce(sum, Sum<double>());
+  if (threadIdx.x == 0) partials[p.partials + group.block(index)] = p.scale * sum;
+}
+
+}  // namespace kdkernels

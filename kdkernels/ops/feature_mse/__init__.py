@@ -69,6 +69,9 @@ def _reference(projected: list[Tensor], targets: list[Tensor], weights: Tensor, 
 
 def _native(projected: list[Tensor], targets: list[Tensor], weights: Tensor, scale: float) -> Tensor:
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*projected, *targets, weights)):
+        if torch.compiler.is_compiling():
+            # Dynamo takes no tensor twice, and a teacher's layer is the target of every student layer.
+            targets = [target.view_as(target) for target in targets]
         return _Native.apply(scale, weights, *projected, *targets)
     return native.ops.feature_mse(projected, targets, weights, scale)[0]
 

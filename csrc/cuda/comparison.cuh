@@ -51,8 +51,12 @@ struct Comparison {
 };
 
 template <typename T>
+inline constexpr int kComparisonBytes = kTileBytes<T, true, true> + kTile * kTile * int(sizeof(T));
+
+template <typename T>
 __global__ void __launch_bounds__(kTileThreads, 2)
     comparison_kernel(const __grid_constant__ Group<Comparison<T>> group, double* partials) {
+  static_assert(kComparisonBytes<T> <= 99 * 1024);  // what a block may have where it has least, on sm_86 and sm_89
   const int index = group.index();
   const Comparison<T>& p = group.problems[index];
   const int columns = p.rows - p.first, across = (columns + kTile - 1) / kTile;
@@ -62,7 +66,11 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     return multiply_tiles<T, true, true>({rows, rows, 0, width}, {rows, rows, 0, 0}, place.row, p.height, place.column,
                                          columns);
   };
+  // One tile waits in shared memory, behind the panels, while the other is computed: registers have no room for both.
+  T* const waiting = reinterpret_cast<T*>(dynamic_shared_memory() + kTileBytes<T, true, true>) + threadIdx.x;
   Tile<T> of_x = products(x, p.width_x);
+  int place_of = 0;
+  of_x.for_each([&](int, int, T& value) { waiting[place_of++ * kTileThreads] = value; });
   __syncthreads();  // before the panels' memory is used again
   Tile<T> of_y = products(y, p.width_y);
 
@@ -73,27 +81,24 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     return rbf(g, p.gamma, terms[row], terms[column]);
   };
   double sum = 0;
-#pragma unroll
-  for (int i = 0; i < kLines; ++i)
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int r = place.row + Tile<T>::first_row() + 16 * i + e / 2 * 8;
-        const int s = place.column + Tile<T>::first_column() + 8 * j + e % 2;
-        if (r >= p.height || s >= columns) continue;
-        const Entry<T> a = entry(of_x.entries[i][j][e], p.terms_x, p.first + r, p.first + s);
-        const Entry<T> b = entry(of_y.entries[i][j][e], p.terms_y, p.first + r, p.first + s);
-        const T difference = a.value - b.value;
-        sum += (on_diagonal ? 1 : 2) * double(difference) * double(difference);
-        const auto store = [&](T* strip, T value) {
-          if (!strip) return;
-          strip[int64_t(r) * columns + s] = value;
-          if (!on_diagonal && s < p.height) strip[int64_t(s) * columns + r] = value;
-        };
-        store(p.strip_x, difference * a.slope);
-        store(p.strip_y, difference * b.slope);
-      }
+  place_of = 0;
+  of_y.for_each([&](int r, int s, T& product) {
+    const T other = waiting[place_of++ * kTileThreads];
+    r += place.row;
+    s += place.column;
+    if (r >= p.height || s >= columns) return;
+    const Entry<T> a = entry(other, p.terms_x, p.first + r, p.first + s);
+    const Entry<T> b = entry(product, p.terms_y, p.first + r, p.first + s);
+    const T difference = a.value - b.value;
+    sum += (on_diagonal ? 1 : 2) * double(difference) * double(difference);
+    const auto store = [&](T* strip, T value) {
+      if (!strip) return;
+      strip[int64_t(r) * columns + s] = value;
+      if (!on_diagonal && s < p.height) strip[int64_t(s) * columns + r] = value;
+    };
+    store(p.strip_x, difference * a.slope);
+    store(p.strip_y, difference * b.slope);
+  });
   sum = block_reduce(sum, Sum<double>());
   if (threadIdx.x == 0) partials[p.partials + group.block(index)] = p.scale * sum;
 }

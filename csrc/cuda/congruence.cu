@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kFewestEntries = int64_t(1) << 20, kMostEntries = int64_t(1) << 24;
 // A deep product of few tiles is split along its depth into about this many blocks, at least so deep.
 constexpr int64_t kBlocks = 256, kSplitDepth = 256;
+constexpr int kWhole = std::numeric_limits<int>::max() - kTile;  // a depth that is not split
 
 int64_t most_entries(int64_t pairs) { return std::clamp(pairs / 8, kFewestEntries, kMostEntries); }
 
@@ -26,6 +27,12 @@ Matrix<T> matrix(const T* data, int64_t stride, std::initializer_list<int64_t> s
 template <typename T>
 Matrix<T> rows_of(const Side<T>& side, const Sets& sets) {
   return matrix(side.rows, sets.stride * side.width, {side.width, sets.step * side.width});
+}
+
+template <typename T>
+Side<T> from(const Side<T>& side, int64_t row) {
+  const int64_t offset = row * side.width;
+  return {side.rows + offset, side.width, side.grad ? side.grad + offset : nullptr};
 }
 
 // Multiply-adds of a loss in either form, as kdkernels/ops/congruence/plan.py counts them for the student's gradient.
@@ -91,8 +98,8 @@ void Congruences<T>::add_gram(const Sets& sets, int64_t positions, const Side<T>
     const int64_t count = std::min(at_a_time, sets.count - set), first_row = set * sets.step;
     for (int64_t first = 0; first < size; first += height) {
       Round& now = round(next_++);
-      const int64_t lines = std::min(height, size - first), columns = size - first,
-                    blocks = count * triangle(tiles(lines), tiles(columns));
+      const int64_t lines = std::min(height, size - first), columns = size - first;
+      const int64_t blocks = count * triangle(tiles(lines), tiles(columns));
       Gram<T> gram{rows_x.from(first_row * x.width), rows_y.from(first_row * y.width)};
       gram.batch_x = sets.step * x.width;
       gram.batch_y = sets.step * y.width;
@@ -111,34 +118,66 @@ void Congruences<T>::add_gram(const Sets& sets, int64_t positions, const Side<T>
       gram.partials = new_parts(blocks);
       now.grams.push_back({gram, blocks});
 
-      const auto add_gradient = [&](const Side<T>& side, T scale) {
-        if (!side.grad) return;
-        const Matrix<T> S = matrix(static_cast<const T*>(strip), columns, {columns, lines, lines * columns});
-        const Matrix<T> rows = rows_of(side, sets).from((first_row + first * sets.stride) * side.width);
-        T* const grad = side.grad + (first_row + first * sets.stride) * side.width;
-        Product<T> product{{S, S}, {rows, rows}, {gram.batch_strip, 0}, {sets.step * side.width, 0}, {int(columns), 0}};
-        product.rows = int(lines);
-        product.columns = int(side.width);
-        product.splits = 1;
-        product.split_depth = std::numeric_limits<int>::max() - kTile;
-        product.out = grad;
-        product.line = sets.stride * side.width;
-        product.batch_out = sets.step * side.width;
-        product.scale = scale;
-        product.accumulate = written_ || first > 0;
-        now.gradients.push_back({product, count * tiles(lines) * tiles(side.width)});
-        if (lines == columns) return;
-        product.a[0] = S.from(lines);
-        product.depth[0] = int(lines);
-        product.rows = int(columns - lines);
-        product.out = grad + lines * product.line;
-        now.transposed.push_back({product, count * tiles(columns - lines) * tiles(side.width)});
-      };
-      add_gradient(x, T(4));
-      add_gradient(y, T(-4));
+      for (const auto& [side, scale] : {std::pair(x, T(4)), std::pair(y, T(-4))})
+        if (side.grad) add_gradient(now, sets, {strip, first, lines, columns, count}, from(side, first_row), scale);
     }
   }
   written_ = written_ || wanted;
+}
+
+template <typename T>
+void Congruences<T>::add_gradient(Round& now, const Sets& sets, const Strip& strip, const Side<T>& side, T scale) {
+  const auto [entries, first, lines, columns, count] = strip;
+  const Matrix<T> S = matrix(static_cast<const T*>(entries), columns, {columns, lines, lines * columns});
+  const Matrix<T> rows = rows_of(side, sets).from(first * sets.stride * side.width);
+  T* const grad = side.grad + first * sets.stride * side.width;
+  Product<T> product{{S, S}, {rows, rows}, {lines * columns, 0}, {sets.step * side.width, 0}, {int(columns), 0}};
+  product.rows = int(lines);
+  product.columns = int(side.width);
+  product.splits = 1;
+  product.split_depth = kWhole;
+  product.out = grad;
+  product.line = sets.stride * side.width;
+  product.batch_out = sets.step * side.width;
+  product.scale = scale;
+  product.accumulate = written_ || first > 0;
+  now.gradients.push_back({product, count * tiles(lines) * tiles(side.width)});
+  if (lines == columns) return;
+  product.a[0] = S.from(lines);
+  product.depth[0] = int(lines);
+  product.rows = int(columns - lines);
+  product.out = grad + lines * product.line;
+  now.transposed.push_back({product, count * tiles(columns - lines) * tiles(side.width)});
+}
+
+template <typename T>
+void Congruences<T>::add_kernel(int64_t rows, const Side<T>& x, const Side<T>& y, const Comparison<T>& kernel,
+                                T scale) {
+  next_ = 0;
+  written_ = false;
+  const Sets all{1, rows, 0, 1};
+  const bool wanted = x.grad || y.grad;
+  const int64_t entries = most_entries(rows * rows);
+  const int64_t height = wanted && rows * rows > entries ? std::max<int64_t>(entries / rows / kTile, 1) * kTile : rows;
+  T* const strip_x = x.grad ? new_memory(height * rows) : nullptr;
+  T* const strip_y = y.grad ? new_memory(height * rows) : nullptr;
+  for (int64_t first = 0; first < rows; first += height) {
+    Round& now = round(next_++);
+    const int64_t lines = std::min(height, rows - first), columns = rows - first;
+    const int64_t blocks = triangle(tiles(lines), tiles(columns));
+    Comparison<T> comparison = kernel;
+    comparison.x = matrix(x.rows, x.width, {kernel.width_x});
+    comparison.y = matrix(y.rows, y.width, {kernel.width_y});
+    comparison.first = int(first);
+    comparison.height = int(lines);
+    comparison.rows = int(rows);
+    comparison.strip_x = strip_x;
+    comparison.strip_y = strip_y;
+    comparison.partials = new_parts(blocks);
+    now.comparisons.push_back({comparison, blocks});
+    if (x.grad) add_gradient(now, all, {strip_x, first, lines, columns, 1}, x, scale);
+    if (y.grad) add_gradient(now, all, {strip_y, first, lines, columns, 1}, y, -scale);
+  }
 }
 
 // c (‖XᵀX‖² + ‖YᵀY‖² - 2 ‖YᵀX‖²), with gradients 4 c (X (XᵀX) - Y (YᵀX)) and 4 c (Y (YᵀY) - X (XᵀY)).
@@ -149,11 +188,7 @@ void Congruences<T>::add_feature(const Sets& sets, const Side<T>& x, const Side<
   for (int64_t set = 0; set < sets.count; set += at_a_time) {
     Round& now = round(next_++);
     const Sets part{std::min(at_a_time, sets.count - set), sets.size, sets.step, sets.stride};
-    const auto from = [&](const Side<T>& side) {
-      const int64_t offset = set * sets.step * side.width;
-      return Side<T>{side.rows + offset, side.width, side.grad ? side.grad + offset : nullptr};
-    };
-    const Side<T> own_x = from(x), own_y = from(y);
+    const Side<T> own_x = from(x, set * sets.step), own_y = from(y, set * sets.step);
     T* of_x = nullptr;
     const T* P = add_norm(now, part, own_x, own_x, coefficient, x.grad, nullptr);
     const T* Q_y = add_norm(now, part, own_y, own_y, coefficient, y.grad, nullptr);
@@ -170,7 +205,7 @@ void Congruences<T>::add_feature(const Sets& sets, const Side<T>& x, const Side<
       product.rows = int(part.size);
       product.columns = int(own.width);
       product.splits = 1;
-      product.split_depth = std::numeric_limits<int>::max() - kTile;
+      product.split_depth = kWhole;
       product.out = own.grad;
       product.line = part.stride * own.width;
       product.batch_out = part.step * own.width;
@@ -236,6 +271,7 @@ void Congruences<T>::run() {
   double* const parts = data_of<double>(parts_);
   for (const Round& now : rounds_) {
     launch(gram_kernel<T>, now.grams, kTileThreads, kTileBytes<T, true, true>, device_.stream, parts);
+    launch(comparison_kernel<T>, now.comparisons, kTileThreads, kComparisonBytes<T>, device_.stream, parts);
     launch(product_kernel<T, false>, now.products, kTileThreads, kTileBytes<T, false, false>, device_.stream);
     launch(fold_kernel<T>, now.folds, kFoldThreads, 0, device_.stream, parts);
     launch(product_kernel<T, true>, now.gradients, kTileThreads, kTileBytes<T, true, false>, device_.stream);

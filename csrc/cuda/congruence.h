@@ -1,6 +1,7 @@
 // Launches the kernels of congruence, for one pair of row sets or for those of every stage.
 #pragma once
 
+#include "comparison.cuh"
 #include "congruence.cuh"
 #include "host.h"
 
@@ -45,6 +46,9 @@ class Congruences {
   void add(int64_t rows, int64_t positions, const Side<T>& x, const Side<T>& y, const Coefficients& coefficients,
            const Plan& plan);
 
+  // Sum the squared differences of two kernel matrices instead; what `kernel` names is the same for every strip.
+  void add_kernel(int64_t rows, const Side<T>& x, const Side<T>& y, const Comparison<T>& kernel, T scale);
+
   // Launch everything. The sum of `parts()` numbers, which the blocks leave on the device, is the loss.
   void run();
   int64_t parts() const { return parts_count_; }
@@ -54,6 +58,7 @@ class Congruences {
   // What can run at the same time, in the order of its fields.
   struct Round {
     Problems<Gram<T>> grams;
+    Problems<Comparison<T>> comparisons;
     Problems<Product<T>> products;
     Problems<Fold<T>> folds;
     Problems<Product<T>> gradients;   // S X and X P
@@ -67,6 +72,14 @@ class Congruences {
   }
   T* new_memory(int64_t count);
   int64_t new_parts(int64_t count) { return std::exchange(parts_count_, parts_count_ + count); }
+
+  // A strip of a symmetric matrix S: rows `first` on, `lines` of them, against the columns from there to the end.
+  struct Strip {
+    T* entries;
+    int64_t first, lines, columns, count;  // of so many sets, one matrix each
+  };
+  // S X for the strip's rows and Sᵀ X for those below it.
+  void add_gradient(Round& round, const Sets& sets, const Strip& strip, const Side<T>& side, T scale);
 
   void add_gram(const Sets& sets, int64_t positions, const Side<T>& x, const Side<T>& y, const Coefficients& weights);
   void add_feature(const Sets& sets, const Side<T>& x, const Side<T>& y, double coefficient);

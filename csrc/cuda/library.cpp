@@ -12,6 +12,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CUDA, m) {
   m.impl("patches", TORCH_BOX(&kdkernels::patches));
   m.impl("patches_backward", TORCH_BOX(&kdkernels::patches_backward));
   m.impl("congruence", TORCH_BOX(&kdkernels::congruence));
+  m.impl("correlation_congruence", TORCH_BOX(&kdkernels::correlation_congruence));
   m.impl("local_correlation", TORCH_BOX(&kdkernels::local_correlation));
   m.impl("local_correlation_backward", TORCH_BOX(&kdkernels::local_correlation_backward));
 }

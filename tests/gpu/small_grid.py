@@ -15,6 +15,10 @@ def draw(*shape: int) -> Tensor:
 def main() -> None:
     for rows, classes in ((1, 1), (3, 37), (2, 1000)):
         kdkernels.kd_loss(draw(rows, classes), draw(rows, classes), backend="native").backward()
+    for kernel in ("taylor_rbf", "rbf", "bilinear", "mmd"):
+        for normalize in (True, False):
+            settings = {"kernel": kernel, "normalize": normalize, "backend": "native"}
+            kdkernels.correlation_congruence_loss(draw(70, 9), draw(70, 20), **settings).backward()
     for form in ("gram", "feature"):
         student, teacher = [draw(5, 3, 6, 6), draw(5, 7, 4, 4)], [draw(5, 4, 6, 3), draw(5, 2, 5, 7)]
         masks = [torch.rand(5, *maps.shape[-2:], device="cuda") for maps in teacher]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -44,6 +45,10 @@ def masked_lkd(student: Tensor, teacher: Tensor, **options: object) -> Tensor:
     return kdkernels.local_correlation_loss(student, teacher, 3, **settings)
 
 
+def cckd(student: Tensor, teacher: Tensor, **options: object) -> Tensor:
+    return kdkernels.correlation_congruence_loss(student.flatten(1), teacher.flatten(1), **options)
+
+
 def in_form(loss: Loss, form: str) -> Loss:
     def run(*inputs: Tensor, **options: object) -> Tensor:
         return loss(*inputs, form=form, **options)
@@ -57,6 +62,10 @@ LOSSES: dict[str, Loss] = {
     "lkd, Gram form": in_form(lkd, "gram"),
     "lkd, feature form": in_form(lkd, "feature"),
     "lkd, masked": masked_lkd,
+    "cckd": cckd,
+    "cckd, rbf": functools.partial(cckd, kernel="rbf"),
+    "cckd, bilinear": functools.partial(cckd, kernel="bilinear"),
+    "cckd, mmd": functools.partial(cckd, kernel="mmd"),
 }
 SHAPES = [((1, 3, 2, 2), (1, 4, 4, 4)), ((33, 6, 8, 8), (33, 17, 4, 4)), ((70, 16, 4, 4), (70, 40, 8, 8))]
 

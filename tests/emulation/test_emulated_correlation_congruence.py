@@ -1,0 +1,83 @@
+"""``correlation_congruence`` in CUDA, emulated, against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import DTYPES, HALF_DTYPES, assert_as_good_as, assert_close, exactly, loss_and_gradients
+from torch import Tensor
+
+import kdkernels
+
+from . import build
+
+KERNELS = ("taylor_rbf", "rbf", "bilinear", "mmd")
+
+
+def embeddings(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (torch.randn(shape) / shape[1] ** 0.5).to(dtype).requires_grad_()
+
+
+def check(student: Tensor, teacher: Tensor, **settings: object) -> None:
+    def run(s: Tensor, t: Tensor, backend: str = "native") -> Tensor:
+        return kdkernels.correlation_congruence_loss(s, t, backend=backend, **settings)
+
+    loss, gradients = loss_and_gradients(run, student, teacher)
+    exact, exact_gradients = loss_and_gradients(lambda s, t: run(s, t, "reference"), *exactly(student, teacher))
+    if student.dtype in HALF_DTYPES:
+        eager, of_eager = loss_and_gradients(lambda s, t: run(s.float(), t.float(), "reference"), student, teacher)
+        assert_as_good_as(loss, eager, exact, "loss")
+        for gradient, theirs, correct in zip(gradients, of_eager, exact_gradients, strict=True):
+            assert_as_good_as(gradient, theirs, correct, "gradient")
+        return
+    assert_close(loss, exact, "loss")
+    for gradient, correct in zip(gradients, exact_gradients, strict=True):
+        assert (gradient is None) == (correct is None)
+        if gradient is not None:
+            assert_close(gradient, correct, "gradient")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("rows", "student_width", "teacher_width"), [(2, 1, 3), (66, 20, 7)])
+def test_kernels(order: str, kernel: str, normalize: bool, rows: int, student_width: int, teacher_width: int) -> None:
+    check(embeddings(rows, student_width), embeddings(rows, teacher_width), kernel=kernel, normalize=normalize)
+
+
+@pytest.mark.parametrize("order_of_series", [0, 1, 3, 7])
+def test_orders(order_of_series: int) -> None:
+    check(embeddings(9, 5), embeddings(9, 6), order=order_of_series, gamma=0.7, reduction="sum")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_and_strides(kernel: str, dtype: torch.dtype) -> None:
+    student = embeddings(6, 21, dtype=dtype).detach().t().requires_grad_()
+    teacher = embeddings(42, 30, dtype=dtype).detach()[::2, 3:24].requires_grad_()
+    check(student, teacher, kernel=kernel)
+
+
+@pytest.mark.parametrize("learning", [(True, False), (False, True)])
+def test_gradients_where_wanted(learning: tuple[bool, bool]) -> None:
+    student, teacher = embeddings(9, 5), embeddings(9, 6)
+    check(student.requires_grad_(learning[0]), teacher.requires_grad_(learning[1]))
+
+
+@pytest.mark.parametrize("kernel", ["taylor_rbf", "rbf"])
+def test_strips_of_a_large_matrix(kernel: str) -> None:
+    check(embeddings(1100, 4), embeddings(1100, 3).detach(), kernel=kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_zero_and_nan_rows(kernel: str) -> None:
+    student, teacher = embeddings(9, 5).detach(), embeddings(9, 6)
+    student[3] = 0
+    check(student.requires_grad_(), teacher, kernel=kernel)
+    student = student.detach()
+    student[4, 2] = torch.nan
+    assert kdkernels.correlation_congruence_loss(student, teacher, kernel=kernel, backend="native").isnan()
+
+
+def test_launches() -> None:
+    kdkernels.correlation_congruence_loss(embeddings(64, 8), embeddings(64, 8).detach(), backend="native")
+    assert build.launches() == 4

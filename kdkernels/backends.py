@@ -33,8 +33,8 @@ def use_backend(backend: str) -> Iterator[None]:
         _default = before
 
 
-def choose(backend: str, *tensors: torch.Tensor) -> str:
-    """The backend that runs a call on ``tensors``: never "auto".
+def choose(backend: str, *tensors: torch.Tensor, native_on: tuple[str, ...] = ("cpu", "cuda")) -> str:
+    """The backend that runs a call on ``tensors``: never "auto". ``native_on`` names the devices of its native kernels.
 
     Raises ``RuntimeError`` when the backend asked for by name cannot run, saying why.
     """
@@ -42,19 +42,21 @@ def choose(backend: str, *tensors: torch.Tensor) -> str:
     if backend == "auto":
         backend = _default
     if backend != "auto":
-        reason = why_not(backend, *tensors)
+        reason = why_not(backend, *tensors, native_on=native_on)
         if reason is not None:
             raise RuntimeError(f"backend={backend!r} cannot run here: {reason}")
         return backend
     preferred = PREFERRED.get(tensors[0].device.type, "triton")
-    return preferred if why_not(preferred, *tensors) is None else "reference"
+    return preferred if why_not(preferred, *tensors, native_on=native_on) is None else "reference"
 
 
-def why_not(backend: str, *tensors: torch.Tensor) -> str | None:
+def why_not(backend: str, *tensors: torch.Tensor, native_on: tuple[str, ...] = ("cpu", "cuda")) -> str | None:
     """Why ``backend`` cannot run on ``tensors``, in one sentence; None when it can."""
     if backend == "reference":
         return None
     device = tensors[0].device
+    if backend == "native" and device.type == "cuda" and "cuda" not in native_on:
+        return "this operator has no native kernels for cuda tensors yet"
     return native.why_not(device) if backend == "native" else _why_not_triton(device)
 
 

@@ -113,6 +113,26 @@ def test_meta_tensors_are_not_native():
         local_correlation_loss(student, teacher, 2, backend="native")
 
 
+def test_operators_without_cuda_kernels_say_so(monkeypatch):
+    class OnCuda:
+        device = torch.device("cuda", 0)
+
+    monkeypatch.setattr(native, "why_not", lambda device: None)
+    assert backends.choose("native", OnCuda()) == "native"
+    with pytest.raises(RuntimeError, match="no native kernels for cuda tensors yet"):
+        backends.choose("native", OnCuda(), native_on=("cpu",))
+
+
+def test_every_operator_with_cuda_kernels_is_known():
+    """Where there is a CUDA source, no room says that there is none."""
+    rooms = ROOT / "kdkernels" / "ops"
+    on_cuda = {path.stem for path in ROOT.glob("csrc/cuda/*.cu")}
+    for room in rooms.glob("*/__init__.py"):
+        text = room.read_text()
+        if "native.ops." in text:
+            assert ('native_on=("cpu",)' in text) == (room.parent.name not in on_cuda), room
+
+
 def child(*command: str, **environment: str) -> str:
     """What a fresh Python process prints; it must succeed."""
     done = subprocess.run(

@@ -15,7 +15,9 @@ from . import reference
 def gram(features: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
     """The L x b x b dot products of L layers; see ``kdkernels.similarity_matrices``."""
     features = check(features)
-    run = {"reference": _reference, "native": _native, "triton": _triton}[backends.choose(backend, features[0])]
+    run = {"reference": _reference, "native": _native, "triton": _triton}[
+        backends.choose(backend, features[0], native_on=("cpu",))
+    ]
     return run(features)
 
 

@@ -27,7 +27,7 @@ def choose_backend(backend: str, student: Tensor) -> str:
     """As for every operator, but that there are no Triton kernels."""
     if backend == "triton":
         raise RuntimeError("backend='triton' cannot run here: similarity_preserving_loss has no Triton kernels yet")
-    chosen = backends.choose(backend, student)
+    chosen = backends.choose(backend, student, native_on=("cpu",))
     return "reference" if chosen == "triton" else chosen
 
 

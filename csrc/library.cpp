@@ -53,6 +53,9 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
   m.def(
       "feature_mse_backward(Tensor grad_loss, Tensor[] projected, Tensor[] targets, Tensor weights, float scale,"
       " int[] wanted) -> Tensor[] grads");
+  m.def(
+      "rkd(Tensor student, Tensor teacher, float distance_weight, float angle_weight, bool grad_student,"
+      " bool grad_teacher) -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
@@ -71,4 +74,5 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("gram_backward", TORCH_BOX(&kdkernels::gram_backward));
   m.impl("feature_mse", TORCH_BOX(&kdkernels::feature_mse));
   m.impl("feature_mse_backward", TORCH_BOX(&kdkernels::feature_mse_backward));
+  m.impl("rkd", TORCH_BOX(&kdkernels::rkd));
 }

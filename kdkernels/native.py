@@ -211,6 +211,17 @@ def _register_fakes() -> None:
             for maps, channels_last, want in zip([*projected, *targets], [*orders, *orders], wanted, strict=True)
         ]
 
+    @torch.library.register_fake("kdkernels::rkd")
+    def rkd(
+        student: Tensor,
+        teacher: Tensor,
+        distance_weight: float,
+        angle_weight: float,
+        grad_student: bool,
+        grad_teacher: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _loss_of_logits(student, teacher, grad_student, grad_teacher)
+
     @torch.library.register_fake("kdkernels::local_correlation")
     def local_correlation(
         students: list[Tensor],

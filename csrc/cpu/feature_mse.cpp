@@ -133,6 +133,23 @@ class Maps {
     }
   }
 
+  // Call f with the width, as a constant for those that are common.
+  template <typename F>
+  void with_width(const F& f) const {
+    switch (width_) {
+      case 4:
+        return f(std::integral_constant<int64_t, 4>());
+      case 8:
+        return f(std::integral_constant<int64_t, 8>());
+      case 16:
+        return f(std::integral_constant<int64_t, 16>());
+      case 32:
+        return f(std::integral_constant<int64_t, 32>());
+      default:
+        return f(width_);
+    }
+  }
+
   template <typename E>
   void add_line(const E* source, T* line, bool first) const {
     const auto add = [&](auto pixel) {

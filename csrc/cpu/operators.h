@@ -67,4 +67,8 @@ std::vector<Tensor> feature_mse_backward(const Tensor& grad_loss, const std::vec
                                          const std::vector<Tensor>& targets, const Tensor& weights, double scale,
                                          const std::vector<int64_t>& wanted);
 
+// Loss, gradient to the student, gradient to the teacher; a gradient that is not wanted is empty.
+std::tuple<Tensor, Tensor, Tensor> rkd(const Tensor& student, const Tensor& teacher, double distance_weight,
+                                       double angle_weight, bool grad_student, bool grad_teacher);
+
 }  // namespace kdkernels

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import backends, checks
+from ... import backends, checks, native
+from ..autograd import scaled
 from . import reference
 
 
@@ -14,8 +15,18 @@ def rkd(
 ) -> Tensor:
     """Weighted distance and angle terms; see ``kdkernels.relational_kd_loss``."""
     check(student, teacher, distance_weight, angle_weight)
-    run = {"reference": _reference}[backends.choose("reference" if backend == "auto" else backend, student)]
+    run = {"reference": _reference, "native": _native}[_backend(backend, student)]
     return run(student, teacher, float(distance_weight), float(angle_weight))
+
+
+def _backend(backend: str, student: Tensor) -> str:
+    """There are no Triton kernels: the reference holds no large tensor either, and is what a GPU runs."""
+    chosen = backends.choose(backend, student)
+    if chosen != "triton":
+        return chosen
+    if backend == "triton":
+        raise RuntimeError("backend='triton' cannot run here: there is no Triton kernel for rkd")
+    return "reference"
 
 
 def check(student: object, teacher: object, distance_weight: float, angle_weight: float) -> None:
@@ -27,3 +38,28 @@ def check(student: object, teacher: object, distance_weight: float, angle_weight
 def _reference(student: Tensor, teacher: Tensor, distance_weight: float, angle_weight: float) -> Tensor:
     with torch.autocast(student.device.type, enabled=False):
         return reference.rkd(student, teacher, distance_weight, angle_weight)
+
+
+def _native(student: Tensor, teacher: Tensor, distance_weight: float, angle_weight: float) -> Tensor:
+    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
+        return _Native.apply(student, teacher, distance_weight, angle_weight)
+    return native.ops.rkd(student, teacher, distance_weight, angle_weight, False, False)[0]
+
+
+class _Native(torch.autograd.Function):
+    """The forward pass computes the gradients as well: the loss is a scalar, so backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, distance_weight, angle_weight):
+        loss, *gradients = native.ops.rkd(student, teacher, distance_weight, angle_weight, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*gradients)
+        ctx.inputs = student, teacher
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        gradients = [
+            scaled(grad_loss, gradient, x.dtype, *ctx.inputs) if wanted else None
+            for gradient, x, wanted in zip(ctx.saved_tensors, ctx.inputs, ctx.needs_input_grad, strict=False)
+        ]
+        return *gradients, None, None

@@ -1,0 +1,225 @@
+"""rkd against the definition in float64, and its contracts."""
+
+from __future__ import annotations
+
+import multiprocessing
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    DTYPES,
+    HALF_DTYPES,
+    assert_as_good_as,
+    assert_close,
+    exactly,
+    loss_and_gradients,
+    peak_growth,
+)
+from torch import Tensor
+
+import kdkernels
+from kdkernels import native
+
+needs_native = pytest.mark.skipif(
+    native.why_not(torch.device("cpu")) is not None, reason=str(native.why_not(torch.device("cpu")))
+)
+SHAPES = [(1, 3, 2), (2, 1, 1), (3, 4, 9), (8, 16, 5), (17, 33, 65), (40, 7, 8)]
+
+
+@pytest.fixture(params=["reference", "native"])
+def backend(request) -> str:
+    """There is no Triton kernel."""
+    if request.param == "native" and native.why_not(torch.device("cpu")):
+        pytest.skip("not built")
+    return request.param
+
+
+def definition(student: Tensor, teacher: Tensor, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Tensor:
+    """The equations with the b x b x d differences and the b x b x b angles."""
+
+    def relations(rows: Tensor) -> tuple[Tensor, Tensor]:
+        differences = rows[:, None] - rows
+        squares = differences.square().sum(2)
+        apart = squares != 0
+        distances = torch.where(apart, torch.where(apart, squares, 1).sqrt(), 0)
+        directions = differences / torch.where(apart, distances, 1)[:, :, None]
+        mean = distances.sum() / apart.sum() if apart.any() else 1
+        return distances / mean, directions @ directions.mT
+
+    (d_s, a_s), (d_t, a_t) = relations(student), relations(teacher)
+    return distance_weight * F.smooth_l1_loss(d_s, d_t) + angle_weight * F.smooth_l1_loss(a_s, a_t)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = True) -> Tensor:
+    return torch.randn(shape).to(dtype).requires_grad_(requires_grad)
+
+
+def check(backend: str, student: Tensor, teacher: Tensor, **settings: float) -> None:
+    loss, gradients = loss_and_gradients(
+        lambda s, t: kdkernels.relational_kd_loss(s, t, backend=backend, **settings), student, teacher
+    )
+    expected, correct = loss_and_gradients(lambda s, t: definition(s, t, **settings), *exactly(student, teacher))
+    assert loss.dtype == (torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32)
+    assert_close(loss, expected, "loss")
+    for leaf, gradient, exact in zip((student, teacher), gradients, correct, strict=True):
+        assert (gradient is None) == (exact is None)
+        if gradient is None:
+            continue
+        assert gradient.dtype == leaf.dtype
+        if leaf.dtype in HALF_DTYPES:
+            assert_as_good_as(gradient, exact.to(leaf.dtype), exact, "gradient")
+        else:
+            assert_close(gradient.float() if loss.dtype == torch.float32 else gradient, exact, "gradient")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("weights", [(25.0, 50.0), (1.0, 0.0), (0.0, 1.0)])
+def test_matches_the_definition(backend, shape, weights):
+    batch, width, other = shape
+    check(backend, draw(batch, width), draw(batch, other), distance_weight=weights[0], angle_weight=weights[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes(backend, dtype):
+    check(backend, draw(9, 6, dtype=dtype), draw(9, 5, dtype=dtype))
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(True, False), (False, True), (False, False)])
+def test_gradients_where_wanted(backend, student, teacher):
+    if student or teacher:
+        check(backend, draw(6, 5, requires_grad=student), draw(6, 4, requires_grad=teacher))
+    else:
+        assert not kdkernels.relational_kd_loss(draw(6, 5).detach(), draw(6, 4).detach(), backend=backend).requires_grad
+
+
+def test_strides(backend):
+    for view in (lambda x: x.t().contiguous().t(), lambda x: torch.cat([x, x], 1)[:, ::2], lambda x: x.flip(0)[::2]):
+        student, teacher = (view(draw(8, 6).detach()).requires_grad_() for _ in range(2))
+        check(backend, student, teacher)
+
+
+def test_large_relative_distances(backend):
+    """Outliers, whose difference of relative distances is beyond the quadratic part of the smooth L1."""
+    student, teacher = draw(7, 5).detach(), draw(7, 5).detach()
+    student[2] *= 100
+    teacher[4] *= 100
+    check(backend, student.requires_grad_(), teacher.requires_grad_())
+
+
+def test_zero_and_equal_rows(backend):
+    """Finite gradients, none between equal samples; the rest as ever."""
+    student, teacher = draw(8, 5).detach(), draw(8, 6).detach()
+    student[1] = student[4] = 0
+    student[2] = student[7]
+    teacher[0] = teacher[7]
+    check(backend, student.requires_grad_(), teacher.requires_grad_())
+    same = torch.ones(5, 3, requires_grad=True)
+    loss = kdkernels.relational_kd_loss(same, torch.ones(5, 4), backend=backend)
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(same.grad, torch.zeros(5, 3))
+
+
+def test_close_rows(backend):
+    """A pair a millionth apart keeps its direction."""
+    student, teacher = draw(8, 5, dtype=torch.float64).detach(), draw(8, 6, dtype=torch.float64)
+    student[1] = student[0] + 1e-6 * torch.randn(5)
+    loss, (gradient, _) = loss_and_gradients(
+        lambda s, t: kdkernels.relational_kd_loss(s, t, backend=backend), student.requires_grad_(), teacher
+    )
+    expected, (correct, _) = loss_and_gradients(definition, student, teacher)
+    assert abs(loss - expected) < 1e-8
+    assert (gradient - correct).norm() < 1e-7 * correct.norm()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_inf_give_nan(backend, value):
+    for where in range(2):
+        rows = [draw(6, 5).detach() for _ in range(2)]
+        rows[where][2, 3] = value
+        assert kdkernels.relational_kd_loss(*rows, backend=backend).isnan()
+
+
+def test_upstream_gradient_and_a_second_backward(backend):
+    student, teacher = draw(6, 5), draw(6, 4)
+    loss = kdkernels.relational_kd_loss(student, teacher, backend=backend)
+    (once,) = torch.autograd.grad(loss, student, retain_graph=True)
+    (thrice,) = torch.autograd.grad(3 * loss, student, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, student)
+    assert_close(thrice, 3 * once)
+    assert torch.equal(once, again)
+
+
+@needs_native
+def test_a_second_derivative_raises():
+    student = draw(6, 5)
+    loss = kdkernels.relational_kd_loss(student, draw(6, 4), backend="native")
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.square().sum().backward()
+
+
+@needs_native
+def test_threads_do_not_change_the_result():
+    student, teacher = draw(70, 40).detach(), draw(70, 30).detach()
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(native.ops.rkd(student, teacher, 25.0, 50.0, True, True))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert_close(a, b)
+
+
+@needs_native
+def test_opcheck():
+    student, teacher = draw(5, 12).detach(), draw(12, 5, dtype=torch.bfloat16).detach().t()
+    torch.library.opcheck(native.ops.rkd.default, (student, teacher, 25.0, 50.0, True, False))
+
+
+@needs_native
+def test_compiles_into_one_graph():
+    step = torch.compile(kdkernels.relational_kd_loss, fullgraph=True, backend="aot_eager")
+    student, teacher = draw(6, 5), draw(6, 4)
+    loss, gradients = loss_and_gradients(step, student, teacher)
+    expected, correct = loss_and_gradients(definition, *exactly(student, teacher))
+    assert_close(loss, expected)
+    assert all(assert_close(a, b) is None for a, b in zip(gradients, correct, strict=True))
+
+
+@needs_native
+def test_peak_memory():
+    """At b = 256, where b³ numbers are 64 MiB, a fraction of that."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_extra_memory) < 16 * 2**20
+
+
+def _extra_memory() -> int:
+    student, teacher = torch.rand(256, 512, requires_grad=True), torch.rand(256, 512)
+    kdkernels.relational_kd_loss(student[:2], teacher[:2], backend="native").backward()
+    return peak_growth(lambda: kdkernels.relational_kd_loss(student, teacher, backend="native").backward())
+
+
+def test_module():
+    student, teacher = draw(6, 5), draw(6, 4)
+    loss = kdkernels.nn.RelationalKDLoss(distance_weight=2.0, angle_weight=3.0)(student, teacher)
+    assert_close(loss, definition(*exactly(student, teacher), 2.0, 3.0))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "settings", "error", "message"),
+    [
+        (1, torch.ones(2, 3), {}, TypeError, "student must be a tensor, got int"),
+        (torch.ones(2, 3, 1), torch.ones(2, 3), {}, ValueError, "student must have shape b x d"),
+        (torch.ones(2, 3), torch.ones(3, 3), {}, ValueError, "teacher must have student's batch size 2, got 3"),
+        (torch.ones(2, 3), torch.ones(2, 3), {"angle_weight": -1}, ValueError, "angle_weight must be a number >= 0"),
+        (torch.ones(2, 3), torch.ones(2, 3), {"distance_weight": "1"}, ValueError, "distance_weight must be"),
+    ],
+)
+def test_misuse_is_explained(student, teacher, settings, error, message):
+    with pytest.raises(error, match=message):
+        kdkernels.relational_kd_loss(student, teacher, **settings)

@@ -43,7 +43,7 @@ def definition(student: Tensor, teacher: Tensor, distance_weight: float = 25.0, 
         squares = differences.square().sum(2)
         apart = squares != 0
         distances = torch.where(apart, torch.where(apart, squares, 1).sqrt(), 0)
-        directions = differences / torch.where(apart, distances, 1)[:, :, None]
+        directions = torch.where(apart[:, :, None], differences / torch.where(apart, distances, 1)[:, :, None], 0)
         mean = distances.sum() / apart.sum() if apart.any() else 1
         return distances / mean, directions @ directions.mT
 

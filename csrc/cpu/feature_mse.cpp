@@ -152,13 +152,16 @@ class Maps {
 
   template <typename E>
   void add_line(const E* source, T* line, bool first) const {
-    const auto add = [&](auto pixel) {
+    if (pixel_ != 1) {
+      for (int64_t x = 0; x < width_; ++x) line[x] = (first ? T(0) : line[x]) + static_cast<T>(source[x * pixel_]);
+      return;
+    }
+    with_width([&](auto width) {
       if (first)
-        for (int64_t x = 0; x < width_; ++x) line[x] = static_cast<T>(source[x * pixel]);
+        for (int64_t x = 0; x < width; ++x) line[x] = static_cast<T>(source[x]);
       else
-        for (int64_t x = 0; x < width_; ++x) line[x] += static_cast<T>(source[x * pixel]);
-    };
-    pixel_ == 1 ? add(std::integral_constant<int64_t, 1>()) : add(pixel_);
+        for (int64_t x = 0; x < width; ++x) line[x] += static_cast<T>(source[x]);
+    });
   }
 
   void average_lines(const T* lines, T* out) const {
@@ -193,8 +196,29 @@ class Maps {
     });
   }
 
+  // Every pixel of a window gets its share, windows that do not overlap. `factor` pixels across make one.
+  template <int factor>
+  void spread_evenly(const T* gradient, int64_t channels, T* out) const {
+    const int64_t down = height_ / grid_.height, lines = channels * grid_.height;
+    const T share = T(1) / T(down * factor);
+    for (int64_t l = 0; l < lines; ++l, gradient += grid_.width, out += down * width_) {
+      for (int64_t x = 0; x < grid_.width; ++x)
+        for (int u = 0; u < factor; ++u) out[factor * x + u] = share * gradient[x];
+      with_width([&](auto width) {
+        for (int64_t row = 1; row < down; ++row)
+          for (int64_t x = 0; x < width; ++x) out[row * width_ + x] = out[x];
+      });
+    }
+  }
+
   // Windows may overlap: what an earlier one has reached is added to. `begun_y` and `begun_x` are where those ended.
   void spread_planes(const T* gradient, int64_t channels, T* out) const {
+    if (height_ % grid_.height == 0) {
+      if (width_ == grid_.width) return spread_evenly<1>(gradient, channels, out);
+      if (width_ == 2 * grid_.width) return spread_evenly<2>(gradient, channels, out);
+      if (width_ == 4 * grid_.width) return spread_evenly<4>(gradient, channels, out);
+      if (width_ == 8 * grid_.width) return spread_evenly<8>(gradient, channels, out);
+    }
     T* line = workspace<T, Scratch::row>(width_);
     for (int64_t c = 0; c < channels; ++c, out += area())
       for (int64_t y = 0, begun = 0; y < grid_.height; ++y) {

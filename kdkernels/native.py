@@ -207,7 +207,7 @@ def _register_fakes() -> None:
     ) -> list[Tensor]:
         orders = [map_shape(maps)[3] for maps in projected]
         return [
-            _new_like(maps, channels_last) if want else maps.new_empty((0,))
+            new_like(maps, channels_last) if want else maps.new_empty((0,))
             for maps, channels_last, want in zip([*projected, *targets], [*orders, *orders], wanted, strict=True)
         ]
 
@@ -290,10 +290,12 @@ def _new_samples(features: Tensor, dtype: torch.dtype) -> Tensor:
     return features.new_empty(features.shape, dtype=dtype)
 
 
-def _new_like(maps: Tensor, channels_last: bool) -> Tensor:
+def new_like(maps: Tensor, channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
     """A gradient of ``maps``: compact, in the memory format that is given."""
     n, c, h, w = maps.shape
-    return maps.new_empty((n, h, w, c)).permute(0, 3, 1, 2) if channels_last else maps.new_empty((n, c, h, w))
+    if channels_last:
+        return maps.new_empty((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
+    return maps.new_empty((n, c, h, w), dtype=dtype)
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

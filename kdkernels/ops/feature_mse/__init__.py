@@ -74,7 +74,7 @@ def _native(projected: list[Tensor], targets: list[Tensor], weights: Tensor, sca
         if torch.compiler.is_compiling():
             # Dynamo takes no tensor twice, and a teacher's layer is the target of every student layer.
             targets = [target.view_as(target) for target in targets]
-        return _Native.apply(scale, weights, *projected, *targets)
+        return FeatureMSE.apply(native.ops, scale, weights, *projected, *targets)
     return native.ops.feature_mse(projected, targets, weights, scale)[0]
 
 
@@ -84,28 +84,29 @@ def _triton(projected: list[Tensor], targets: list[Tensor], weights: Tensor, sca
     return run(projected, targets, weights, scale)
 
 
-class _Native(torch.autograd.Function):
+class FeatureMSE(torch.autograd.Function):
     """The maps' gradients are computed in the backward pass: saving the maps costs nothing, unlike gradients."""
 
     @staticmethod
-    def forward(ctx, scale, weights, *maps):
+    def forward(ctx, ops, scale, weights, *maps):
         pairs = len(maps) // 2
-        loss, errors = native.ops.feature_mse(maps[:pairs], maps[pairs:], weights, scale)
+        loss, errors = ops.feature_mse(maps[:pairs], maps[pairs:], weights, scale)
         ctx.save_for_backward(errors, weights, *maps)
-        ctx.scale = scale
+        ctx.ops, ctx.scale = ops, scale
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         errors, weights, *maps = ctx.saved_tensors
-        _, want_weights, *wanted = ctx.needs_input_grad
+        _, _, want_weights, *wanted = ctx.needs_input_grad
         pairs = len(maps) // 2
         with torch.no_grad():
-            grads = native.ops.feature_mse_backward(
+            grads = ctx.ops.feature_mse_backward(
                 grad_loss, maps[:pairs], maps[pairs:], weights, ctx.scale, [int(want) for want in wanted]
             )
         anchored = zip(grads, maps, wanted, strict=True)
         return (
+            None,
             None,
             scaled(grad_loss, errors, weights.dtype, weights, *maps) if want_weights else None,
             *(once(grad, weights, *maps) if want else None for grad, own, want in anchored),

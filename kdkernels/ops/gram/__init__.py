@@ -42,7 +42,7 @@ def _reference(features: list[Tensor]) -> Tensor:
 def _native(features: list[Tensor]) -> Tensor:
     layers = [_in_memory_order(layer) for layer in features]
     if torch.is_grad_enabled() and any(layer.requires_grad for layer in layers):
-        return _Native.apply(*layers)
+        return Gram.apply(native.ops, *layers)
     return native.ops.gram(layers)
 
 
@@ -63,19 +63,29 @@ def _in_memory_order(layer: Tensor) -> Tensor:
     return layer.permute(0, *order)
 
 
-class _Native(torch.autograd.Function):
+class Gram(torch.autograd.Function):
+    """The matrices by the operators of ``ops``, native ones or Triton's."""
+
     @staticmethod
-    def forward(ctx, *layers):
+    def forward(ctx, ops, *layers):
         ctx.save_for_backward(*layers)
-        return native.ops.gram(layers)
+        ctx.ops = ops
+        return ops.gram(layers)
 
     @staticmethod
     def backward(ctx, grad_matrices):
         layers = ctx.saved_tensors
-        wanted = [i for i, want in enumerate(ctx.needs_input_grad) if want]
+        wanted = [i for i, want in enumerate(ctx.needs_input_grad[1:]) if want]
         with torch.no_grad():
-            grads = iter(native.ops.gram_backward(grad_matrices[wanted], [layers[i] for i in wanted]))
-        return tuple(
+            grads = iter(_gradients(ctx.ops, grad_matrices, layers, wanted))
+        return None, *(
             once(next(grads).view(layer.shape), layer) if want else None
-            for layer, want in zip(layers, ctx.needs_input_grad, strict=True)
+            for layer, want in zip(layers, ctx.needs_input_grad[1:], strict=True)
         )
+
+
+def _gradients(ops, grad_matrices: Tensor, layers: Sequence[Tensor], wanted: Sequence[int]) -> list[Tensor]:
+    """Those of the layers that want one."""
+    if len(wanted) < len(layers):
+        grad_matrices = torch.stack([grad_matrices[i] for i in wanted])
+    return ops.gram_backward(grad_matrices, [layers[i] for i in wanted])

@@ -357,7 +357,6 @@ MAP = torch.ones(2, 3, 4, 4)
         ([[MAP.int()]], [[MAP]], torch.ones(2, 1, 1), {}, TypeError, r"projected\[0\]\[0\] must be float32"),
         ([[MAP]], [[MAP.to("meta")]], torch.ones(2, 1, 1), {}, ValueError, r"targets\[0\]\[0\] must be on.*got meta"),
         ([[MAP]], [[MAP]], torch.ones(2, 1, 1), {"reduction": "max"}, ValueError, "reduction must be one of"),
-        ([[MAP]], [[MAP]], torch.ones(2, 1, 1), {"group": 1}, NotImplementedError, "group"),
     ],
 )
 def test_misuse_is_explained(projected, targets, weights, settings, error, message):

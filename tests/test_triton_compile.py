@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 ROOMS = [
     import_module(f"kdkernels.ops.{name}.triton")
-    for name in ("congruence", "correlation_congruence", "icc", "kd", "patches")
+    for name in ("congruence", "correlation_congruence", "feature_mse", "gram", "icc", "kd", "patches")
 ]
 ops = torch.ops.kdkernels_triton
 ICC_KERNELS = {
@@ -39,8 +39,12 @@ ICC_KERNELS = {
     "_samples_kernel",
     "_samples_backward_kernel",
 }
+GRAM_KERNELS = {"_gram_kernel", "_fold_parts_kernel", "_gram_backward_kernel"}
+FEATURE_MSE_KERNELS = {"_errors_kernel", "_gradient_kernel"}
 KERNELS = {
     *ICC_KERNELS,
+    *GRAM_KERNELS,
+    *FEATURE_MSE_KERNELS,
     "_kd_kernel",
     "_bounds_kernel",
     "_pack_kernel",
@@ -150,6 +154,34 @@ def correlate(logits: torch.Tensor) -> None:
         ops.icc_loss(logits, logits, per_sample, 1.0, True, True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gram(compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, dtype: torch.dtype) -> None:
+    """The layers of VGG-8 and ResNet-32x4, evenly spaced, and one that is not."""
+    shapes = [(512, 4, 4), (128, 16, 16), (64, 32, 32)]
+    layers = [torch.zeros(64, *shape, dtype=dtype) for shape in shapes]
+    multiply(layers)
+    multiply([layers[0], layers[1][:, :, :, 1:], layers[2].permute(0, 2, 3, 1)])
+    check(compiled, target, tmp_path, GRAM_KERNELS)
+
+
+def multiply(layers: list[torch.Tensor]) -> None:
+    ops.gram_backward(ops.gram(layers), layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_feature_mse(compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, dtype: torch.dtype) -> None:
+    projected = [torch.zeros(64, c, h, h, dtype=dtype) for c, h in ((64, 16), (128, 16), (256, 16), (64, 4))]
+    targets = [torch.zeros(64, c, h, h, dtype=dtype) for c, h in ((64, 32), (128, 16), (256, 8), (64, 32))]
+    associate(projected, targets)
+    check(compiled, target, tmp_path, FEATURE_MSE_KERNELS)
+
+
+def associate(projected: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
+    weights = torch.zeros(projected[0].shape[0], 1, len(projected))
+    loss, _ = ops.feature_mse(projected, targets, weights, 1.0)
+    ops.feature_mse_backward(loss, projected, targets, weights, 1.0, [1] * 2 * len(projected))
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
 def test_patches(compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, channels_last: bool) -> None:
     dtype = torch.bfloat16 if channels_last else torch.float32
@@ -231,6 +263,8 @@ def test_sizes_of_one(compiled: list[CompiledKernel], target: GPUTarget) -> None
         bounds = ops.bounding_boxes(mask, 0.5, *shape[2:])
         pack_and_back(maps, 1, False, None, None, False)
         pack_and_back(maps, 2, False, mask, bounds, True)
+        multiply([maps, maps.expand(-1, 3, -1, -1)[:, 1:]])
+        associate([maps, maps], [maps, maps[:, :, :1, :1]])
     for x, y in ((torch.zeros(1, 1), torch.zeros(1, 3)), (torch.zeros(3, 1), torch.zeros(3, 1))):
         ops.kd(x, x, 4.0, 1.0, True, True)
         correlate(x)

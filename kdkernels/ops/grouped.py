@@ -1,4 +1,4 @@
-"""What Triton kernels share that serve many tensors in one launch: these arrive as tuples, and a program picks its own."""
+"""What Triton kernels that serve many tensors in one launch share: a program picks its own out of tuples."""
 
 from __future__ import annotations
 

@@ -12,6 +12,8 @@ pytest.importorskip("triton")
 from triton_suite.congruence import *  # noqa: E402, F403
 from triton_suite.contracts import *  # noqa: E402, F403
 from triton_suite.correlation_congruence import *  # noqa: E402, F403
+from triton_suite.feature_mse import *  # noqa: E402, F403
+from triton_suite.gram import *  # noqa: E402, F403
 from triton_suite.icc import *  # noqa: E402, F403
 from triton_suite.kd import *  # noqa: E402, F403
 from triton_suite.local_correlation import *  # noqa: E402, F403

@@ -1,5 +1,5 @@
-"""Triton kernels of ``feature_mse``: one launch for the errors of all pairs and samples, one for the gradients of the projected
-maps, one for those of the targets. Averaging is part of the read, in the backward pass as in the forward pass.
+"""Triton kernels of ``feature_mse``: one launch for the errors of all pairs and samples, one for the gradients of the
+projected maps, one for those of the targets. Averaging is part of the read, in the backward pass as in the forward.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from ...native import accumulation_dtype, new_like
 from ..grouped import number, pointer
 from . import FeatureMSE
 
-BLOCK = 1024  # elements of a map that are read at a time
+BLOCK = 256  # elements of a map that are read at a time
+WARPS = 8  # few elements for each thread: to find their places takes registers
 
 
 def feature_mse(projected: list[Tensor], targets: list[Tensor], weights: Tensor, scale: float) -> Tensor:
@@ -84,7 +85,9 @@ def _launch(projected, targets, weights, scale):
     batch, pairs = weights.shape[0], len(projected)
     for group in _by_dtype(projected, targets, range(pairs)):
         with torch.cuda.device_of(weights):
-            _errors_kernel[(batch, len(group))](**_maps(group), errors=errors, pairs=pairs, scale=scale, BLOCK=BLOCK)
+            _errors_kernel[(batch, len(group))](
+                **_maps(group), errors=errors, pairs=pairs, scale=scale, BLOCK=BLOCK, num_warps=WARPS
+            )
     return (weights.to(dtype) * errors).sum(), errors
 
 
@@ -110,6 +113,7 @@ def _launch_backward(grad_loss, projected, targets, weights, scale, wanted):
                     pairs=count,
                     OF_TARGET=side,
                     BLOCK=BLOCK,
+                    num_warps=WARPS,
                 )
     return [
         grad.to(maps.dtype) if want else grad
@@ -119,7 +123,7 @@ def _launch_backward(grad_loss, projected, targets, weights, scale, wanted):
 
 @triton.jit
 def _decode(element, channels, width, area, fastest):
-    """Channel, line and column of elements numbered with the columns or, where ``fastest`` is 1, the channels fastest."""
+    """Channel, line and column of elements numbered with the columns fastest or, if ``fastest`` is 1, the channels."""
     channel = tl.where(fastest == 1, element % channels, element // area)
     pixel = tl.where(fastest == 1, element // channels, element % area)
     return channel, pixel // width, pixel % width
@@ -148,8 +152,8 @@ def _averaged(
     top, bottom = y * height // grid_height, ((y + 1) * height + grid_height - 1) // grid_height
     left, right = x * width // grid_width, ((x + 1) * width + grid_width - 1) // grid_width
     total = tl.zeros(c.shape, dtype)
-    for down in range(0, (height + grid_height - 1) // grid_height + (height % grid_height != 0)):
-        for across in range(0, (width + grid_width - 1) // grid_width + (width % grid_width != 0)):
+    for down in range((height + grid_height - 1) // grid_height + (height % grid_height != 0)):
+        for across in range((width + grid_width - 1) // grid_width + (width % grid_width != 0)):
             row, column = top + down, left + across
             mask = inside & (row < bottom) & (column < right)
             total += tl.load(maps + row * line + column * pixel, mask=mask, other=0).to(dtype)
@@ -263,8 +267,8 @@ def _gradient_kernel(
     first_y, last_y = row * grid_height // rows, ((row + 1) * grid_height - 1) // rows
     first_x, last_x = column * grid_width // columns, ((column + 1) * grid_width - 1) // columns
     total = tl.zeros((BLOCK,), dtype)
-    for down in range(0, 1 + (rows % grid_height != 0).to(tl.int32)):
-        for across in range(0, 1 + (columns % grid_width != 0).to(tl.int32)):
+    for down in range(1 + (rows % grid_height != 0).to(tl.int32)):
+        for across in range(1 + (columns % grid_width != 0).to(tl.int32)):
             y, x = first_y + down, first_x + across
             here = inside & (y <= last_y) & (x <= last_x)
             a = _averaged(

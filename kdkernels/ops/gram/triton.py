@@ -1,4 +1,4 @@
-"""Triton kernels of ``gram``: every layer's depth is cut into parts, one launch sums those of all layers of one dtype, and
+"""Triton kernels of ``gram``: every layer's depth is cut into parts; one launch sums those of all layers of one dtype,
 a second one adds them up in order.
 """
 
@@ -16,8 +16,8 @@ from ...native import accumulation_dtype
 from ..grouped import number, pointer
 from . import Gram
 
-BLOCK = 64  # rows and columns of a tile
-DEPTH = 32  # features that are multiplied at a time
+# Rows and columns of a tile, and how many products are summed at a time, by the dtype of the factors.
+TILES = {torch.float32: (64, 16), torch.float64: (32, 16), torch.bfloat16: (64, 32), torch.float16: (64, 32)}
 PARTS = 512  # about how many parts all layers are cut into
 FOLD = 1024
 
@@ -112,10 +112,11 @@ def _precision(dtype: torch.dtype) -> str:
 def _launch(features):
     batch, dtype = features[0].shape[0], accumulation_dtype(*features)
     result = features[0].new_empty((len(features), batch, batch), dtype=dtype)
-    tiles = triton.cdiv(batch, BLOCK)
     total = sum(layer.shape[1:].numel() for layer in features)
-    length = max(DEPTH, triton.cdiv(triton.cdiv(total, PARTS), DEPTH) * DEPTH)
+    length = triton.cdiv(triton.cdiv(total, PARTS), 32) * 32
     for layers in _by_dtype(features):
+        block, depth = TILES[dtype if dtype == torch.float64 else layers[0].features.dtype]
+        tiles = triton.cdiv(batch, block)
         starts = _starts(layers, length)
         parts = result.new_empty((starts[-1], batch, batch))
         with torch.cuda.device_of(result):
@@ -127,8 +128,9 @@ def _launch(features):
                 length=length,
                 PRECISION=_precision(layers[0].features.dtype),
                 UPCAST=triton.knobs.runtime.interpret,
-                BLOCK=BLOCK,
-                DEPTH=DEPTH,
+                BLOCK=block,
+                DEPTH=depth,
+                num_warps=block * block // 512,
             )
             _fold_parts_kernel[(len(layers), triton.cdiv(batch * batch, FOLD))](
                 parts,
@@ -149,19 +151,21 @@ def _launch_backward(grad_matrices, features):
     # The interpreter truncates to bfloat16 where a GPU rounds.
     held = {layer.dtype: slopes.dtype if triton.knobs.runtime.interpret else layer.dtype for layer in features}
     grads = [layer.new_empty((batch, layer.shape[1:].numel()), dtype=held[layer.dtype]) for layer in features]
+    block, depth = TILES[slopes.dtype]
     for layers in _by_dtype(features):
-        starts = _starts(layers, BLOCK)
+        starts = _starts(layers, block)
         with torch.cuda.device_of(slopes):
-            _gram_backward_kernel[(starts[-1], triton.cdiv(batch, BLOCK))](
+            _gram_backward_kernel[(starts[-1], triton.cdiv(batch, block))](
                 **_columns(layers),
                 starts=starts,
                 places=tuple(layer.place for layer in layers),
                 slopes=slopes,
                 grads=tuple(grads[layer.place] for layer in layers),
                 batch=batch,
-                PRECISION="ieee" if slopes.dtype == torch.float64 else _precision(torch.float32),
-                BLOCK=BLOCK,
-                DEPTH=DEPTH,
+                PRECISION=_precision(slopes.dtype),
+                BLOCK=block,
+                DEPTH=depth,
+                num_warps=block * block // 512,
             )
     return [grad.to(layer.dtype) for grad, layer in zip(grads, features, strict=True)]
 

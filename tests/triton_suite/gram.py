@@ -1,0 +1,62 @@
+"""``gram``"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_as_good_as, assert_close
+from torch import Tensor
+
+import kdkernels
+from kdkernels.ops.gram import reference as gram_reference
+
+from . import FULL_PRECISION, draw, laid_out
+
+
+def check_gram(features: list[Tensor], wanted: list[bool]) -> None:
+    device, batch = features[0].device, features[0].shape[0]
+    upstream = draw(len(features), batch, batch, device=device, dtype=torch.float64)
+
+    def run(function, layers: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        layers = [layer.detach().requires_grad_(want) for layer, want in zip(layers, wanted, strict=True)]
+        matrices = function(layers)
+        matrices.backward(upstream.to(matrices.dtype))
+        return matrices.detach(), [layer.grad for layer in layers]
+
+    matrices, grads = run(lambda f: kdkernels.similarity_matrices(f, backend="triton"), features)
+    expected, correct = run(gram_reference.gram, [f.double() for f in features])
+    assert_close(matrices, expected, "matrices")
+    for layer, grad, exact in zip(features, grads, correct, strict=True):
+        assert (grad is None) == (exact is None)
+        if grad is None:
+            continue
+        assert grad.dtype == layer.dtype
+        if layer.dtype in FULL_PRECISION:
+            assert_close(grad, exact, "gradient")
+        else:
+            assert_as_good_as(grad, exact.to(layer.dtype), exact, "gradient")
+
+
+@pytest.mark.parametrize("dtype", [*FULL_PRECISION, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed"])
+def test_gram(device: str, dtype: torch.dtype, layout: str) -> None:
+    maps = [laid_out(draw(5, c, h, w, device=device, dtype=dtype), layout) for c, h, w in ((3, 4, 5), (7, 3, 3))]
+    check_gram([*maps, draw(5, 40, device=device, dtype=dtype)], [True, True, False])
+
+
+@pytest.mark.parametrize(("batch", "depths"), [(1, (1,)), (2, (3, 200)), (65, (70, 1)), (3, (20_000,))])
+def test_gram_of_odd_shapes(device: str, batch: int, depths: tuple[int, ...]) -> None:
+    check_gram([draw(batch, depth, device=device) for depth in depths], [True] * len(depths))
+
+
+def test_gram_of_mixed_dtypes(device: str) -> None:
+    dtypes = (torch.bfloat16, torch.float32, torch.bfloat16)
+    check_gram([draw(4, 9, device=device, dtype=dtype) for dtype in dtypes], [True] * 3)
+
+
+def test_gram_of_a_broken_layer(device: str) -> None:
+    features = [draw(4, 9, device=device), draw(4, 9, device=device)]
+    features[1][2, 3] = torch.nan
+    matrices = kdkernels.similarity_matrices(features, backend="triton")
+    assert matrices[1, 2].isnan().all()
+    assert matrices.isnan().sum() == 7

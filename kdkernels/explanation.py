@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends, functional
-from .ops import correlation_congruence, icc, kd, local_correlation, similarity_preserving
+from .ops import correlation_congruence, feature_mse, gram, icc, kd, local_correlation, similarity_preserving
 from .ops.congruence.plan import FEATURE, GRAM, TILE_ENTRY, Form, candidates, multiply_adds
 from .ops.local_correlation import Stage
 
@@ -71,6 +71,8 @@ def explain(name: str, *args: object, **settings: object) -> Explanation:
         "inter_class_correlation": _map_stages,
         "inter_class_correlation_loss": _inter_class_stages,
         "kd_loss": _kd_stages,
+        "similarity_matrices": _gram_stages,
+        "cross_layer_mse": _feature_mse_stages,
     }
     if name not in explainers:
         raise ValueError(f"name must be one of {tuple(explainers)}, got {name!r}")
@@ -86,6 +88,15 @@ def explain(name: str, *args: object, **settings: object) -> Explanation:
 def _kd_stages(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, **_) -> tuple[Tensor, list]:
     kd.check(student_logits, teacher_logits, temperature)
     return student_logits, []
+
+
+def _gram_stages(features, **_) -> tuple[Tensor, list]:
+    return gram.check(features)[0], []
+
+
+def _feature_mse_stages(projected, targets, weights: Tensor, *, reduction: str, **_) -> tuple[Tensor, list]:
+    feature_mse.check(projected, targets, weights, reduction)
+    return weights, []
 
 
 def _map_stages(logits: Tensor, **_) -> tuple[Tensor, list]:

@@ -267,3 +267,14 @@ def test_relative_error_of_a_long_sum(backend):
     features = [torch.rand(3, 200_000)]
     matrices = kdkernels.similarity_matrices(features, backend=backend)
     assert relative_error(matrices, definition([f.double() for f in features])) < 2e-6
+
+
+def test_explain_names_the_backend():
+    features = [torch.randn(3, 4)]
+    with kdkernels.use_backend("reference"):
+        assert str(kdkernels.explain("similarity_matrices", features)).startswith("similarity_matrices: reference")
+        maps = [[torch.randn(3, 2, 4, 4)]]
+        told = str(kdkernels.explain("cross_layer_mse", maps, maps, torch.ones(3, 1, 1)))
+    assert told.startswith("cross_layer_mse: reference")
+    with pytest.raises(TypeError, match="features must be a sequence"):
+        kdkernels.explain("similarity_matrices", features[0])

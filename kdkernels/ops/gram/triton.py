@@ -16,8 +16,13 @@ from ...native import accumulation_dtype
 from ..grouped import number, pointer
 from . import Gram
 
-# Rows and columns of a tile, and how many products are summed at a time, by the dtype of the factors.
-TILES = {torch.float32: (64, 16), torch.float64: (32, 16), torch.bfloat16: (64, 32), torch.float16: (64, 32)}
+# Rows and columns of a tile, how many products are summed at a time, and warps, by the dtype of the factors.
+TILES = {
+    torch.float32: (64, 16, 8),
+    torch.float64: (32, 16, 4),
+    torch.bfloat16: (64, 32, 8),
+    torch.float16: (64, 32, 8),
+}
 PARTS = 512  # about how many parts all layers are cut into
 FOLD = 1024
 
@@ -115,7 +120,7 @@ def _launch(features):
     total = sum(layer.shape[1:].numel() for layer in features)
     length = triton.cdiv(triton.cdiv(total, PARTS), 32) * 32
     for layers in _by_dtype(features):
-        block, depth = TILES[dtype if dtype == torch.float64 else layers[0].features.dtype]
+        block, depth, warps = TILES[dtype if dtype == torch.float64 else layers[0].features.dtype]
         tiles = triton.cdiv(batch, block)
         starts = _starts(layers, length)
         parts = result.new_empty((starts[-1], batch, batch))
@@ -130,7 +135,7 @@ def _launch(features):
                 UPCAST=triton.knobs.runtime.interpret,
                 BLOCK=block,
                 DEPTH=depth,
-                num_warps=block * block // 512,
+                num_warps=warps,
             )
             _fold_parts_kernel[(len(layers), triton.cdiv(batch * batch, FOLD))](
                 parts,
@@ -151,7 +156,7 @@ def _launch_backward(grad_matrices, features):
     # The interpreter truncates to bfloat16 where a GPU rounds.
     held = {layer.dtype: slopes.dtype if triton.knobs.runtime.interpret else layer.dtype for layer in features}
     grads = [layer.new_empty((batch, layer.shape[1:].numel()), dtype=held[layer.dtype]) for layer in features]
-    block, depth = TILES[slopes.dtype]
+    block, depth, warps = TILES[slopes.dtype]
     for layers in _by_dtype(features):
         starts = _starts(layers, block)
         with torch.cuda.device_of(slopes):
@@ -165,7 +170,7 @@ def _launch_backward(grad_matrices, features):
                 PRECISION=_precision(slopes.dtype),
                 BLOCK=block,
                 DEPTH=depth,
-                num_warps=block * block // 512,
+                num_warps=warps,
             )
     return [grad.to(layer.dtype) for grad, layer in zip(grads, features, strict=True)]
 

@@ -1,8 +1,8 @@
 """SemCKD's loss of all layer pairs against eager and compiled PyTorch: ``pytest bench/bench_feature_mse.py``.
 
-Measured as in bench_kd.py. The student's projections have its own map sizes, or the smaller of both where it pools before it
-projects. The limit is this machine's memory bandwidth on the bytes that must move: every map is read twice, since the
-gradients, which are written, come in the backward pass.
+Measured as in bench_kd.py. The student's projections have its own map sizes, or the smaller of both where it pools
+before it projects. The limit is this machine's memory bandwidth on the bytes that must move: every map is read twice,
+since the gradients, which are written, come in the backward pass.
 """
 
 from __future__ import annotations

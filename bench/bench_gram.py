@@ -1,7 +1,7 @@
-"""Similarity matrices of VGG-8's and ResNet-32x4's layers against eager and compiled PyTorch: ``pytest bench/bench_gram.py``.
+"""Similarity matrices of VGG-8 and ResNet-32x4 against eager and compiled PyTorch: ``pytest bench/bench_gram.py``.
 
-Measured as in bench_kd.py. The limit is this machine's memory bandwidth on the bytes that must move: every map is read, and
-read again for the gradient of the student's, which is written.
+Measured as in bench_kd.py. The limit is this machine's memory bandwidth on the bytes that must move: every map is read,
+and read again for the gradient of the student's, which is written.
 """
 
 from __future__ import annotations

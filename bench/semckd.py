@@ -1,4 +1,4 @@
-"""The feature maps that SemCKD compares on 32 x 32 images: VGG-8 learns from ResNet-32x4 at batch 64, as in the paper."""
+"""The maps that SemCKD compares on 32 x 32 images: VGG-8 learns from ResNet-32x4 at batch 64, as in the paper."""
 
 from __future__ import annotations
 

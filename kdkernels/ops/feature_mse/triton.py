@@ -16,7 +16,7 @@ from ..grouped import number, pointer
 from . import FeatureMSE
 
 BLOCK = 256  # elements of a map that are read at a time
-WARPS = 8  # few elements for each thread: to find their places takes registers
+WARPS = 4
 
 
 def feature_mse(projected: list[Tensor], targets: list[Tensor], weights: Tensor, scale: float) -> Tensor:
@@ -130,6 +130,12 @@ def _decode(element, channels, width, area, fastest):
 
 
 @triton.jit
+def _size(sizes, index, COUNT: tl.constexpr):
+    """Of a sample; its elements are counted in 32 bits, their offsets in memory in 64."""
+    return number(sizes, index, COUNT).to(tl.int32)
+
+
+@triton.jit
 def _averaged(
     maps,
     strides,
@@ -152,11 +158,12 @@ def _averaged(
     top, bottom = y * height // grid_height, ((y + 1) * height + grid_height - 1) // grid_height
     left, right = x * width // grid_width, ((x + 1) * width + grid_width - 1) // grid_width
     total = tl.zeros(c.shape, dtype)
-    for down in range((height + grid_height - 1) // grid_height + (height % grid_height != 0)):
-        for across in range((width + grid_width - 1) // grid_width + (width % grid_width != 0)):
-            row, column = top + down, left + across
-            mask = inside & (row < bottom) & (column < right)
-            total += tl.load(maps + row * line + column * pixel, mask=mask, other=0).to(dtype)
+    tall = (height + grid_height - 1) // grid_height + (height % grid_height != 0).to(tl.int32)
+    wide = (width + grid_width - 1) // grid_width + (width % grid_width != 0).to(tl.int32)
+    for step in range(tall * wide):
+        row, column = top + step // wide, left + step % wide
+        mask = inside & (row < bottom) & (column < right)
+        total += tl.load(maps + row * line + column * pixel, mask=mask, other=0).to(dtype)
     return total / ((bottom - top) * (right - left)).to(dtype)
 
 
@@ -180,10 +187,10 @@ def _errors_kernel(
     dtype: tl.constexpr = errors.dtype.element_ty
     sample, pair = tl.program_id(0).to(tl.int64), tl.program_id(1)
     own_maps, target_maps = pointer(own, pair, COUNT), pointer(target, pair, COUNT)
-    own_height, own_width = number(own_sizes, 2 * pair, 2 * COUNT), number(own_sizes, 2 * pair + 1, 2 * COUNT)
-    height, width = number(target_sizes, 2 * pair, 2 * COUNT), number(target_sizes, 2 * pair + 1, 2 * COUNT)
+    own_height, own_width = _size(own_sizes, 2 * pair, 2 * COUNT), _size(own_sizes, 2 * pair + 1, 2 * COUNT)
+    height, width = _size(target_sizes, 2 * pair, 2 * COUNT), _size(target_sizes, 2 * pair + 1, 2 * COUNT)
     grid_height, grid_width = tl.minimum(own_height, height), tl.minimum(own_width, width)
-    c_count, order = number(channels, pair, COUNT), number(fastest, pair, COUNT)
+    c_count, order = _size(channels, pair, COUNT), _size(fastest, pair, COUNT)
     area = grid_height * grid_width
     total = tl.zeros((BLOCK,), dtype)
     for first in range(0, c_count * area, BLOCK):
@@ -249,10 +256,10 @@ def _gradient_kernel(
     dtype: tl.constexpr = slopes.dtype.element_ty
     sample, pair = tl.program_id(0).to(tl.int64), tl.program_id(1)
     own_maps, target_maps, grad = pointer(own, pair, COUNT), pointer(target, pair, COUNT), pointer(grads, pair, COUNT)
-    own_height, own_width = number(own_sizes, 2 * pair, 2 * COUNT), number(own_sizes, 2 * pair + 1, 2 * COUNT)
-    height, width = number(target_sizes, 2 * pair, 2 * COUNT), number(target_sizes, 2 * pair + 1, 2 * COUNT)
+    own_height, own_width = _size(own_sizes, 2 * pair, 2 * COUNT), _size(own_sizes, 2 * pair + 1, 2 * COUNT)
+    height, width = _size(target_sizes, 2 * pair, 2 * COUNT), _size(target_sizes, 2 * pair + 1, 2 * COUNT)
     grid_height, grid_width = tl.minimum(own_height, height), tl.minimum(own_width, width)
-    c_count, order = number(channels, pair, COUNT), number(fastest, pair, COUNT)
+    c_count, order = _size(channels, pair, COUNT), _size(fastest, pair, COUNT)
     slope = tl.load(slopes + sample * pairs + number(places, pair, COUNT)) / (c_count * grid_height * grid_width).to(
         dtype
     )
@@ -261,49 +268,49 @@ def _gradient_kernel(
         slope = -slope
     else:
         rows, columns = own_height, own_width
-    element = tl.program_id(2).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    element = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     inside = element < c_count * rows * columns
     c, row, column = _decode(element, c_count, columns, rows * columns, order)
     first_y, last_y = row * grid_height // rows, ((row + 1) * grid_height - 1) // rows
     first_x, last_x = column * grid_width // columns, ((column + 1) * grid_width - 1) // columns
     total = tl.zeros((BLOCK,), dtype)
-    for down in range(1 + (rows % grid_height != 0).to(tl.int32)):
-        for across in range(1 + (columns % grid_width != 0).to(tl.int32)):
-            y, x = first_y + down, first_x + across
-            here = inside & (y <= last_y) & (x <= last_x)
-            a = _averaged(
-                own_maps,
-                own_strides,
-                sample,
-                pair,
-                own_height,
-                own_width,
-                c,
-                y,
-                x,
-                grid_height,
-                grid_width,
-                here,
-                COUNT,
-                dtype,
-            )
-            b = _averaged(
-                target_maps,
-                target_strides,
-                sample,
-                pair,
-                height,
-                width,
-                c,
-                y,
-                x,
-                grid_height,
-                grid_width,
-                here,
-                COUNT,
-                dtype,
-            )
-            down_size = ((y + 1) * rows + grid_height - 1) // grid_height - y * rows // grid_height
-            across_size = ((x + 1) * columns + grid_width - 1) // grid_width - x * columns // grid_width
-            total += tl.where(here, slope * (a - b) / (down_size * across_size).to(dtype), 0)
-    tl.store(grad + sample * c_count * rows * columns + element, total.to(grad.dtype.element_ty), mask=inside)
+    wide = 1 + (columns % grid_width != 0).to(tl.int32)
+    for step in range((1 + (rows % grid_height != 0).to(tl.int32)) * wide):
+        y, x = first_y + step // wide, first_x + step % wide
+        here = inside & (y <= last_y) & (x <= last_x)
+        a = _averaged(
+            own_maps,
+            own_strides,
+            sample,
+            pair,
+            own_height,
+            own_width,
+            c,
+            y,
+            x,
+            grid_height,
+            grid_width,
+            here,
+            COUNT,
+            dtype,
+        )
+        b = _averaged(
+            target_maps,
+            target_strides,
+            sample,
+            pair,
+            height,
+            width,
+            c,
+            y,
+            x,
+            grid_height,
+            grid_width,
+            here,
+            COUNT,
+            dtype,
+        )
+        down_size = ((y + 1) * rows + grid_height - 1) // grid_height - y * rows // grid_height
+        across_size = ((x + 1) * columns + grid_width - 1) // grid_width - x * columns // grid_width
+        total += tl.where(here, slope * (a - b) / (down_size * across_size).to(dtype), 0)
+    tl.store(grad + sample * (c_count * rows * columns) + element, total.to(grad.dtype.element_ty), mask=inside)

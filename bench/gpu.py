@@ -21,7 +21,7 @@ import bench_correlation_congruence
 import bench_icc
 import bench_kd
 import torch
-from measure import Loss, compiled, provenance, table
+from measure import Loss, provenance, table
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -34,42 +34,63 @@ SECONDS = 1.0  # for one case, launched or replayed
 
 class Case(NamedTuple):
     name: str
+    batch: int
     fused: Loss
     baselines: dict[str, Loss]
     inputs: Callable[[], tuple]
     multiply_adds: Callable[..., float] = lambda *_: 0  # as float32 computes them
     exponentials: Callable[..., float] = lambda *_: 0
 
+    def __str__(self) -> str:
+        return f"{self.name}, batch {self.batch}"
+
 
 def cases() -> Iterator[Case]:
-    for batch, classes in ((64, 100), (256, 1000)):
-        shapes = (batch, classes)
-        yield Case(f"kd {batch} x {classes}", bench_kd.fused, bench_kd.BASELINES, functools.partial(logits, *shapes))
-    lkd = bench_congruence
-    for case in (*lkd.PAPER, lkd.Case(1024, 4, ((64, 8),))):
-        yield Case(f"LKD {case}", lkd.fused, lkd.BASELINES, case.inputs, lkd.multiply_adds)
-    cckd = bench_correlation_congruence
-    for batch, width in ((64, 128), (8192, 512)):
-        yield Case(
-            f"CCKD {batch} x {width}",
-            cckd.fused,
-            {"textbook": cckd.textbook},
-            functools.partial(cckd.inputs, batch, width),
-            lambda student, _: 2 * student.shape[0] ** 2 * student.shape[1],
-        )
-    icct = bench_icc
-    for batch, classes in ((64, 100), (256, 1000)):
-        yield Case(
-            f"ICCT {batch} x {classes}",
-            icct.fused,
-            {"textbook": icct.textbook},
-            functools.partial(icct.logits, batch, classes),
-            exponentials=lambda student, _: 2 * student.shape[0] * student.shape[1] ** 2,
-        )
+    """The sizes that the papers name first, then those between them for the plots."""
+    kd, lkd, cckd, icct = bench_kd, bench_congruence, bench_correlation_congruence, bench_icc
+
+    def kd_case(batch: int, classes: int) -> Case:
+        inputs = functools.partial(logits, batch, classes)
+        return Case(f"kd K={classes}", batch, kd.fused, kd.BASELINES, inputs)
+
+    def lkd_case(n: int, *stages: tuple[int, int]) -> Case:
+        case = lkd.Case(n, 4, stages)
+        name = f"LKD {' '.join(f'{c}x{h}x{h}' for c, h in stages)} k=4"
+        return Case(name, n, lkd.fused, lkd.BASELINES, case.inputs, lkd.multiply_adds)
+
+    def cckd_case(batch: int, width: int) -> Case:
+        inputs, baselines = functools.partial(cckd.inputs, batch, width), {"textbook": cckd.textbook}
+        return Case(f"CCKD d={width}", batch, cckd.fused, baselines, inputs, of_grams)
+
+    def icct_case(batch: int, classes: int) -> Case:
+        inputs, baselines = functools.partial(icct.logits, batch, classes), {"textbook": icct.textbook}
+        return Case(f"ICCT K={classes}", batch, icct.fused, baselines, inputs, exponentials=of_maps)
+
+    yield from (lkd_case(64, *lkd.CIFAR), lkd_case(1024, (64, 8)))
+    yield from (cckd_case(64, 128), cckd_case(8192, 512), icct_case(256, 1000), kd_case(256, 1000))
+    yield from (lkd_case(n, (64, 8)) for n in (64, 256, 512))
+    yield from (cckd_case(batch, 512) for batch in (256, 1024, 4096))
+    yield from (icct_case(batch, 1000) for batch in (16, 64))
+    yield from (kd_case(batch, 1000) for batch in (64, 1024))
+
+
+def of_grams(student: Tensor, _: Tensor) -> float:
+    """Two halves of Gram matrices, one gradient."""
+    return 2 * student.shape[0] ** 2 * student.shape[1]
+
+
+def of_maps(student: Tensor, _: Tensor) -> float:
+    """One for each entry of either network's maps."""
+    return 2 * student.shape[0] * student.shape[1] ** 2
 
 
 def logits(batch: int, classes: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, classes, requires_grad=True), torch.randn(batch, classes)
+
+
+def compiled(variants: dict[str, Loss]) -> dict[str, Loss]:
+    """The same under torch.compile, each size for itself."""
+    return {f"{name}, compiled": torch.compile(loss, dynamic=False) for name, loss in variants.items()}
 
 
 def on(backend: str, loss: Loss) -> Loss:
@@ -190,12 +211,13 @@ def measure(case: Case, rates: dict[str, float]) -> Iterator[dict]:
         seconds = medians(steps)
         own = {backend: seconds.pop(backend) for backend in ours if backend in seconds}
         if not own:
-            yield {"case": case.name + how, "seconds of baselines": seconds, "failed": failures, "headline": False}
+            yield {"case": f"{case}{how}", "seconds of baselines": seconds, "failed": failures, "headline": False}
             continue
         best = min(own, key=own.__getitem__)
         peaks = {name: memory[name] for name in seconds} | {"fused": memory[best]}
         yield {
-            "case": case.name + how,
+            "case": f"{case}{how}",
+            "parameters": {"loss": case.name + how, "batch": case.batch},
             "seconds": {"fused": own[best]} | seconds,
             "seconds by backend": own,
             "peak extra bytes": peaks,
@@ -256,7 +278,7 @@ def main() -> None:
     rates = machine_rates()
     results: list[dict] = []
     for case in cases():
-        if arguments.only not in case.name or time.perf_counter() > end:
+        if arguments.only not in str(case) or time.perf_counter() > end:
             continue
         results += measure(case, rates)
         if arguments.json:

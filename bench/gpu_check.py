@@ -90,9 +90,10 @@ def main() -> None:
     today = datetime.datetime.now(datetime.timezone.utc).date()
     arguments.results.mkdir(parents=True, exist_ok=True)
     results = arguments.results / f"{device}-{today}.json"
-    seconds = left(240)
+    seconds = left(240, spare=20)
     measure = [python, "bench/gpu.py", "--json", results, "--minutes", max(0.5, (seconds - 60) / 60)]
     outcomes["measurements"] = run("measurements", measure, seconds)
+    run("figures", [python, "bench/report.py"], left(60))
 
     print("\n" + "\n".join(f"{name}: {'passed' if passed else 'FAILED'}" for name, passed in outcomes.items()))
     if results.exists():

@@ -23,26 +23,27 @@ template <typename T>
 Result run_stage(const Tensor& student, const Tensor& teacher, const Partition& cut_x, const Partition& cut_y,
                  double eps, const Coefficients& coefficients, const Plan& plan, bool want_student, bool want_teacher) {
   const int64_t rows = cut_x.rows();
-  T* x = workspace<T, Scratch::rows_x>(rows * cut_x.length());
-  T* y = workspace<T, Scratch::rows_y>(rows * cut_y.length());
+  const int64_t line_x = spread<T>(cut_x.length()), line_y = spread<T>(cut_y.length());
+  T* x = workspace<T, Scratch::rows_x>(rows * line_x);
+  T* y = workspace<T, Scratch::rows_y>(rows * line_y);
   T* norms_x = workspace<T, Scratch::norms_x>(rows);
   T* norms_y = workspace<T, Scratch::norms_y>(rows);
-  cut_x.pack(student, x, norms_x, eps);
-  cut_y.pack(teacher, y, norms_y, eps);
+  cut_x.pack(student, x, line_x, norms_x, eps);
+  cut_y.pack(teacher, y, line_y, norms_y, eps);
 
   const Tensor grad_student = new_gradient<T>(cut_x, student, want_student);
   const Tensor grad_teacher = new_gradient<T>(cut_y, student, want_teacher);
   T* grad_x = want_student ? grad_student.mutable_data_ptr<T>() : nullptr;
   T* grad_y = want_teacher ? grad_teacher.mutable_data_ptr<T>() : nullptr;
-  Congruence<T> problem{{x, cut_x.length(), 1}, {y, cut_y.length(), 1}, rows,         cut_x.length(),
-                        cut_y.length(),         cut_x.positions(),      coefficients, plan};
+  Congruence<T> problem{{x, line_x, 1}, {y, line_y, 1},    rows,         cut_x.length(),
+                        cut_y.length(), cut_x.positions(), coefficients, plan};
   // D_rr of unit rows is 0, or ±1 where one network's patch is dead and the other's is not; its gradient is radial.
   problem.coefficients.diagonal = 0;
   double loss = problem.run(grad_x, grad_y);
   for (int64_t r = 0; r < rows; ++r)
     if ((norms_x[r] == 0) != (norms_y[r] == 0)) loss += coefficients.diagonal;
-  if (grad_x) cut_x.denormalise(grad_x, x, norms_x, grad_x);
-  if (grad_y) cut_y.denormalise(grad_y, y, norms_y, grad_y);
+  if (grad_x) cut_x.denormalise(grad_x, x, line_x, norms_x, grad_x);
+  if (grad_y) cut_y.denormalise(grad_y, y, line_y, norms_y, grad_y);
   return {loss, grad_student, grad_teacher};
 }
 

@@ -157,10 +157,10 @@ struct Lens {
   }
 };
 
-// Copy between one image's maps and its k x k patch vectors, `length` elements apart: f(map element, patch element). The
+// Copy between one image's maps and its k x k patch vectors, `stride` elements apart: f(map element, patch element). The
 // innermost loop runs over neighbours of both.
 template <typename M, typename T, typename F>
-void for_each_element(const Partition& p, const Maps<M>& maps, T* patches, const F& f) {
+void for_each_element(const Partition& p, const Maps<M>& maps, T* patches, int64_t stride, const F& f) {
   const int64_t length = p.length(), ph = p.patch_height, pw = p.patch_width;
   if (p.k == 1 && maps.pixel == 1 && maps.line == pw && maps.channel == ph * pw) {  // the patch is the map as it lies
     for (int64_t j = 0; j < length; ++j) f(maps.data[j], patches[j]);
@@ -170,19 +170,19 @@ void for_each_element(const Partition& p, const Maps<M>& maps, T* patches, const
     for (int64_t y = 0; y < ph * p.k; ++y)
       for (int64_t x = 0; x < pw * p.k; ++x) {
         M* map = maps.at(0, y, x);
-        T* patch = patches + (y / ph * p.k + x / pw) * length + (y % ph * pw + x % pw) * p.channels;
+        T* patch = patches + (y / ph * p.k + x / pw) * stride + (y % ph * pw + x % pw) * p.channels;
         for (int64_t c = 0; c < p.channels; ++c) f(map[c], patch[c]);
       }
     return;
   }
   const auto line = [&](M* map, T* patch, auto width, auto pixel) {
-    for (int64_t px = 0; px < p.k; ++px, map += width * pixel, patch += length)
+    for (int64_t px = 0; px < p.k; ++px, map += width * pixel, patch += stride)
       for (int64_t x = 0; x < width; ++x) f(map[x * pixel], patch[x]);
   };
   const auto lines = [&](auto width, auto pixel) {
     for (int64_t c = 0; c < p.channels; ++c)
       for (int64_t y = 0; y < ph * p.k; ++y)
-        line(maps.at(c, y, 0), patches + y / ph * p.k * length + (c * ph + y % ph) * pw, width, pixel);
+        line(maps.at(c, y, 0), patches + y / ph * p.k * stride + (c * ph + y % ph) * pw, width, pixel);
   };
   // The common widths as compile-time constants, which lets the compiler move whole vectors.
   using std::integral_constant;
@@ -224,7 +224,7 @@ Partition::Partition(const Shape& shape, int64_t k, const std::optional<Tensor>&
 }
 
 template <typename T>
-void Partition::pack(const Tensor& features, T* rows, T* norms, double eps) const {
+void Partition::pack(const Tensor& features, T* rows, int64_t line, T* norms, double eps) const {
   const int64_t stored = positions() * length(), area = height * width;
   const int64_t padded = patch_height * k * patch_width * k, plane = std::max(area, padded);
   with_element_type(features, [&](auto type) {
@@ -232,9 +232,9 @@ void Partition::pack(const Tensor& features, T* rows, T* norms, double eps) cons
     parallel_blocks(images, 1, 1 + kGrain / stored, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Maps<const E> maps = image_of(features, features.const_data_ptr<E>(), i);
-        T* patches = rows + i * stored;
+        T* patches = rows + i * positions() * line;
         if (!mask && !resampled()) {
-          for_each_element(*this, maps, patches, [](const E& map, T& patch) { patch = T(map); });
+          for_each_element(*this, maps, patches, line, [](const E& map, T& patch) { patch = T(map); });
         } else {
           const Lens<T> lens(*this, i);
           T* image = workspace<T, Scratch::image>(channels * padded + 3 * plane);
@@ -251,21 +251,21 @@ void Partition::pack(const Tensor& features, T* rows, T* norms, double eps) cons
             std::copy_n(a, padded, image + c * padded);
           }
           const Maps<const T> whole{image, padded, patch_width * k, 1};
-          for_each_element(*this, whole, patches, [](const T& map, T& patch) { patch = map; });
+          for_each_element(*this, whole, patches, line, [](const T& map, T& patch) { patch = map; });
         }
         for (int64_t p = 0; p < positions(); ++p)
-          norms[i * positions() + p] = normalise(patches + p * length(), length(), eps);
+          norms[i * positions() + p] = normalise(patches + p * line, length(), eps);
       }
     });
   });
 }
 
 template <typename T>
-void Partition::denormalise(const T* grad, const T* rows, const T* norms, T* out) const {
+void Partition::denormalise(const T* grad, const T* rows, int64_t line, const T* norms, T* out) const {
   const int64_t size = length();
   parallel_blocks(this->rows(), 1, 1 + kGrain / size, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      denormalise_row(grad + r * size, rows + r * size, norms[r], size, out + r * size);
+      denormalise_row(grad + r * size, rows + r * line, norms[r], size, out + r * size);
     }
   });
 }
@@ -284,13 +284,13 @@ Tensor Partition::unpack(const T* grad, T scale, const Tensor& like) const {
       const Maps<T> maps = image_of(result, data, i);
       const T* patches = grad + i * stored;
       if (!mask && !resampled()) {
-        for_each_element(*this, maps, patches, [&](T& map, const T& patch) { map = scale * patch; });
+        for_each_element(*this, maps, patches, length(), [&](T& map, const T& patch) { map = scale * patch; });
         continue;
       }
       const Lens<T> lens(*this, i);
       T* image = workspace<T, Scratch::image>(channels * padded + 3 * plane);
       const Maps<T> whole{image, padded, patch_width * k, 1};
-      for_each_element(*this, whole, patches, [&](T& map, const T& patch) { map = scale * patch; });
+      for_each_element(*this, whole, patches, length(), [&](T& map, const T& patch) { map = scale * patch; });
       for (int64_t c = 0; c < channels; ++c) {
         T *a = image + c * padded, *b = image + channels * padded, *other = b + plane, *scratch = other + plane;
         for (auto step = lens.resampling.steps.rbegin(); step != lens.resampling.steps.rend(); ++step) {
@@ -309,10 +309,10 @@ Tensor Partition::unpack(const T* grad, T scale, const Tensor& like) const {
   return result;
 }
 
-template void Partition::pack<float>(const Tensor&, float*, float*, double) const;
-template void Partition::pack<double>(const Tensor&, double*, double*, double) const;
-template void Partition::denormalise<float>(const float*, const float*, const float*, float*) const;
-template void Partition::denormalise<double>(const double*, const double*, const double*, double*) const;
+template void Partition::pack<float>(const Tensor&, float*, int64_t, float*, double) const;
+template void Partition::pack<double>(const Tensor&, double*, int64_t, double*, double) const;
+template void Partition::denormalise<float>(const float*, const float*, int64_t, const float*, float*) const;
+template void Partition::denormalise<double>(const double*, const double*, int64_t, const double*, double*) const;
 template Tensor Partition::unpack<float>(const float*, float, const Tensor&) const;
 template Tensor Partition::unpack<double>(const double*, double, const Tensor&) const;
 
@@ -323,7 +323,7 @@ std::tuple<Tensor, Tensor> patches(const Tensor& features, int64_t k, const std:
     using T = decltype(type);
     const Tensor rows = new_compact(features, {partition.rows(), partition.length()}, kScalarType<T>);
     const Tensor norms = new_compact(features, {partition.rows()}, kScalarType<T>);
-    partition.pack(features, rows.mutable_data_ptr<T>(), norms.mutable_data_ptr<T>(), eps);
+    partition.pack(features, rows.mutable_data_ptr<T>(), partition.length(), norms.mutable_data_ptr<T>(), eps);
     return std::make_tuple(rows, norms);
   });
 }
@@ -336,7 +336,8 @@ Tensor patches_backward(const Tensor& grad_rows, const Tensor& rows, const Tenso
   return with_compute_type(rows, [&](auto type) {
     using T = decltype(type);
     T* patches = workspace<T, Scratch::patches>(partition.rows() * partition.length());
-    partition.denormalise(grad.const_data_ptr<T>(), rows.const_data_ptr<T>(), norms.const_data_ptr<T>(), patches);
+    partition.denormalise(grad.const_data_ptr<T>(), rows.const_data_ptr<T>(), partition.length(),
+                          norms.const_data_ptr<T>(), patches);
     return partition.unpack(patches, T(1), rows);
   });
 }

@@ -37,13 +37,14 @@ struct Partition : Shape {
   int64_t length() const { return channels * patch_height * patch_width; }
   bool resampled() const { return patch_height * k != height || patch_width * k != width; }
 
-  // Write rows() x length() unit vectors and the norms they were divided by; a patch of norm <= eps gives zeros and norm 0.
+  // Write rows() unit vectors of length(), `line` elements apart, and the norms they were divided by; a patch of norm <= eps
+  // gives zeros and norm 0.
   template <typename T>
-  void pack(const Tensor& features, T* rows, T* norms, double eps) const;
+  void pack(const Tensor& features, T* rows, int64_t line, T* norms, double eps) const;
 
-  // The gradient before normalisation, from `grad`, that after it: (g − x̂ ⟨g, x̂⟩) / ‖x‖. May be in place.
+  // The gradient before normalisation, from `grad`, that after it: (g − x̂ ⟨g, x̂⟩) / ‖x‖. May be in place. Both are compact.
   template <typename T>
-  void denormalise(const T* grad, const T* rows, const T* norms, T* out) const;
+  void denormalise(const T* grad, const T* rows, int64_t line, const T* norms, T* out) const;
 
   // `scale` times the gradient of the features, compact in their memory format, from that of the unnormalised patches.
   template <typename T>

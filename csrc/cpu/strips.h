@@ -77,23 +77,35 @@ double sum_squares_symmetric(const T* matrix, int64_t size) {
   return total;
 }
 
+// Copy the upper triangle to the lower one, in square blocks. A thread's rows are as many near the top as near the bottom.
 template <typename T>
 void mirror_upper(T* matrix, int64_t size, int64_t line) {
-  parallel_blocks(size, 1, 128, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t j = 0; j < i; ++j) matrix[i * line + j] = matrix[j * line + i];
+  constexpr int64_t lanes = Vec<T>::size;
+  const auto mirror = [&](int64_t i0) {
+    const int64_t rows = std::min(lanes, size - i0);
+    for (int64_t j = 0; rows == lanes && j < i0; j += lanes)
+      transpose_block<T>(matrix + j * line + i0, line, lanes, 1, matrix + i0 * line + j, line);
+    for (int64_t i = i0; i < i0 + rows; ++i)
+      for (int64_t j = rows == lanes ? i0 : 0; j < i; ++j) matrix[i * line + j] = matrix[j * line + i];
+  };
+  const int64_t blocks = (size + lanes - 1) / lanes;
+  parallel_blocks((blocks + 1) / 2, 1, 1 + (1 << 13) / size, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      mirror(b * lanes);
+      if (blocks - 1 - b != b) mirror((blocks - 1 - b) * lanes);
+    }
   });
 }
 
 // `count` rows of the matrices, from row `begin` and the column of that number on; columns left of the diagonal are undefined.
 template <typename T, int64_t matrices>
 struct Strip {
-  int64_t begin, count, columns;
+  int64_t begin, count, columns, line;
   std::array<T*, matrices> entries;
 
   std::array<T*, matrices> at(int64_t i, int64_t j) const {
     std::array<T*, matrices> result = entries;
-    for (T*& entry : result) entry += i * columns + j;
+    for (T*& entry : result) entry += i * line + j;
     return result;
   }
 
@@ -145,11 +157,13 @@ class Strips {
   // Call f(strip) on one strip after the other.
   template <typename F>
   void for_each(const F& f) {
-    T* memory = workspace<T, Scratch::strip>(matrices * height_ * rows_);
+    const int64_t size = height_ * spread<T>(rows_);
+    T* memory = workspace<T, Scratch::strip>(matrices * size);
     for (int64_t begin = 0; begin < rows_; begin += height_) {
-      Strip<T, matrices> strip{begin, std::min(height_, rows_ - begin), rows_ - begin, {}};
+      const int64_t columns = rows_ - begin;
+      Strip<T, matrices> strip{begin, std::min(height_, columns), columns, spread<T>(columns), {}};
       for (int64_t m = 0; m < matrices; ++m) {
-        strip.entries[m] = memory + m * height_ * rows_;
+        strip.entries[m] = memory + m * size;
         if (!whole_) products(strip, m);
       }
       whole_ = height_ == rows_;
@@ -176,7 +190,7 @@ class Strips {
       after(strip);
       for (int64_t m = 0; m < matrices; ++m)
         if (std::any_of(targets_.begin(), targets_.end(), [&](const Target<T>& target) { return target.matrix == m; }))
-          mirror_upper(strip.entries[m], strip.count, strip.columns);
+          mirror_upper(strip.entries[m], strip.count, strip.line);
       for (Target<T>& target : targets_) add_gradient(strip, target);
     });
     return loss;
@@ -190,7 +204,7 @@ class Strips {
       if (!operand) continue;
       const View<T> rows = operand->rows.from(strip.begin, 0);
       const T sign = operand == plus ? 1 : -1;
-      gemm<T>(strip.count, strip.columns, operand->width, rows, rows.transposed(), strip.entries[m], strip.columns,
+      gemm<T>(strip.count, strip.columns, operand->width, rows, rows.transposed(), strip.entries[m], strip.line,
               {sign, accumulate, true});
       accumulate = true;
     }
@@ -198,8 +212,7 @@ class Strips {
 
   // The rows of the strip get S * rows, those below it their share of the other triangle.
   void add_gradient(const Strip<T, matrices>& strip, const Target<T>& target) const {
-    const View<T> matrix{strip.entries[target.matrix], strip.columns, 1},
-        rows = target.operand.rows.from(strip.begin, 0);
+    const View<T> matrix{strip.entries[target.matrix], strip.line, 1}, rows = target.operand.rows.from(strip.begin, 0);
     Gradient<T>& gradient = *target.gradient;
     T* out = gradient.data + strip.begin * gradient.line;
     const Product<T> how{target.alpha, gradient.written || strip.begin > 0};

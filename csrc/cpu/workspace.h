@@ -10,6 +10,12 @@ namespace kdkernels {
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// How far apart to lay lines of `length` elements: at multiples of 1 KiB they would compete for a few sets of the caches.
+template <typename T>
+constexpr int64_t spread(int64_t length) {
+  return length * sizeof(T) % 1024 ? length : length + 64 / sizeof(T);
+}
+
 // Uninitialised memory on a cache-line boundary.
 template <typename T>
 class Buffer {

@@ -38,7 +38,7 @@ CXX_FLAGS = (
     f"-Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized {TARGET}"
 )
 X86_FLAGS = {
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mamx-tile -mamx-bf16",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mamx-tile -mamx-int8",
     "avx2": "-mavx2 -mfma -mf16c",
     "default": "",
 }

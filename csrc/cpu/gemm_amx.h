@@ -1,11 +1,12 @@
-// Float32 matrix products on AMX's bfloat16 tiles, as accurate as float32 arithmetic.
+// Float32 matrix products on AMX's int8 tiles, as accurate as float32 arithmetic in the norm.
 //
-// A float32 has 24 significant bits, so it is exactly the sum of three bfloat16 numbers h + m + l of 8 bits each. Of the nine
-// products of two such sums, six are kept; the rest (m·l, l·m, l·l) is below 2^-22 of the whole, less than the rounding of one
-// float32 product after another. Six tile products still take a third of the time of the same work on the vector units.
+// A piece of a row of A, or of a column of B, is written as integers of 23 bits over its largest number, and an integer as three
+// digits of 8 bits: high·2^16 + middle·2^8 + low. Of the nine products of two such numbers the six largest are kept; the rest is
+// below 2^-22 of the product of the two largest numbers. The tiles sum digits exactly; every piece's sums become floats once.
+// Six tile products take a sixth of the time of the same work on the vector units.
 #pragma once
 
-#if defined(__AMX_BF16__) && defined(__AVX512BW__)
+#if defined(__AMX_INT8__) && defined(__AVX512BW__)
 #define KDKERNELS_AMX 1
 
 #include <immintrin.h>
@@ -15,6 +16,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "parallel.h"
@@ -32,18 +34,18 @@ inline bool available() {
     constexpr long request_permission = 0x1023, tile_data = 18;
     unsigned eax, ebx, ecx, edx;
     __asm__("cpuid" : "=a"(eax), "=b"(ebx), "=c"(ecx), "=d"(edx) : "a"(7), "c"(0));
-    constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
-    return (edx & bf16) && (edx & tile) && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    constexpr unsigned tile = 1u << 24, int8 = 1u << 25;
+    return (edx & int8) && (edx & tile) && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
   }();
   return answer;
 }
 
-// A tile has 16 lines of A, or 16 columns of B, by 32 values of the summation index.
-inline constexpr int64_t kLines = 16, kDepth = 32, kTile = kLines * kDepth;
-// A chunk is what one step of the block product reads of A or B: h, m and l of two tiles each.
+// A tile has 16 lines of A, or 16 columns of B, by 64 values of the summation index.
+inline constexpr int64_t kLines = 16, kDepth = 64, kTile = kLines * kDepth;
+// A chunk is what one step of the block product reads of A or B: the three digits of two tiles each.
 inline constexpr int64_t kBlock = 2 * kLines, kChunk = 6 * kTile;
-// MC x KC of A and two panels of B, KC x 32 each, fill half of a second-level cache of 2 MiB.
-inline constexpr int64_t KC = 512, MC = 256;
+// MC x KC of A stay in a second-level cache of 2 MiB, and a panel of B, KC x 32, in a first-level cache of 48 KiB.
+inline constexpr int64_t KC = 384, MC = 256;
 // Blocks of this many multiply-adds are worth another thread, per 32 x 32.
 inline constexpr int64_t kGrain = 1 << 8;
 
@@ -51,90 +53,158 @@ inline int64_t blocks_of(int64_t lines) { return (lines + kBlock - 1) / kBlock; 
 inline int64_t chunks_of(int64_t depths) { return (depths + kDepth - 1) / kDepth; }
 
 // The length of the fewest equal pieces of at most `limit`.
-inline int64_t equal_piece(int64_t size, int64_t limit) {
+inline int64_t equal_piece(int64_t size, int64_t limit, int64_t multiple) {
   const int64_t count = (size + limit - 1) / limit;
-  return round_up((size + count - 1) / count, kBlock);
+  return round_up((size + count - 1) / count, multiple);
 }
 
-struct Split {
-  __m512i high, middle, low;  // each lane's upper 16 bits are the bfloat16
-};
+inline __mmask16 first(int64_t count) { return __mmask16((1u << std::clamp<int64_t>(count, 0, kLines)) - 1); }
 
-inline Split split(__m512 value) {
-  const __m512i upper = _mm512_set1_epi32(0xffff0000);
-  const auto truncated = [&](__m512 x) { return _mm512_and_si512(_mm512_castps_si512(x), upper); };
-  const __m512i high = truncated(value);
-  const __m512 rest = _mm512_sub_ps(value, _mm512_castsi512_ps(high));
-  const __m512i middle = truncated(rest);
-  return {high, middle, _mm512_castps_si512(_mm512_sub_ps(rest, _mm512_castsi512_ps(middle)))};
+// Magnitudes of floats are ordered as integers, and those of NaN and Inf come last.
+inline __m512i magnitude(__m512 value) {
+  return _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7fffffff));
 }
 
-// The upper halves of `first` in the lower halves of the result, those of `second` in the upper.
-inline __m512i pair(__m512i first, __m512i second) {
-  return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(first, 16), second);
+// The digits of 16 numbers in the bytes of each lane, the lowest first.
+inline __m512i digits(__m512 value, __m512 scale) {
+  // Digits lie between -128 and 127: with 128 added they are the bytes of the integer, and 128 is taken off by its bit.
+  const __m512i bias = _mm512_set1_epi32(0x00808080);
+  return _mm512_xor_si512(_mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(value, scale)), bias), bias);
 }
 
-// Split 16 lines x 32 depths into three tiles, two tiles apart. A's tiles hold its lines' depths side by side, B's the depths'
-// lines. The two bfloat16 of a word are of depths 16 apart: any order will do that A and B agree on.
+// Byte `part` of four vectors' lanes side by side.
+template <int part>
+__m512i gather(const __m512i (&lanes)[4]) {
+  const auto move = [](__m512i x, auto byte) {  // byte `part` of a lane to byte `byte`
+    constexpr int shift = 8 * (decltype(byte)::value - part);
+    if constexpr (shift > 0) return _mm512_slli_epi32(x, shift);
+    if constexpr (shift < 0) return _mm512_srli_epi32(x, -shift);
+    return x;
+  };
+  __m512i all = move(lanes[0], std::integral_constant<int, 0>());
+  all = _mm512_mask_mov_epi8(all, 0x2222222222222222, move(lanes[1], std::integral_constant<int, 1>()));
+  all = _mm512_mask_mov_epi8(all, 0x4444444444444444, move(lanes[2], std::integral_constant<int, 2>()));
+  return _mm512_mask_mov_epi8(all, 0x8888888888888888, move(lanes[3], std::integral_constant<int, 3>()));
+}
+
+// 16 lines x 64 depths in three tiles, two tiles apart. A's tiles hold its lines' depths side by side, B's the depths' lines. The
+// four digits of a word are of depths 16 apart: any order will do that A and B agree on.
 template <bool by_line>
-void pack_tile(const float* source, int64_t line, int64_t depth, uint16_t* tiles) {
+void pack_tile(const float* source, int64_t line, int64_t depth, const float* scale, int8_t* tiles) {
   alignas(64) float transposed[kTile];
-  const float *first = source, *second = source + kLines * depth;
+  const float* quarters[4];
   int64_t step = by_line ? line : depth;
+  for (int64_t q = 0; q < 4; ++q) quarters[q] = source + q * kLines * depth;
   if ((by_line ? depth : line) != 1) {
-    transpose_block<float>(first, by_line ? depth : line, kLines, 1, transposed, kLines);
-    transpose_block<float>(second, by_line ? depth : line, kLines, 1, transposed + kTile / 2, kLines);
-    first = transposed, second = transposed + kTile / 2, step = kLines;
+    for (int64_t q = 0; q < 4; ++q) {
+      float* out = transposed + q * kLines * kLines;
+      transpose_block<float>(quarters[q], by_line ? depth : line, kLines, 1, out, kLines);
+      quarters[q] = out;
+    }
+    step = kLines;
   }
+  const __m512 scales = _mm512_loadu_ps(scale);
   for (int64_t i = 0; i < kLines; ++i) {
-    const Split a = split(_mm512_loadu_ps(first + i * step)), b = split(_mm512_loadu_ps(second + i * step));
-    uint16_t* row = tiles + i * kDepth;
-    _mm512_store_si512(row, pair(a.high, b.high));
-    _mm512_store_si512(row + 2 * kTile, pair(a.middle, b.middle));
-    _mm512_store_si512(row + 4 * kTile, pair(a.low, b.low));
+    const __m512 factor = by_line ? _mm512_set1_ps(scale[i]) : scales;
+    __m512i lanes[4];
+    for (int64_t q = 0; q < 4; ++q) lanes[q] = digits(_mm512_loadu_ps(quarters[q] + i * step), factor);
+    int8_t* row = tiles + i * kDepth;
+    _mm512_store_si512(row, gather<2>(lanes));
+    _mm512_store_si512(row + 2 * kTile, gather<1>(lanes));
+    _mm512_store_si512(row + 4 * kTile, gather<0>(lanes));
   }
 }
 
-// A block of 32 lines being packed into a row of chunks, half a chunk at a time. Its element (i, k) is source[i * line + k * depth];
-// beyond `lines` and `depths` it is zero.
+// A block of 32 lines being measured, then packed into a row of chunks, half a chunk at a time. Its element (i, k) is
+// source[i * line + k * depth]; beyond `lines` and `depths` it is zero.
 template <bool by_line>
 class Panel {
  public:
-  Panel(const float* source, int64_t line, int64_t depth, int64_t lines, int64_t depths, uint16_t* out)
-      : source_(source), line_(line), depth_(depth), lines_(lines), depths_(depths), out_(out) {}
+  Panel(const float* source, int64_t line, int64_t depth, int64_t lines, int64_t depths, int8_t* out)
+      : source_(source),
+        line_(line),
+        depth_(depth),
+        lines_(lines),
+        depths_(depths),
+        halves_(2 * chunks_of(depths)),
+        out_(out) {}
 
-  const uint16_t* data() const { return out_; }
+  const int8_t* data() const { return out_; }
+  // What the integers of a line count, times 2^8; NaN for a line that holds NaN or Inf.
+  const float* units() const { return units_; }
 
   void finish() {
-    while (chunk_ * kDepth < depths_) pack_half();
+    while (step_ < 2 * halves_) advance();
   }
 
-  // Pack the next half of a chunk, if there is one.
-  void pack_half() {
-    const int64_t i = half_ * kLines, k = chunk_ * kDepth;
-    if (k >= depths_) return;
-    const float* from = source_ + i * line_ + k * depth_;
-    uint16_t* tiles = out_ + chunk_ * kChunk + half_ * kTile;
-    if (lines_ >= i + kLines && depths_ >= k + kDepth && (line_ == 1 || depth_ == 1))
-      pack_tile<by_line>(from, line_, depth_, tiles);
+  // The next half of a chunk, if there is one.
+  void advance() {
+    if (step_ >= 2 * halves_) return;
+    const int64_t half = step_ % halves_, i = half % 2 * kLines, k = half / 2 * kDepth;
+    if (step_ < halves_)
+      measure(i, k);
     else
-      pack_corner(from, lines_ - i, depths_ - k, tiles);
-    chunk_ += half_;
-    half_ ^= 1;
+      pack(i, k);
+    if (++step_ == halves_) set_scales();
   }
 
  private:
-  void pack_corner(const float* from, int64_t lines, int64_t depths, uint16_t* tiles) const {
+  void measure(int64_t i, int64_t k) {
+    const int64_t lines = std::min(kLines, lines_ - i), depths = std::min(kDepth, depths_ - k);
+    const float* from = source_ + i * line_ + k * depth_;
+    if (line_ == 1) {
+      const __mmask16 inside = first(lines);
+      __m512i largest = _mm512_load_si512(largest_ + i);
+      for (int64_t d = 0; d < depths; ++d)
+        largest = _mm512_max_epu32(largest, magnitude(_mm512_maskz_loadu_ps(inside, from + d * depth_)));
+      _mm512_store_si512(largest_ + i, largest);
+      return;
+    }
+    for (int64_t l = 0; l < lines; ++l) {
+      const float* row = from + l * line_;
+      __m512i largest = _mm512_setzero_si512();
+      for (int64_t d = 0; d < depths; d += kLines) {
+        alignas(64) float apart[kLines] = {};
+        if (depth_ != 1)
+          for (int64_t r = 0; r < std::min(kLines, depths - d); ++r) apart[r] = row[(d + r) * depth_];
+        const __m512 values = depth_ == 1 ? _mm512_maskz_loadu_ps(first(depths - d), row + d) : _mm512_load_ps(apart);
+        largest = _mm512_max_epu32(largest, magnitude(values));
+      }
+      largest_[i + l] = std::max(largest_[i + l], uint32_t(_mm512_reduce_max_epu32(largest)));
+    }
+  }
+
+  void set_scales() {
+    // Digits of 127, 127 and 127 are 8355711; rounding must not exceed it. Where every number is tinier still than the second
+    // limit allows for, fewer digits are left.
+    const __m512 integer = _mm512_set1_ps(8355000), limit = _mm512_set1_ps(1e38f);
+    for (int64_t i = 0; i < kBlock; i += kLines) {
+      const __m512i largest = _mm512_load_si512(largest_ + i);
+      const __m512 scale = _mm512_min_ps(_mm512_div_ps(integer, _mm512_castsi512_ps(largest)), limit);
+      const __mmask16 broken = _mm512_cmpge_epu32_mask(largest, _mm512_set1_epi32(0x7f800000));
+      const __m512 unit = _mm512_div_ps(_mm512_set1_ps(256), scale);
+      _mm512_store_ps(scales_ + i, scale);
+      _mm512_store_ps(units_ + i, _mm512_mask_mov_ps(unit, broken, _mm512_set1_ps(__builtin_nanf(""))));
+    }
+  }
+
+  void pack(int64_t i, int64_t k) const {
+    const float* from = source_ + i * line_ + k * depth_;
+    int8_t* tiles = out_ + k / kDepth * kChunk + i / kLines * kTile;
+    if (lines_ >= i + kLines && depths_ >= k + kDepth && (line_ == 1 || depth_ == 1))
+      return pack_tile<by_line>(from, line_, depth_, scales_ + i, tiles);
     alignas(64) float corner[kTile] = {};
-    for (int64_t i = 0; i < std::min(lines, kLines); ++i)
-      for (int64_t k = 0; k < std::min(depths, kDepth); ++k) corner[i * kDepth + k] = from[i * line_ + k * depth_];
-    pack_tile<by_line>(corner, kDepth, 1, tiles);
+    for (int64_t r = 0; r < std::min(lines_ - i, kLines); ++r)
+      for (int64_t d = 0; d < std::min(depths_ - k, kDepth); ++d) corner[r * kDepth + d] = from[r * line_ + d * depth_];
+    pack_tile<by_line>(corner, kDepth, 1, scales_ + i, tiles);
   }
 
   const float* source_;
-  int64_t line_, depth_, lines_, depths_;
-  uint16_t* out_;
-  int64_t chunk_ = 0, half_ = 0;
+  int64_t line_, depth_, lines_, depths_, halves_;
+  int8_t* out_;
+  int64_t step_ = 0;
+  alignas(64) uint32_t largest_[kBlock] = {};
+  alignas(64) float scales_[kBlock], units_[kBlock];
 };
 
 struct alignas(64) TileConfig {
@@ -146,72 +216,80 @@ struct alignas(64) TileConfig {
 // The compiler's tile intrinsics do not say that they read and write memory.
 inline void settle_memory() { __asm__ volatile("" ::: "memory"); }
 
-// out (32 x 32) = the product of one block of A with one of B over `chunks` steps. Tiles 0-3 sum, 4-5 hold A, 6-7 hold B. Between
-// steps comes meanwhile(chunk): the vector units are free while the tiles multiply.
+// Products of digits by the power of 2^8 that they count: high·high, then high·middle, then high·low and middle·middle.
+inline constexpr int64_t kPowers = 3;
+
+// out (3 x 32 x 32) = the sums, power by power, of one block of A with one of B over `chunks` steps. Tiles 0-3 sum, 4-5 hold A, 6-7
+// hold B. Between steps comes meanwhile(step), kPowers * chunks times: the vector units are free while the tiles multiply.
 template <typename F>
-void block_product(int64_t chunks, const uint16_t* a, const uint16_t* b, float* out, const F& meanwhile) {
+void block_product(int64_t chunks, const int8_t* a, const int8_t* b, int32_t* out, const F& meanwhile) {
   enum { high, middle, low };
-  constexpr int64_t line = 64, row = kBlock * sizeof(float);
-  float* below = out + kLines * kBlock;
-  const auto load_a = [&](int part) __attribute__((always_inline)) {
-    _tile_loadd(4, a + 2 * part * kTile, line);
-    _tile_loadd(5, a + (2 * part + 1) * kTile, line);
-  };
-  const auto load_b = [&](int part) __attribute__((always_inline)) {
-    _tile_loadd(6, b + 2 * part * kTile, line);
-    _tile_loadd(7, b + (2 * part + 1) * kTile, line);
-  };
-  const auto multiply = []() __attribute__((always_inline)) {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  };
-  settle_memory();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk, a += kChunk, b += kChunk) {
-    // In an order that loads only the middle part of A twice.
-    load_b(high), load_a(low), multiply();
-    load_a(middle), multiply();
-    load_a(high), multiply();
-    load_b(low), multiply();
-    load_b(middle), multiply();
-    load_a(middle), multiply();
+  constexpr int64_t line = 64, row = kBlock * sizeof(int32_t);
+  const auto multiply = [](const int8_t* left, int part_a, const int8_t* right, int part_b)
+                            __attribute__((always_inline)) {
+                              _tile_loadd(4, left + 2 * part_a * kTile, line);
+                              _tile_loadd(6, right + 2 * part_b * kTile, line);
+                              _tile_dpbssd(0, 4, 6);
+                              _tile_loadd(7, right + (2 * part_b + 1) * kTile, line);
+                              _tile_dpbssd(1, 4, 7);
+                              _tile_loadd(5, left + (2 * part_a + 1) * kTile, line);
+                              _tile_dpbssd(2, 5, 6);
+                              _tile_dpbssd(3, 5, 7);
+                            };
+  int64_t step = 0;
+  const auto sum = [&](int64_t power, const auto& products) __attribute__((always_inline)) {
     settle_memory();
-    meanwhile(chunk);
-  }
-  _tile_stored(0, out, row);
-  _tile_stored(1, out + kLines, row);
-  _tile_stored(2, below, row);
-  _tile_stored(3, below + kLines, row);
-  settle_memory();
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      products(a + chunk * kChunk, b + chunk * kChunk);
+      settle_memory();
+      meanwhile(step++);
+    }
+    int32_t *above = out + power * kBlock * kBlock, *below = above + kLines * kBlock;
+    _tile_stored(0, above, row);
+    _tile_stored(1, above + kLines, row);
+    _tile_stored(2, below, row);
+    _tile_stored(3, below + kLines, row);
+    settle_memory();
+  };
+  sum(0, [&](const int8_t* x, const int8_t* y) __attribute__((always_inline)) { multiply(x, high, y, high); });
+  sum(1, [&](const int8_t* x, const int8_t* y) __attribute__((always_inline)) {
+    multiply(x, high, y, middle);
+    multiply(x, middle, y, high);
+  });
+  sum(2, [&](const int8_t* x, const int8_t* y) __attribute__((always_inline)) {
+    multiply(x, high, y, low);
+    multiply(x, middle, y, middle);
+    multiply(x, low, y, high);
+  });
 }
 
-// A block of sums on its way to C. Sums over more than KC are added there rather than in the tiles, which keeps the rounding error
-// that of short sums.
+// A block of sums on its way to C.
 struct Finished {
-  const float* block = nullptr;
+  alignas(64) int32_t sums[kPowers * kBlock * kBlock];
+  alignas(64) float row_units[kBlock], column_units[kBlock];
   float* c = nullptr;
   int64_t ldc = 0, rows = 0, columns = 0;
-  float alpha = 0;
   bool accumulate = false;
 
-  // C [+]= alpha * the rows from `begin` to `end` of the block.
+  // C [+]= the rows from `begin` to `end` of the block.
   void add(int64_t begin, int64_t end) const {
-    const auto mask = [&](int64_t from) {
-      return __mmask16((1u << std::clamp<int64_t>(columns - from, 0, kLines)) - 1);
+    const auto power = [&](int64_t p, int64_t at) {
+      return _mm512_cvtepi32_ps(_mm512_load_si512(sums + p * kBlock * kBlock + at));
     };
-    const __mmask16 masks[2] = {mask(0), mask(kLines)};
-    const __m512 factor = _mm512_set1_ps(alpha);
+    const __m512 base = _mm512_set1_ps(256);
     for (int64_t i = begin; i < std::min(end, rows); ++i)
-      for (int64_t half = 0; half < 2; ++half) {
-        float* out = c + i * ldc + half * kLines;
-        const __m512 old = accumulate ? _mm512_maskz_loadu_ps(masks[half], out) : _mm512_setzero_ps();
-        const __m512 sums = _mm512_load_ps(block + i * kBlock + half * kLines);
-        _mm512_mask_storeu_ps(out, masks[half], _mm512_fmadd_ps(factor, sums, old));
+      for (int64_t j = 0; j < kBlock; j += kLines) {
+        const int64_t at = i * kBlock + j;
+        const __mmask16 inside = first(columns - j);
+        const __m512 sum = _mm512_fmadd_ps(_mm512_fmadd_ps(power(0, at), base, power(1, at)), base, power(2, at));
+        const __m512 by_row = _mm512_mul_ps(sum, _mm512_set1_ps(row_units[i])), unit = _mm512_load_ps(column_units + j);
+        float* out = c + i * ldc + j;
+        const __m512 old = accumulate ? _mm512_maskz_loadu_ps(inside, out) : _mm512_setzero_ps();
+        _mm512_mask_storeu_ps(out, inside, _mm512_fmadd_ps(by_row, unit, old));
       }
   }
 };
@@ -220,10 +298,11 @@ inline bool suits(int64_t m, int64_t n, int64_t k) { return std::min({m, n, k}) 
 
 // C (m x n) = [C +] alpha * A * B, shared out over the threads. Blocks below the diagonal, which row 0 meets at column `diagonal`,
 // are left alone. A piece of A is packed at a time, and B's panels go past it: while the tiles multiply one block, the vector
-// units add the block before to C and pack the next panel.
+// units add the block before to C and measure and pack the next panel.
 inline void product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> b, float* c, int64_t ldc, float alpha,
                     bool accumulate, int64_t diagonal) {
-  const int64_t height = equal_piece(m, MC), length = equal_piece(k, KC), panel_size = chunks_of(length) * kChunk;
+  const int64_t height = equal_piece(m, MC, kBlock), length = equal_piece(k, KC, kDepth);
+  const int64_t panel_size = chunks_of(length) * kChunk;
   // Call f(j, blocks) for the blocks one below the other in rows [i, i + height) and 32 columns from j.
   const auto for_each_stack = [&](int64_t i, const auto& f) {
     for (int64_t j = std::max<int64_t>(0, i + diagonal) / kBlock * kBlock; j < n; j += kBlock)
@@ -233,11 +312,11 @@ inline void product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> 
   for (int64_t i = 0; i < m; i += height) for_each_stack(i, [&](int64_t, int64_t blocks) { total += blocks; });
 
   parallel_blocks(total, 1, 1 + kGrain / k, [&](int64_t begin, int64_t end) {
-    uint16_t* packed_a = workspace<uint16_t, Scratch::packed_a>(height / kBlock * panel_size);
-    uint16_t* packed_b = workspace<uint16_t, Scratch::packed_b>(2 * panel_size);
-    alignas(64) float sums[2][kBlock * kBlock];
+    int8_t* packed_a = workspace<int8_t, Scratch::packed_a>(height / kBlock * panel_size);
+    int8_t* packed_b = workspace<int8_t, Scratch::packed_b>(2 * panel_size);
+    alignas(64) float units_a[MC];
+    Finished blocks_of_sums[2];
     int64_t turn = 0;
-    Finished last;
     const TileConfig config;
     _tile_loadconfig(&config);
     for (int64_t ic = 0; ic < m; ic += height) {
@@ -252,9 +331,13 @@ inline void product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> 
       });
       if (stacks.empty()) continue;
       for (int64_t pc = 0; pc < k; pc += length) {
-        const int64_t kc = std::min(length, k - pc), chunks = chunks_of(kc), share = (kBlock + chunks - 1) / chunks;
-        for (int64_t i = ic; i < std::min(ic + height, m); i += kBlock)
-          Panel<true>(a.at(i, pc), a.row, a.col, m - i, kc, packed_a + (i - ic) / kBlock * panel_size).finish();
+        const int64_t kc = std::min(length, k - pc), chunks = chunks_of(kc), steps = kPowers * chunks;
+        const int64_t share = (kBlock + steps - 1) / steps;
+        for (int64_t i = ic; i < std::min(ic + height, m); i += kBlock) {
+          Panel<true> piece(a.at(i, pc), a.row, a.col, m - i, kc, packed_a + (i - ic) / kBlock * panel_size);
+          piece.finish();
+          std::memcpy(units_a + (i - ic), piece.units(), kBlock * sizeof(float));
+        }
         const auto panel_of = [&](size_t s) {
           const int64_t j = s < stacks.size() ? stacks[s].column : n;
           return Panel<false>(b.at(pc, j), b.col, b.row, n - j, j < n ? kc : 0, packed_b + s % 2 * panel_size);
@@ -263,28 +346,31 @@ inline void product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> 
         panel.finish();
         for (size_t s = 0; s < stacks.size(); ++s) {
           const Stack& stack = stacks[s];
-          const int64_t blocks = stack.end - stack.begin;
+          const int64_t due_every =
+              kPowers * (stack.end - stack.begin);  // so that the next panel is ready with the last block
           Panel<false> next = panel_of(s + 1);
           int64_t due = 0;
           for (int64_t block = stack.begin; block < stack.end; ++block, turn ^= 1) {
-            block_product(chunks, packed_a + block * panel_size, panel.data(), sums[turn], [&](int64_t chunk) {
-              last.add(chunk * share, (chunk + 1) * share);
-              for (due += 2; due >= blocks; due -= blocks) next.pack_half();
+            const Finished& before = blocks_of_sums[turn ^ 1];
+            Finished& own = blocks_of_sums[turn];
+            block_product(chunks, packed_a + block * panel_size, panel.data(), own.sums, [&](int64_t step) {
+              before.add(step * share, (step + 1) * share);
+              for (due += 4; due >= due_every; due -= due_every) next.advance();
             });
-            const int64_t i = ic + block * kBlock;
-            last = {sums[turn],
-                    c + i * ldc + stack.column,
-                    ldc,
-                    std::min(kBlock, m - i),
-                    std::min(kBlock, n - stack.column),
-                    alpha,
-                    accumulate || pc > 0};
+            const int64_t i = block * kBlock;
+            for (int64_t r = 0; r < kBlock; ++r) own.row_units[r] = alpha * units_a[i + r];
+            std::memcpy(own.column_units, panel.units(), sizeof own.column_units);
+            own.c = c + (ic + i) * ldc + stack.column;
+            own.ldc = ldc;
+            own.rows = std::min(kBlock, m - ic - i);
+            own.columns = std::min(kBlock, n - stack.column);
+            own.accumulate = accumulate || pc > 0;
           }
           panel = next;
         }
       }
     }
-    last.add(0, kBlock);
+    blocks_of_sums[turn ^ 1].add(0, kBlock);
     _tile_release();
   });
 }

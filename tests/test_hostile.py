@@ -1,7 +1,7 @@
-"""Inputs meant to break the operators, drawn by hypothesis: whatever strides, views, dtypes and values a tensor can have.
+"""Inputs meant to break the operators, drawn by hypothesis: any strides, views, dtypes and values a tensor can have.
 
-Every example is computed three times: by the backend "auto" on the views as they are, by the reference on compact copies,
-and by the reference in float64. A few examples run with the other tests, thousands with ``make fuzz``.
+Every example is computed three times: by the backend "auto" on the views as they are, by the reference on compact
+copies, and by the reference in float64. A few examples run with the other tests, thousands with ``make fuzz``.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class Problem(NamedTuple):
 
     function: Callable[..., Tensor]
     shapes: Sequence[tuple[int, ...]]
+    terms: float = 0.0  # the size of what cancels whatever the inputs are: logarithms of probabilities, kernels near 1
+    normalised: bool = False  # whether rows are divided by their norms, and gradients with them
 
 
 def sizes(most: int) -> st.SearchStrategy[int]:
@@ -80,7 +82,8 @@ def fill(kind: str, normal: Tensor) -> Tensor:
     if kind == "alike":
         return 1 + 1e-3 * normal
     if kind == "zero rows":
-        return normal * (normal.flatten(1)[:, :1].reshape(-1, *[1] * (normal.dim() - 1)) > 0) if normal.dim() else normal
+        first = (slice(None), *[slice(0, 1)] * (normal.dim() - 1))
+        return normal * (normal[first] > 0)
     if kind == "sparse":
         return normal.relu() * (normal > 1)
     scale = {"tiny": 1e-12, "huge": 1e15, "denormal": 1e-40}
@@ -99,7 +102,7 @@ FORM = st.sampled_from(("auto", "gram", "feature"))
 def kd(draw) -> Problem:
     shape = (draw(sizes(7)), draw(sizes(40)))
     given = {"temperature": draw(st.sampled_from((1.0, 4.0, 0.3))), "scale": draw(st.booleans())}
-    return Problem(lambda s, t, backend: kdkernels.kd_loss(s, t, backend=backend, **given), [shape, shape])
+    return Problem(lambda s, t, backend: kdkernels.kd_loss(s, t, backend=backend, **given), [shape, shape], 16.0)
 
 
 @st.composite
@@ -117,15 +120,15 @@ def local_correlation(draw) -> Problem:
     masked = draw(st.sampled_from((None, "mask", "box")))
     if masked is None:
         return Problem(
-            lambda s, t, backend: kdkernels.local_correlation_loss(s, t, k, backend=backend, **given), shapes
+            lambda s, t, backend: kdkernels.local_correlation_loss(s, t, k, backend=backend, **given), shapes, 1.0, True
         )
-    mask = torch.rand(n, *shapes[1][2:], generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    mask = 0.1 + 0.9 * torch.rand(n, *shapes[1][2:], generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
     given |= {"threshold": 0.5 if masked == "box" else None}
 
     def loss(s: Tensor, t: Tensor, backend: str) -> Tensor:
         return kdkernels.local_correlation_loss(s, t, k, mask=mask, backend=backend, **given)
 
-    return Problem(loss, shapes)
+    return Problem(loss, shapes, 1.0, True)
 
 
 @st.composite
@@ -140,7 +143,7 @@ def patch_vectors(draw) -> Problem:
         result = patches(x, k, partition="resize", backend=backend)
         return (result.sum(1) * weights[:, 0].to(result)).sum()
 
-    return Problem(projection, [shape])
+    return Problem(projection, [shape], 1.0, True)
 
 
 @st.composite
@@ -169,7 +172,10 @@ def correlation_congruence(draw) -> Problem:
     }
     shapes = [(n, draw(sizes(12))) for _ in range(2)]
     return Problem(
-        lambda s, t, backend: kdkernels.correlation_congruence_loss(s, t, backend=backend, **given), shapes
+        lambda s, t, backend: kdkernels.correlation_congruence_loss(s, t, backend=backend, **given),
+        shapes,
+        1.0,
+        given["normalize"],
     )
 
 
@@ -178,7 +184,7 @@ def similarity_preserving(draw) -> Problem:
     n, given = draw(sizes(7)), {"reduction": draw(REDUCTION), "form": draw(FORM)}
     shapes = [(n, *draw(st.lists(sizes(4), min_size=1, max_size=3))) for _ in range(2)]
     return Problem(
-        lambda s, t, backend: kdkernels.similarity_preserving_loss(s, t, backend=backend, **given), shapes
+        lambda s, t, backend: kdkernels.similarity_preserving_loss(s, t, backend=backend, **given), shapes, 1.0, True
     )
 
 
@@ -187,7 +193,9 @@ def inter_class(draw) -> Problem:
     shape = (draw(sizes(5)), draw(sizes(20)))
     given = {"per_sample": draw(st.booleans()), "reduction": draw(REDUCTION)}
     return Problem(
-        lambda s, t, backend: kdkernels.inter_class_correlation_loss(s, t, backend=backend, **given), [shape, shape]
+        lambda s, t, backend: kdkernels.inter_class_correlation_loss(s, t, backend=backend, **given),
+        [shape, shape],
+        3.0 * shape[1],
     )
 
 
@@ -215,7 +223,7 @@ def cross_layer(draw) -> Problem:
         targets = [list(features[layers[0] :])] * layers[0]
         return kdkernels.cross_layer_mse(projected, targets, weights, reduction=reduction, backend=backend)
 
-    return Problem(loss, [(n, *layers), *maps])
+    return Problem(loss, [(n, *layers), *maps], 1.0)
 
 
 OPERATORS = {
@@ -261,8 +269,11 @@ def check(problem: Problem, tensors: list[Tensor], learns: list[bool]) -> None:
     if not exact_loss.isfinite():
         assert not loss.isfinite(), f"{loss} where the exact result is {exact_loss}"
         return
+    # Losses are sums of products of up to four inputs.
+    largest = max(x.abs().max().item() ** 4 * x.numel() ** 2 for x in exact)
+    overflows = largest > torch.finfo(eager_loss.dtype).max
     floors = term_sizes(problem, exact, learns)
-    within(loss, eager_loss, exact_loss, floors[0], "loss")
+    within(loss, eager_loss, exact_loss, floors[0], overflows, "loss")
     for gradient, eager, found, floor, x in zip(
         gradients, eager_gradients, exact_gradients, floors[1:], tensors, strict=True
     ):
@@ -271,7 +282,7 @@ def check(problem: Problem, tensors: list[Tensor], learns: list[bool]) -> None:
         else:
             assert gradient.dtype == x.dtype
             assert gradient.shape == x.shape
-            within(gradient, eager, found, floor, "gradient")
+            within(gradient, eager, found, floor, overflows, "gradient")
 
 
 def evaluate(
@@ -287,21 +298,25 @@ def evaluate(
 
 def term_sizes(problem: Problem, exact: list[Tensor], learns: list[bool]) -> list[Tensor]:
     """How large loss and gradients are where the other inputs are zero: the terms that cancel for equal inputs."""
-    sizes = [torch.zeros((), dtype=torch.float64) for _ in range(1 + len(exact))]
+    largest = 1.0 if problem.normalised else max(1.0, *(x.abs().max().item() for x in exact))
+    sizes = [torch.tensor(problem.terms * largest**3, dtype=torch.float64) for _ in range(1 + len(exact))]
     for kept in range(len(exact)):
         others = [x if i == kept else torch.zeros_like(x) for i, x in enumerate(exact)]
         loss, gradients = evaluate(problem, others, learns, "reference")
         for i, value in enumerate([loss, *gradients]):
             if value is not None and value.isfinite().all():
                 sizes[i] = torch.maximum(sizes[i], value.norm())
+    if problem.normalised:
+        for i, x in enumerate(exact):
+            # No patch's norm, nor that of any other row, is smaller than its smallest number that is not zero.
+            smallest = min([number for number in x.abs().flatten().tolist() if number > 0], default=1.0)
+            sizes[1 + i] = sizes[1 + i] + 10 * sizes[0] / smallest
     return sizes
 
 
-def within(value: Tensor, eager: Tensor, exact: Tensor, floor: Tensor, what: str) -> None:
+def within(value: Tensor, eager: Tensor, exact: Tensor, floor: Tensor, overflows: bool, what: str) -> None:
     if not value.isfinite().all():
-        largest = torch.finfo(value.dtype).max
-        overflows = not eager.isfinite().all() or bool((exact.abs() > largest).any())
-        assert overflows, f"{what} is not finite, the reference's is"
+        assert overflows or not eager.isfinite().all(), f"{what} is not finite, the reference's is"
         return
     error, of_eager = ((x.double() - exact).norm() for x in (value, eager))
     tolerance = FLOAT64_TOLERANCE if value.dtype == torch.float64 else FLOAT32_FLOOR

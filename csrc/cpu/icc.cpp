@@ -123,24 +123,17 @@ class Logits {
   std::vector<int64_t> smallest_, largest_;  // classes, -1 where not all logits are finite
 };
 
-// A - max A of a row z_i z of A. Products of confident logits are in the hundreds, so none is rounded before the difference is
-// taken. A fused instruction does that; max A itself is rounded, but all of the row is compared with it.
+// A - max A of a row z_i z of A, by the difference of the logits: products of confident logits are in the hundreds, and were
+// they rounded first, the difference would be lost; of the largest logits it would overflow.
 template <typename T>
 struct BelowMax {
   using V = typename Vec<T>::type;
-#if defined(__FMA__)
-  static constexpr bool fused = true;
-#else
-  static constexpr bool fused = false;
-#endif
 
-  V factor, taken;
+  V factor, partner;
 
-  BelowMax(T z_i, T partner) : factor(V{} + z_i), taken(V{} + (fused ? z_i * partner : partner)) {}
-  V operator()(V z_j) const { return fused ? z_j * factor - taken : (z_j - taken) * factor; }
-  double exactly(T z_j) const {
-    return fused ? double(z_j) * factor[0] - taken[0] : (double(z_j) - taken[0]) * factor[0];
-  }
+  BelowMax(T z_i, T partner) : factor(V{} + z_i), partner(V{} + partner) {}
+  V operator()(V z_j) const { return (z_j - partner) * factor; }
+  double exactly(T z_j) const { return (double(z_j) - partner[0]) * factor[0]; }
 };
 
 // R rows of one sample's A = z zᵀ.

@@ -40,8 +40,10 @@ Result run_stage(const Tensor& student, const Tensor& teacher, const Partition& 
   // D_rr of unit rows is 0, or ±1 where one network's patch is dead and the other's is not; its gradient is radial.
   problem.coefficients.diagonal = 0;
   double loss = problem.run(grad_x, grad_y);
-  for (int64_t r = 0; r < rows; ++r)
+  for (int64_t r = 0; r < rows; ++r) {
     if ((norms_x[r] == 0) != (norms_y[r] == 0)) loss += coefficients.diagonal;
+    loss += 0.0 * norms_x[r] * norms_y[r];  // NaN for NaN even where every pair has the weight 0
+  }
   if (grad_x) cut_x.denormalise(grad_x, x, line_x, norms_x, grad_x);
   if (grad_y) cut_y.denormalise(grad_y, y, line_y, norms_y, grad_y);
   return {loss, grad_student, grad_teacher};

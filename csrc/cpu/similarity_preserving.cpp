@@ -28,7 +28,10 @@ struct Rows {
     for (auto* numbers : {&inverse_x, &inverse_y, &own_x, &own_y, &cross}) numbers->resize(rows);
     cosines.resize(rows);
     for (int64_t i = 0; i < rows; ++i) {
-      const auto inverse = [&](double squares) { return std::sqrt(squares) <= kEps ? 0 : 1 / std::sqrt(squares); };
+      // Squares beyond the range of T make the row NaN, not zero.
+      const auto inverse = [](double squares) {
+        return std::sqrt(squares) <= kEps ? 0 : squares < HUGE_VAL ? 1 / std::sqrt(squares) : NAN;
+      };
       const double r = inverse(xx[i]), s = inverse(yy[i]);
       alive += (r != 0) + (s != 0);
       cosines[i] = r * s * xy[i];

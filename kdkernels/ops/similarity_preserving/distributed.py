@@ -97,4 +97,5 @@ def _rows_loss(norms_x: Tensor, norms_y: Tensor, products: Tensor) -> Tensor:
     either = dead_x | dead_y
     lengths = (norms_x.masked_fill(either, 1) * norms_y.masked_fill(either, 1)).sqrt()
     cosines = (products / lengths).masked_fill(either, 0)
-    return ((~dead_x).double() + (~dead_y).double() - 2 * cosines).sum()
+    undefined = 0 * (norms_x + norms_y).detach()  # NaN for NaN even where the other network's row is zero
+    return ((~dead_x).double() + (~dead_y).double() - 2 * cosines + undefined).sum()

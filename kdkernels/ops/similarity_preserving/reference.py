@@ -29,7 +29,8 @@ def feature_form(student: Tensor, teacher: Tensor, scale: float) -> Tensor:
     either = dead_x | dead_y
     lengths = (norms_x.masked_fill(either, 1) * norms_y.masked_fill(either, 1)).sqrt()
     cosines = (_row_products(x, y) / lengths).masked_fill(either, 0)
-    return (scale * ((~dead_x).double() + (~dead_y).double() - 2 * cosines).sum()).to(dtype)
+    undefined = 0 * (norms_x + norms_y).detach()  # NaN for NaN even where the other network's row is zero
+    return (scale * ((~dead_x).double() + (~dead_y).double() - 2 * cosines + undefined).sum()).to(dtype)
 
 
 def _row_products(x: Tensor, y: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ GPU_PYTHON ?= python3
 SOURCES := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 RUFF := $(PYTHON) -m ruff
 
-.PHONY: demo test lint bench wheel gpu-check setup clean
+.PHONY: demo test fuzz sanitize lint bench wheel gpu-check setup clean
 
 demo: setup
 	$(PYTHON) examples/train_lkd.py
@@ -17,6 +17,14 @@ demo: setup
 test: setup
 	$(PYTHON) -m pytest
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/interpreter
+
+# Thousands of hostile inputs for every operator.
+fuzz: setup
+	FUZZ_EXAMPLES=2000 $(PYTHON) -m pytest tests/test_hostile.py
+
+# The CPU kernels compiled with AddressSanitizer and UndefinedBehaviorSanitizer, under a sample of the tests.
+sanitize: setup
+	tests/sanitize.sh $(PYTHON)
 
 lint: setup
 	$(RUFF) check .

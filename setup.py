@@ -7,7 +7,8 @@ every Python.
 
 KDKERNELS_BUILD=1 makes a failed build an error, KDKERNELS_BUILD=0 skips it; otherwise the package is installed without.
 PyTorch's usual package has CUDA where there is no compiler for it, so that is no failure unless KDKERNELS_BUILD=cuda.
-KDKERNELS_CUDA_ARCHS, such as "80;90", names the architectures to compile for.
+KDKERNELS_CUDA_ARCHS, such as "80;90", names the architectures to compile for, KDKERNELS_CPU_ISAS, such as "avx2", the
+instruction sets.
 """
 
 from __future__ import annotations
@@ -99,6 +100,9 @@ def compile_cpu() -> list[Path]:
     """Compile what changed since the last build, and return every library."""
     compiler = find_tool(os.environ.get("CXX", "g++"), "there is no C++ compiler g++ (set CXX to name another)")
     flags = X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"default": ""}
+    wanted = os.environ.get("KDKERNELS_CPU_ISAS")
+    if wanted:
+        flags = {isa: flags[isa] for isa in wanted.split(";") if isa in flags}
     return run_ninja("native", ninja_file(compiler, find_torch(), flags), [library_name(isa) for isa in flags])
 
 
@@ -131,7 +135,7 @@ def ninja_file(compiler: str, torch: Path, flags: dict[str, str]) -> str:
     lines = [
         f"cxx = {compiler}",
         f"flags = {CXX_FLAGS} -isystem {escape(torch / 'include')} {os.environ.get('CXXFLAGS', '')}",
-        f"libs = -L{escape(torch / 'lib')} -ltorch_cpu",
+        f"libs = -L{escape(torch / 'lib')} -ltorch_cpu {os.environ.get('LDFLAGS', '')}",
         "rule compile",
         "  command = $cxx -MD -MF $out.d $flags $isa -c $in -o $out",
         "  depfile = $out.d",

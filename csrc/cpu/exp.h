@@ -50,9 +50,11 @@ inline typename Vec<T>::type exp_nonpositive(typename Vec<T>::type x) {
   V series = V{} + exp_detail::one_over_factorial<T>(C::degree);
 #pragma GCC unroll 16
   for (int i = C::degree - 1; i >= 0; --i) series = series * r + exp_detail::one_over_factorial<T>(i);
+  // Lanes below the lowest wrap around before they are replaced by 0.
+  using Bits [[gnu::vector_size(sizeof(V))]] = std::make_unsigned_t<Integer<T>>;
   const V one = V{} + T(1);
-  const Mask<T> exponent = reinterpret_cast<Mask<T>>(shifted) << C::mantissa_bits;
-  const V power = reinterpret_cast<V>(exponent + reinterpret_cast<Mask<T>>(one));
+  const Bits exponent = reinterpret_cast<Bits>(shifted) << C::mantissa_bits;
+  const V power = reinterpret_cast<V>(exponent + reinterpret_cast<Bits>(one));
   return x < C::lowest ? V{} : series * power;
 }
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import figures, networks, options, results, training
+from common import figures, networks, options, parallel, results, training
 from common.data import Dataset
 from common.experiment import Experiment, conduct
 from common.training import History, Losses, Schedule
@@ -163,10 +163,13 @@ class CorrelationCongruence(Experiment):
             dataset = dataset.of_classes(range(split))
         super().__init__(arguments, dataset)
         self.data_settings |= {"task": arguments.task}
-        self.recipe = recipe
         self.task: str = arguments.task
         self.studies = list(STUDIES) if arguments.study == "all" else [arguments.study]
         self.few = dataset.only(recipe.share)
+        # Few classes make smaller batches, whatever composes them: methods and samplers are compared at one size.
+        self.groups = min(max(1, recipe.student_schedule.batch_size // recipe.samples), dataset.num_classes)
+        schedule = replace(recipe.student_schedule, batch_size=self.groups * recipe.samples)
+        self.recipe = replace(recipe, student_schedule=schedule)
 
     def run(self) -> None:
         self.introduce(self.few)
@@ -177,7 +180,8 @@ class CorrelationCongruence(Experiment):
                 if variant.name not in runs:
                     seeds = range(self.recipe.seeds)
                     runs[variant.name] = [self.student(variant, seed, teacher) for seed in seeds]
-        self.report(teacher, teacher_history[-1], runs)
+        if parallel.rank() == 0:
+            self.report(teacher, teacher_history[-1], runs)
 
     def teacher(self) -> tuple[Embedder, History]:
         """The trained, frozen teacher, and its history."""
@@ -224,9 +228,13 @@ class CorrelationCongruence(Experiment):
         recipe = self.recipe
         kd = KDLoss(recipe.temperature, backend=self.backend)
         cc = CorrelationCongruenceLoss(
-            kernel=variant.kernel, gamma=recipe.gamma, order=variant.order, backend=self.backend
+            kernel=variant.kernel,
+            gamma=recipe.gamma,
+            order=variant.order,
+            backend=self.backend,
+            group=parallel.group(),
         )
-        sp = SimilarityPreservingLoss(backend=self.backend)
+        sp = SimilarityPreservingLoss(backend=self.backend, group=parallel.group())
 
         def loss(images: Tensor, labels: Tensor) -> Losses:
             logits, embedding, last = student(images)
@@ -276,17 +284,16 @@ class CorrelationCongruence(Experiment):
         return settings
 
     def sampler(self, name: str, seed: int, teacher: Embedder) -> ClassUniformSampler | None:
-        """Batches of as many images as the schedule's, k of each class or superclass in them."""
+        """Batches of ``samples`` images of each class or superclass in them; None draws as many images uniformly."""
         recipe = self.recipe
         if name == "uniform":
             return None
-        groups = max(1, recipe.student_schedule.batch_size // recipe.samples)
         if name == "sur":
             superclasses = min(recipe.superclasses, len(self.few.train))
-            groups = min(groups, superclasses)
+            groups = min(self.groups, superclasses)
             embeddings = self.embeddings(teacher, self.few.train.pixels)
             return SuperclassUniformSampler(embeddings, superclasses, groups, recipe.samples, seed=seed)
-        return ClassUniformSampler(self.few.train.labels, min(groups, self.few.num_classes), recipe.samples, seed=seed)
+        return ClassUniformSampler(self.few.train.labels, self.groups, recipe.samples, seed=seed)
 
     def embedder(self, name: str) -> Embedder:
         return Embedder(self.network(name), self.recipe.features).to(self.device)
@@ -342,16 +349,21 @@ class CorrelationCongruence(Experiment):
             zoom=(measure,),
             level=(measure, "teacher", of_teacher[measure]),
         )
+        self.draw_cosines({"teacher": teacher, **{label: of_method[0][0] for label, of_method in shown.items()}})
+
+    def draw_cosines(self, shown: Mapping[str, Embedder], classes: int = 10, images: int = 8) -> None:
+        """Cosines between the embeddings of some test images of each class, sorted by class: the paper's Fig. 4."""
         dataset = self.unseen or self.dataset
-        panels = {"teacher": teacher, **{label: of_method[0][0] for label, of_method in shown.items()}}
+        test, classes = dataset.test, min(classes, dataset.num_classes)
+        some = torch.cat([(test.labels == label).nonzero()[:images, 0] for label in range(classes)])
+        panels = {}
+        for name, network in shown.items():
+            embeddings = self.embeddings(network, test.pixels)
+            within, between = mean_cosines(embeddings, test.labels)
+            unit = F.normalize(embeddings[some])
+            panels[f"{name}: {within:.2f} within, {between:.2f} between classes"] = (unit @ unit.T).numpy()
         figures.matrices(
-            self.out / "figures" / "cosines.png",
-            {
-                label: class_cosines(self.embeddings(network, dataset.test.pixels), dataset.test.labels).numpy()
-                for label, network in panels.items()
-            },
-            dataset.class_names,
-            "mean cosine of embeddings",
+            self.out / "figures" / "cosines.png", panels, dataset.class_names[:classes], "cosine of embeddings"
         )
 
 
@@ -363,7 +375,7 @@ def retrieval(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
     """
     unit = F.normalize(embeddings)
     cosines = (unit @ unit.T).fill_diagonal_(-torch.inf)
-    order = cosines.argsort(1, descending=True, stable=True)[:, :-1]
+    order = cosines.argsort(dim=1, descending=True, stable=True)[:, :-1]
     hits = labels[order] == labels[:, None]
     hits = hits[hits.any(1)].double()
     precision = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1)
@@ -375,13 +387,13 @@ def retrieval(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def class_cosines(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """Mean cosine between different images of every two classes, classes x classes."""
-    members = F.one_hot(labels).float()
+def mean_cosines(embeddings: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Mean cosine between different images of one class, and between images of different classes."""
     unit = F.normalize(embeddings)
-    counts = members.sum(0)
-    sums = (members.T @ unit) @ (members.T @ unit).T - torch.diag(counts)  # an image and itself do not count
-    return sums / (counts[:, None] * counts - torch.diag(counts)).clamp(min=1)
+    cosines = unit @ unit.T
+    same = labels[:, None] == labels
+    different_image = ~torch.eye(len(labels), dtype=torch.bool)
+    return cosines[same & different_image].mean().item(), cosines[~same].mean().item()
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import figures, networks, options, results, training
+from common import figures, networks, options, parallel, results, training
 from common.data import Dataset
 from common.experiment import Experiment, conduct
 from common.networks import StagedNetwork
@@ -150,8 +150,9 @@ class InterClassCorrelation(Experiment):
             content[scenario] = accuracies
             tables.append(f"{scenario}\n\n{table}")
         text = "\n\n".join(tables)
-        training.write_json(self.out / "results.json", content)
-        training.replace_file(self.out / "table.md", lambda path: path.write_text(text + "\n"))
+        if parallel.rank() == 0:
+            training.write_json(self.out / "results.json", content)
+            training.replace_file(self.out / "table.md", lambda path: path.write_text(text + "\n"))
         print(f"\n{text}\n\nAccuracy after the last epoch, mean ± standard deviation over seeds.")
         print(f"Tables, numbers and figures are in {self.out}; the same command prints this again without training.")
 
@@ -171,7 +172,9 @@ class InterClassCorrelation(Experiment):
             for name in self.methods:
                 runs[name].append(self.student(name, student_name, seed, teacher, scenario))
         accuracies = {name: [final(run) for run in of_method] for name, of_method in runs.items()}
-        self.draw(scenario, teacher_name, teacher, student_name, runs, history[-1]["test_accuracy"])
+        if parallel.rank() == 0:
+            self.draw_curves(scenario, teacher_name, student_name, runs, history[-1]["test_accuracy"])
+            self.draw_networks(scenario, {"teacher": teacher, **{name: runs[name][0][0] for name in runs}})
         table = results.table((teacher_name, history[-1]["test_accuracy"]), accuracies, baseline="CE")
         table += f"\n\nStudents: {student_name}."
         return table, {"teacher": history[-1]["test_accuracy"], **accuracies}
@@ -202,8 +205,8 @@ class InterClassCorrelation(Experiment):
         for index, generation in enumerate(generations):
             by_method = ([run[index] for run in accuracies[name]] for name in methods)
             rows.append([str(generation), *map(results.spread, by_method)])
-        self.draw_maps("born-again", last)
-        self.draw_embeddings("born-again", last)
+        if parallel.rank() == 0:
+            self.draw_networks("born-again", last)
         table = results.markdown(["generation", *methods], rows)
         return f"{table}\n\nNetwork: {network}.", {"generation 0": first, **accuracies}
 
@@ -255,9 +258,9 @@ class InterClassCorrelation(Experiment):
         modules: dict[str, nn.Module] = {
             "kd": KDLoss(self.recipe.temperature, backend=self.backend),
             "lt": LogitMSELoss(),
-            "icct": InterClassCorrelationLoss(backend=self.backend),
+            "icct": InterClassCorrelationLoss(backend=self.backend, group=parallel.group()),
             "at": AttentionTransferLoss(),
-            "sp": SimilarityPreservingLoss(backend=self.backend),
+            "sp": SimilarityPreservingLoss(backend=self.backend, group=parallel.group()),
         }
 
         def loss(images: Tensor, labels: Tensor) -> Losses:
@@ -276,14 +279,8 @@ class InterClassCorrelation(Experiment):
     def schedule(self, network: str) -> Schedule:
         return self.recipe.schedules[network]
 
-    def draw(
-        self,
-        scenario: str,
-        teacher_name: str,
-        teacher: StagedNetwork,
-        student_name: str,
-        runs: Runs,
-        teacher_accuracy: float,
+    def draw_curves(
+        self, scenario: str, teacher_name: str, student_name: str, runs: Runs, teacher_accuracy: float
     ) -> None:
         figures.curves(
             self.out / "figures" / f"{scenario}-curves.png",
@@ -293,7 +290,8 @@ class InterClassCorrelation(Experiment):
             zoom=("test_accuracy",),
             level=("test_accuracy", f"teacher {teacher_name}", teacher_accuracy),
         )
-        shown = {"teacher": teacher, **{name: of_method[0][0] for name, of_method in runs.items()}}
+
+    def draw_networks(self, scenario: str, shown: Mapping[str, StagedNetwork]) -> None:
         self.draw_maps(scenario, shown)
         self.draw_embeddings(scenario, shown)
 

@@ -30,6 +30,7 @@ sys.path.insert(0, str(EXAMPLES))
 import common  # noqa: E402
 import train_lkd  # noqa: E402
 from common import data, figures, networks, options, results, training  # noqa: E402
+from example_runs import assert_equal, write_cifar100  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -42,16 +43,6 @@ def same_threads() -> Iterator[None]:
 
 
 # ----- data
-
-
-def write_cifar100(folder: Path, name: str, count: int) -> np.ndarray:
-    """A file in the format of CIFAR-100's binary version, and its records."""
-    records = np.random.default_rng(torch.randint(2**31, ()).item()).integers(0, 256, (count, 3074), dtype=np.uint8)
-    records[:, 0] %= 20
-    records[:, 1] %= 100
-    folder.mkdir(exist_ok=True, parents=True)
-    records.tofile(folder / name)
-    return records
 
 
 @pytest.mark.filterwarnings("ignore:.*where the official file holds")
@@ -315,23 +306,6 @@ def test_interrupted_training_goes_on_bit_for_bit(tmp_path: Path, stop_after: in
     assert_equal(training.read(tmp_path / "parts.pt"), training.read(tmp_path / "whole.pt"))
     assert (tmp_path / "parts.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert [record["lr"] for record in history] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
-
-
-def assert_equal(left: object, right: object) -> None:
-    """Equal to the last bit."""
-    assert type(left) is type(right)
-    if isinstance(left, Tensor):
-        assert torch.equal(left, right)
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for key in left:
-            assert_equal(left[key], right[key])
-    elif isinstance(left, (list, tuple)):
-        assert len(left) == len(right)
-        for a, b in zip(left, right, strict=True):
-            assert_equal(a, b)
-    else:
-        assert left == right
 
 
 def test_a_write_cut_short_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:

@@ -180,16 +180,18 @@ def masks(
 
 
 def matrices(path: Path, panels: Mapping[str, np.ndarray], names: Sequence[str], label: str) -> Path:
-    """Square matrices over the classes side by side on one scale; few classes are named."""
+    """Square matrices over the classes, or over as many images of each, side by side on one scale; few classes are
+    named."""
     figure = Figure(figsize=(3.2 * len(panels) + 0.8, 3.4), layout="constrained")
     row = np.atleast_1d(figure.subplots(1, len(panels)))
     low, high = min(map(np.min, panels.values())), max(map(np.max, panels.values()))
     for axes, (title, matrix) in zip(row, panels.items(), strict=True):
         image = axes.imshow(matrix, cmap="viridis", vmin=low, vmax=high)
         axes.set_title(title, fontsize=10)
-        ticks = range(len(names)) if len(names) <= 20 else []
-        axes.set_xticks(ticks, [names[i] for i in ticks], fontsize=7)
-        axes.set_yticks(ticks, [names[i] for i in ticks], fontsize=7)
+        named = names if len(names) <= 20 else []
+        ticks = (np.arange(len(named)) + 0.5) * len(matrix) / len(names) - 0.5
+        axes.set_xticks(ticks, named, fontsize=7)
+        axes.set_yticks(ticks, named, fontsize=7)
     figure.colorbar(image, ax=row.tolist(), shrink=0.8).set_label(label)
     return save(figure, path)
 

@@ -46,7 +46,8 @@ class Recipe:
     strong: str
     weak: str
     again: str  # the network that is born again
-    schedules: Mapping[str, Schedule]  # by network
+    schedule: Schedule
+    schedules: Mapping[str, Schedule]  # of networks that have their own
     share: float  # of the training images, for the students; teachers of another capacity see all
     temperature: float
     kd: float  # the weights λ of the transfers
@@ -77,7 +78,8 @@ RECIPES = {
         strong="resnet14-half",
         weak="cnn5-quarter",
         again="cnn5-quarter",
-        schedules={"resnet14-half": _demo_schedule(0.1), "cnn5-quarter": _demo_schedule(0.05)},
+        schedule=_demo_schedule(0.1),
+        schedules={"cnn5-quarter": _demo_schedule(0.05)},
         share=0.25,
         temperature=4.0,
         kd=1.0,
@@ -92,6 +94,7 @@ RECIPES = {
         strong="wrn-28-10",
         weak="cnn5",
         again="resnet18",
+        schedule=_PAPER_SCHEDULE,
         schedules={"cnn5": _PAPER_CNN5},
         share=1.0,
         temperature=4.0,
@@ -277,7 +280,7 @@ class InterClassCorrelation(Experiment):
         return loss
 
     def schedule(self, network: str) -> Schedule:
-        return self.recipe.schedules[network]
+        return self.recipe.schedules.get(network, self.recipe.schedule)
 
     def draw_curves(
         self, scenario: str, teacher_name: str, student_name: str, runs: Runs, teacher_accuracy: float
@@ -371,13 +374,17 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     given = {
         field.name: value for field in fields(Recipe) if (value := getattr(arguments, field.name, None)) is not None
     }
-    recipe = replace(recipe, **given)
-    schedules = {}
-    for network in (recipe.strong, recipe.weak, recipe.again):
-        schedule = recipe.schedules.get(network, _PAPER_SCHEDULE)
+
+    def changed(schedule: Schedule) -> Schedule:
         schedule = schedule.lasting(arguments.epochs or schedule.epochs)
-        schedules[network] = replace(schedule, batch_size=arguments.batch_size or schedule.batch_size)
-    return replace(recipe, schedules=schedules)
+        return replace(schedule, batch_size=arguments.batch_size or schedule.batch_size)
+
+    return replace(
+        recipe,
+        schedule=changed(recipe.schedule),
+        schedules={network: changed(schedule) for network, schedule in recipe.schedules.items()},
+        **given,
+    )
 
 
 if __name__ == "__main__":

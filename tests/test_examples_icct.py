@@ -1,10 +1,12 @@
-"""The ICCT example: its objective, its scenarios, and whole small runs."""
+"""The ICCT example: its objective, its scenarios, and whole small runs, interrupted and not."""
 
 from __future__ import annotations
 
+import functools
 import json
-import shutil
 import sys
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +20,25 @@ for package in ("matplotlib", "sklearn", "tqdm"):
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import train_icct  # noqa: E402
-from common import data, training  # noqa: E402
-
-SMALL = ["--seeds", "1", "--epochs", "2", "--generations", "2", "--share", "0.1"]
-SMALL += ["--strong", "cnn5-quarter", "--weak", "cnn5-quarter"]
+from common import data, results, training  # noqa: E402
+from example_runs import assert_same_checkpoints, recipe_flags, write_cifar100  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def same_threads():
+def same_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_embeddings() -> Iterator[None]:
+    """t-SNE takes far longer than these runs."""
+    import sklearn.manifold
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sklearn.manifold, "TSNE", functools.partial(sklearn.manifold.TSNE, max_iter=250))
+        yield
 
 
 def recipe(*arguments: str) -> train_icct.Recipe:
@@ -37,7 +47,7 @@ def recipe(*arguments: str) -> train_icct.Recipe:
 
 def test_the_papers_recipe() -> None:
     paper = recipe("--recipe", "paper")
-    schedule = paper.schedules["wrn-28-10"]
+    schedule = paper.schedule
     assert (schedule.epochs, schedule.milestones, schedule.decay) == (200, (60, 120, 160), 0.2)
     assert schedule.nesterov
     small = paper.schedules["cnn5"]
@@ -45,11 +55,40 @@ def test_the_papers_recipe() -> None:
     assert recipe("--data", "cifar100").strong == paper.strong
 
 
-def test_flags_override_the_recipe() -> None:
-    given = recipe("--epochs", "6", "--icct", "2.5", "--weak", "resnet8-half", "--batch-size", "32")
-    assert given.icct == 2.5
-    assert given.schedules["resnet8-half"].epochs == 6
-    assert given.schedules["resnet14-half"].batch_size == 32
+# Every flag of the recipe, with what it changes.
+CHANGES = [
+    ("--strong wrn-40-2", "strong", "wrn-40-2"),
+    ("--weak vgg8", "weak", "vgg8"),
+    ("--again wrn-16-2", "again", "wrn-16-2"),
+    ("--seeds 7", "seeds", 7),
+    ("--generations 2", "generations", 2),
+    ("--share 0.5", "share", 0.5),
+    ("--temperature 2", "temperature", 2),
+    ("--kd 0.2", "kd", 0.2),
+    ("--lt 0.3", "lt", 0.3),
+    ("--icct 2.5", "icct", 2.5),
+    ("--at 5", "at", 5),
+    ("--sp 6", "sp", 6),
+]
+
+
+@pytest.mark.parametrize(("flags", "field", "value"), CHANGES)
+def test_a_flag_changes_its_setting_alone(flags: str, field: str, value: object) -> None:
+    paper, changed = (recipe("--recipe", "paper", *more) for more in ([], flags.split()))
+    assert getattr(changed, field) == value != getattr(paper, field)
+    assert [name for name in vars(paper) if getattr(paper, name) != getattr(changed, name)] == [field]
+
+
+def test_some_flags_change_every_schedule() -> None:
+    given = recipe("--recipe", "paper", "--epochs", "20", "--batch-size", "32")
+    strong, weak = given.schedule, given.schedules["cnn5"]
+    assert (strong.epochs, strong.milestones, strong.batch_size) == (20, (6, 12, 16), 32)
+    assert (weak.epochs, weak.milestones, weak.batch_size) == (20, (6, 11, 17), 32)
+
+
+def test_every_flag_is_tested() -> None:
+    tested = {flags.split()[0] for flags, _, _ in CHANGES} | {"--epochs", "--batch-size", "--methods"}
+    assert recipe_flags(train_icct.build_parser()) == tested
 
 
 @pytest.mark.parametrize("method", train_icct.METHODS)
@@ -79,6 +118,12 @@ def test_the_objective(tmp_path: Path, method: str) -> None:
     torch.testing.assert_close(losses["loss"], expected, rtol=1e-4, atol=1e-5)
 
 
+# ----- the whole example
+
+SMALL = ["--seeds", "1", "--epochs", "2", "--generations", "2", "--share", "0.1", "--threads", "1"]
+SMALL += ["--strong", "resnet8-half", "--weak", "cnn5-quarter"]
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("icct")
@@ -86,12 +131,24 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def run_of(out: Path, name: str) -> dict:
+    return json.loads((out / "checkpoints" / f"{name}.json").read_text())
+
+
 def test_the_example_writes_tables_numbers_and_figures(whole_run: Path) -> None:
-    results = json.loads((whole_run / "results.json").read_text())
-    for scenario in ("strong-to-weak", "weak-to-strong"):
-        assert results[scenario].keys() == {"teacher", "CE", "KD", "LT", "ICCT"}
-    assert np.shape(results["born-again"]["ICCT"]) == (1, 2)
+    content = json.loads((whole_run / "results.json").read_text())
     table = (whole_run / "table.md").read_text()
+    for scenario in ("strong-to-weak", "weak-to-strong"):
+        assert content[scenario].keys() == {"teacher", "CE", "KD", "LT", "ICCT"}
+        for name in ("KD", "LT", "ICCT"):
+            history = run_of(whole_run, f"{scenario}-{name.lower()}-seed0")["history"]
+            assert [record["epoch"] for record in history] == [1, 2]
+            assert [history[-1]["test_accuracy"]] == content[scenario][name]
+            assert results.spread(content[scenario][name]) in table
+    assert np.shape(content["born-again"]["ICCT"]) == (1, 2)
+    for generation in (1, 2):
+        history = run_of(whole_run, f"generation{generation}-icct-seed0")["history"]
+        assert history[-1]["test_accuracy"] == content["born-again"]["ICCT"][0][generation - 1]
     assert all(scenario in table for scenario in train_icct.SCENARIOS)
     drawn = {path.name for path in (whole_run / "figures").iterdir()}
     assert drawn == {
@@ -99,29 +156,61 @@ def test_the_example_writes_tables_numbers_and_figures(whole_run: Path) -> None:
         "strong-to-weak-curves.png",
         "weak-to-strong-curves.png",
     }
+    from matplotlib.image import imread
+
+    for name in drawn:
+        picture = imread(whole_run / "figures" / name)
+        assert min(picture.shape[:2]) > 300
+        assert picture.std() > 0.05
 
 
 def test_generations_teach_each_other(whole_run: Path) -> None:
     """Every student remembers which teacher it had: the one of the generation before."""
-    first = settings_of(whole_run, "generation1-icct-seed0")
-    second = settings_of(whole_run, "generation2-icct-seed0")
-    assert first["teacher"] != second["teacher"]
-    student = training.read(whole_run / "checkpoints" / "generation1-icct-seed0.pt")["module"]
-    network = train_icct.networks.build("cnn5-quarter", 1, 10)
-    network.load_state_dict(student)
-    assert training.fingerprint(network) == second["teacher"]
+    for method in ("kd", "lt", "icct"):
+        names = ["ce-cnn5-quarter-seed0", *(f"generation{number}-{method}-seed0" for number in (1, 2))]
+        for teacher, student in pairwise(names):
+            network = train_icct.networks.build("cnn5-quarter", 1, 10)
+            training.load_weights(network, whole_run / "checkpoints" / f"{teacher}.pt")
+            assert training.fingerprint(network) == run_of(whole_run, student)["settings"]["teacher"]
 
 
-def settings_of(out: Path, name: str) -> dict:
-    return json.loads((out / "checkpoints" / f"{name}.json").read_text())["settings"]
+class Interrupted(BaseException):
+    pass
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(whole_run: Path, tmp_path: Path) -> None:
-    """A student of one epoch less, as a kill leaves it, and no file of those after it."""
-    out = tmp_path / "icct"
-    shutil.copytree(whole_run, out)
-    for name in ("generation2-icct-seed0", "weak-to-strong-icct-seed0"):
-        (out / "checkpoints" / f"{name}.pt").unlink()
-    (out / "results.json").unlink()
-    train_icct.main([*SMALL, "--out", str(out)])
-    assert (out / "results.json").read_text() == (whole_run / "results.json").read_text()
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in the second epoch of the second generation."""
+    measure, calls = train_icct.InterClassCorrelation.measure, 0
+
+    def interrupted(self, classify):
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise Interrupted
+        return measure(self, classify)
+
+    few = [*SMALL, "--scenario", "born-again", "--methods", "ICCT", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_icct.InterClassCorrelation, "measure", interrupted)
+        with pytest.raises(Interrupted):
+            train_icct.main(few)
+    assert len(training.read(tmp_path / "checkpoints" / "generation2-icct-seed0.pt")["history"]) == 1
+    train_icct.main(few)
+    names = ["ce-cnn5-quarter-seed0", "generation1-icct-seed0", "generation2-icct-seed0"]
+    assert_same_checkpoints(tmp_path, whole_run, names)
+
+
+@pytest.mark.filterwarnings("ignore:.*where the official file holds")
+def test_the_example_on_cifar100(tmp_path: Path) -> None:
+    for name in data.CIFAR100_COUNTS:
+        write_cifar100(tmp_path, name, 200)
+    sizes = ["--epochs", "1", "--seeds", "1", "--batch-size", "32", "--scenario", "weak-to-strong"]
+    names = ["--weak", "cnn5", "--strong", "resnet8-half", "--methods", "CE", "ICCT", "ICCT+SP"]
+    train_icct.main(["--data", "cifar100", "--root", str(tmp_path), "--out", str(tmp_path), *sizes, *names])
+    weak = run_of(tmp_path, "teacher-cnn5")["settings"]
+    assert (weak["optimizer"], weak["batch_size"], weak["decay"]) == ("adam", 32, 0.2)
+    history = run_of(tmp_path, "weak-to-strong-icct+sp-seed0")["history"]
+    assert history[0]["icct"] > 0
+    assert history[0]["sp"] > 0

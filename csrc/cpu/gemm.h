@@ -202,7 +202,7 @@ void fastest_product(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c
   if (0 < k && k <= 8 && b.col == 1) return few_terms<T>(m, n, k, a, b, c, ldc, alpha, accumulate);
 #if KDKERNELS_AMX
   if constexpr (std::is_same_v<T, float>)
-    if (amx::suits(m, n, k)) return amx::product(m, n, k, a, b, c, ldc, alpha, accumulate, diagonal);
+    if (amx::suits(m, n, k)) return amx::product(m, n, {{a, b, k, alpha}}, c, ldc, accumulate, diagonal);
 #endif
   product<T>(m, n, k, a, b, c, ldc, alpha, accumulate, diagonal);
 }
@@ -247,7 +247,7 @@ void gemm(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t l
 #if KDKERNELS_AMX
   if constexpr (std::is_same_v<T, float>)
     if (amx::suits(m, n, k))
-      return amx::product(m, n, k, a, b, c, ldc, how.alpha, how.accumulate, how.upper ? 0 : -everything);
+      return amx::product(m, n, {{a, b, k, how.alpha}}, c, ldc, how.accumulate, how.upper ? 0 : -everything);
 #endif
   const auto share = [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
     fastest_product<T>(i1 - i0, j1 - j0, k, a.from(i0, 0), b.from(0, j0), c + i0 * ldc + j0, ldc, how.alpha,
@@ -263,6 +263,19 @@ void gemm(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t l
     Blocks(m, MR, grain_of(k * n)).parallel([&](int64_t, int64_t begin, int64_t end) { share(begin, end, 0, n); });
   else
     Blocks(n, NR<T>, grain_of(k * m)).parallel([&](int64_t, int64_t begin, int64_t end) { share(0, m, begin, end); });
+}
+
+// C (m x n) = the sum of the terms; of a symmetric one only the upper triangle is wanted.
+template <typename T>
+void gemm_upper(int64_t m, int64_t n, const std::vector<Term<T>>& terms, T* c, int64_t ldc) {
+#if KDKERNELS_AMX
+  if constexpr (std::is_same_v<T, float>) {
+    const auto suits = [&](const Term<T>& term) { return amx::suits(m, n, term.depth) && term.depth <= 4 * n; };
+    if (std::all_of(terms.begin(), terms.end(), suits)) return amx::product(m, n, terms, c, ldc, false, 0);
+  }
+#endif
+  for (const Term<T>& term : terms)
+    gemm<T>(m, n, term.depth, term.a, term.b, c, ldc, {term.alpha, &term != terms.data(), true});
 }
 
 }  // namespace kdkernels

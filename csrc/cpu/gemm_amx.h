@@ -45,7 +45,7 @@ inline constexpr int64_t kLines = 16, kDepth = 64, kTile = kLines * kDepth;
 // A chunk is what one step of the block product reads of A or B: the three digits of two tiles each.
 inline constexpr int64_t kBlock = 2 * kLines, kChunk = 6 * kTile;
 // MC x KC of A stay in a second-level cache of 2 MiB, and a panel of B, KC x 32, in a first-level cache of 48 KiB.
-inline constexpr int64_t KC = 384, MC = 256;
+inline constexpr int64_t KC = 512, MC = 256;
 // Blocks of this many multiply-adds are worth another thread, per 32 x 32.
 inline constexpr int64_t kGrain = 1 << 8;
 
@@ -294,15 +294,25 @@ struct Finished {
   }
 };
 
+// Call f(term, begin, count) for pieces of at most KC of the terms' depths.
+template <typename F>
+void for_each_piece(const std::vector<Term<float>>& terms, const F& f) {
+  for (const Term<float>& term : terms) {
+    const int64_t length = equal_piece(term.depth, KC, kDepth);
+    for (int64_t begin = 0; begin < term.depth; begin += length) f(term, begin, std::min(length, term.depth - begin));
+  }
+}
+
 inline bool suits(int64_t m, int64_t n, int64_t k) { return std::min({m, n, k}) >= 32 && available(); }
 
-// C (m x n) = [C +] alpha * A * B, shared out over the threads. Blocks below the diagonal, which row 0 meets at column `diagonal`,
-// are left alone. A piece of A is packed at a time, and B's panels go past it: while the tiles multiply one block, the vector
-// units add the block before to C and measure and pack the next panel.
-inline void product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> b, float* c, int64_t ldc, float alpha,
-                    bool accumulate, int64_t diagonal) {
-  const int64_t height = equal_piece(m, MC, kBlock), length = equal_piece(k, KC, kDepth);
-  const int64_t panel_size = chunks_of(length) * kChunk;
+// C (m x n) = [C +] the sum of the terms, shared out over the threads. Blocks below the diagonal, which row 0 meets at column
+// `diagonal`, are left alone. A piece of A is packed at a time, and B's panels go past it: while the tiles multiply one block, the
+// vector units add the block before to C and measure and pack the next panel.
+inline void product(int64_t m, int64_t n, const std::vector<Term<float>>& terms, float* c, int64_t ldc, bool accumulate,
+                    int64_t diagonal) {
+  const int64_t height = equal_piece(m, MC, kBlock), panel_size = chunks_of(KC) * kChunk;
+  int64_t depth = 0;
+  for (const Term<float>& term : terms) depth += term.depth;
   // Call f(j, blocks) for the blocks one below the other in rows [i, i + height) and 32 columns from j.
   const auto for_each_stack = [&](int64_t i, const auto& f) {
     for (int64_t j = std::max<int64_t>(0, i + diagonal) / kBlock * kBlock; j < n; j += kBlock)
@@ -311,7 +321,7 @@ inline void product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> 
   int64_t total = 0;
   for (int64_t i = 0; i < m; i += height) for_each_stack(i, [&](int64_t, int64_t blocks) { total += blocks; });
 
-  parallel_blocks(total, 1, 1 + kGrain / k, [&](int64_t begin, int64_t end) {
+  parallel_blocks(total, 1, 1 + kGrain / depth, [&](int64_t begin, int64_t end) {
     int8_t* packed_a = workspace<int8_t, Scratch::packed_a>(height / kBlock * panel_size);
     int8_t* packed_b = workspace<int8_t, Scratch::packed_b>(2 * panel_size);
     alignas(64) float units_a[MC];
@@ -330,17 +340,19 @@ inline void product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> 
         begin -= blocks, end -= blocks;
       });
       if (stacks.empty()) continue;
-      for (int64_t pc = 0; pc < k; pc += length) {
-        const int64_t kc = std::min(length, k - pc), chunks = chunks_of(kc), steps = kPowers * chunks;
+      for_each_piece(terms, [&](const Term<float>& term, int64_t pc, int64_t kc) {
+        const int64_t chunks = chunks_of(kc), steps = kPowers * chunks;
         const int64_t share = (kBlock + steps - 1) / steps;
         for (int64_t i = ic; i < std::min(ic + height, m); i += kBlock) {
-          Panel<true> piece(a.at(i, pc), a.row, a.col, m - i, kc, packed_a + (i - ic) / kBlock * panel_size);
+          Panel<true> piece(term.a.at(i, pc), term.a.row, term.a.col, m - i, kc,
+                            packed_a + (i - ic) / kBlock * panel_size);
           piece.finish();
           std::memcpy(units_a + (i - ic), piece.units(), kBlock * sizeof(float));
         }
         const auto panel_of = [&](size_t s) {
           const int64_t j = s < stacks.size() ? stacks[s].column : n;
-          return Panel<false>(b.at(pc, j), b.col, b.row, n - j, j < n ? kc : 0, packed_b + s % 2 * panel_size);
+          return Panel<false>(term.b.at(pc, j), term.b.col, term.b.row, n - j, j < n ? kc : 0,
+                              packed_b + s % 2 * panel_size);
         };
         Panel<false> panel = panel_of(0);
         panel.finish();
@@ -358,17 +370,17 @@ inline void product(int64_t m, int64_t n, int64_t k, View<float> a, View<float> 
               for (due += 4; due >= due_every; due -= due_every) next.advance();
             });
             const int64_t i = block * kBlock;
-            for (int64_t r = 0; r < kBlock; ++r) own.row_units[r] = alpha * units_a[i + r];
+            for (int64_t r = 0; r < kBlock; ++r) own.row_units[r] = term.alpha * units_a[i + r];
             std::memcpy(own.column_units, panel.units(), sizeof own.column_units);
             own.c = c + (ic + i) * ldc + stack.column;
             own.ldc = ldc;
             own.rows = std::min(kBlock, m - ic - i);
             own.columns = std::min(kBlock, n - stack.column);
-            own.accumulate = accumulate || pc > 0;
+            own.accumulate = accumulate || pc > 0 || &term != terms.data();
           }
           panel = next;
         }
-      }
+      });
     }
     blocks_of_sums[turn ^ 1].add(0, kBlock);
     _tile_release();

@@ -199,15 +199,13 @@ class Strips {
  private:
   void products(const Strip<T, matrices>& strip, int64_t m) const {
     const auto [plus, minus] = grams_[m];
-    bool accumulate = false;
+    std::vector<Term<T>> terms;
     for (const Operand<T>* operand : {plus, minus}) {
       if (!operand) continue;
       const View<T> rows = operand->rows.from(strip.begin, 0);
-      const T sign = operand == plus ? 1 : -1;
-      gemm<T>(strip.count, strip.columns, operand->width, rows, rows.transposed(), strip.entries[m], strip.line,
-              {sign, accumulate, true});
-      accumulate = true;
+      terms.push_back({rows, rows.transposed(), operand->width, T(operand == plus ? 1 : -1)});
     }
+    if (!terms.empty()) gemm_upper<T>(strip.count, strip.columns, terms, strip.entries[m], strip.line);
   }
 
   // The rows of the strip get S * rows, those below it their share of the other triangle.

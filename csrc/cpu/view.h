@@ -16,4 +16,12 @@ struct View {
   View transposed() const { return {data, col, row}; }
 };
 
+// A product among those that are summed: alpha * a (m x depth) * b (depth x n).
+template <typename T>
+struct Term {
+  View<T> a, b;
+  int64_t depth;
+  T alpha;
+};
+
 }  // namespace kdkernels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -15,3 +16,10 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     check_md_file(page, memory=True)
+
+
+def test_tables_are_those_of_the_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    report = importlib.import_module("report")
+    for page in PAGES:
+        assert report.filled(page.read_text()) == page.read_text(), f"run python bench/report.py: {page.name}"

@@ -9,7 +9,7 @@ Trains students by ``CE + λ · transfer`` in the paper's three scenarios, over 
 The transfer is nothing (CE), the softened divergence (KD), the error of the logits (LT), or the divergence of the
 inter-class correlation maps (ICCT); ICCT+AT and ICCT+SP add attention transfer or similarity preserving where asked for
 with --methods. Writes a table per scenario, every number of every epoch as JSON, and figures. Every epoch ends with a
-checkpoint: however a run was interrupted, the same command goes on from there. On digits all of it takes about four
+checkpoint: however a run was interrupted, the same command goes on from there. On digits all of it takes several
 minutes.
 """
 

@@ -21,7 +21,7 @@ def rkd(
 
 def _backend(backend: str, student: Tensor) -> str:
     """There are no Triton kernels: the reference holds no large tensor either, and is what a GPU runs."""
-    chosen = backends.choose(backend, student)
+    chosen = backends.choose(backend, student, native_on=("cpu",))
     if chosen != "triton":
         return chosen
     if backend == "triton":

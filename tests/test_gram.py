@@ -51,7 +51,8 @@ def check(backend: str, features: list[Tensor]) -> None:
     doubles = [f.detach().double().requires_grad_(f.requires_grad) for f in features]
     expected, correct = value_and_gradients(definition, doubles, upstream)
     assert matrices.dtype == (torch.float64 if any(f.dtype == torch.float64 for f in features) else torch.float32)
-    assert torch.equal(matrices, matrices.mT)
+    if backend != "reference":  # PyTorch's products are symmetric on some processors only
+        assert torch.equal(matrices, matrices.mT)
     for matrix, exact in zip(matrices, expected, strict=True):
         assert_close(matrix, exact, "matrix")
     for leaf, grad, exact in zip(features, grads, correct, strict=True):

@@ -8,21 +8,13 @@ from helpers import DTYPES, HALF_DTYPES, assert_as_good_as, assert_close, exactl
 from torch import Tensor
 
 import kdkernels
-from kdkernels import backends, native
+from kdkernels import native
 
 FORMS = ("gram", "feature")
 every_form = pytest.mark.parametrize("form", FORMS)
 needs_native = pytest.mark.skipif(
     native.why_not(torch.device("cpu")) is not None, reason=str(native.why_not(torch.device("cpu")))
 )
-
-
-@pytest.fixture(params=["reference", "native"])
-def backend(request: pytest.FixtureRequest) -> str:
-    reason = backends.why_not(request.param, Tensor())
-    if reason is not None:
-        pytest.skip(reason)
-    return request.param
 
 
 def definition(student: Tensor, teacher: Tensor, reduction: str = "mean") -> Tensor:

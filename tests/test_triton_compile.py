@@ -27,7 +27,16 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 ROOMS = [
     import_module(f"kdkernels.ops.{name}.triton")
-    for name in ("congruence", "correlation_congruence", "feature_mse", "gram", "icc", "kd", "patches")
+    for name in (
+        "congruence",
+        "correlation_congruence",
+        "feature_mse",
+        "gram",
+        "icc",
+        "kd",
+        "patches",
+        "similarity_preserving",
+    )
 ]
 ops = torch.ops.kdkernels_triton
 ICC_KERNELS = {
@@ -40,11 +49,13 @@ ICC_KERNELS = {
     "_samples_backward_kernel",
 }
 GRAM_KERNELS = {"_gram_kernel", "_fold_parts_kernel", "_gram_backward_kernel"}
+SP_KERNELS = {"_rows_kernel", "_slopes_kernel"}
 FEATURE_MSE_KERNELS = {"_errors_kernel", "_gradient_kernel"}
 KERNELS = {
     *ICC_KERNELS,
     *GRAM_KERNELS,
     *FEATURE_MSE_KERNELS,
+    *SP_KERNELS,
     "_kd_kernel",
     "_bounds_kernel",
     "_pack_kernel",
@@ -168,6 +179,17 @@ def multiply(layers: list[torch.Tensor]) -> None:
     ops.gram_backward(ops.gram(layers), layers)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_similarity_preserving(
+    compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    x, y = torch.zeros(512, 128, dtype=dtype), torch.zeros(512, 64, dtype=dtype)
+    ops.similarity_preserving(x, y, 1.0, False, True, True)
+    ops.similarity_preserving(x, y, 1.0, True, True, False)
+    others = {"_gram_kernel", "_fold_parts_kernel", "_gram_backward_kernel", "_product_kernel", "_fold_kernel"}
+    check(compiled, target, tmp_path, {*SP_KERNELS, *others})
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_feature_mse(compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, dtype: torch.dtype) -> None:
     projected = [torch.zeros(64, c, h, h, dtype=dtype) for c, h in ((64, 16), (128, 16), (256, 16), (64, 4))]
@@ -269,12 +291,14 @@ def test_sizes_of_one(compiled: list[CompiledKernel], target: GPUTarget) -> None
         pack_and_back(maps, 2, False, mask, bounds, True)
         multiply([maps, torch.cat([maps, maps], 2)[:, :, 1:]])
         associate([maps, maps], [maps, maps[:, :, :1, :1]])
+    multiply([torch.zeros(1, 100)])
     for x, y in ((torch.zeros(1, 1), torch.zeros(1, 3)), (torch.zeros(3, 1), torch.zeros(3, 1))):
         ops.kd(x, x, 4.0, 1.0, True, True)
         correlate(x)
         for feature in (False, True):
             ops.congruence(x, y, 1, [1.0, 0.5, 0.5, 1.0], [feature] * 3, True, True)
             ops.congruence(x, y, 1, [1.0, 0.5, 0.5, 1.0], [feature] * 3, False, False)
+            ops.similarity_preserving(x, y, 1.0, feature, True, True)
         for kernel in (0, 1, 3):
             ops.kernel_congruence(x, y, kernel, 0.4, 1, 1.0, True, True)
     assert {kernel.metadata.name for kernel in compiled} == KERNELS - {"_fold_kernel"}

@@ -189,7 +189,8 @@ def similarity_preserving_loss(
         RuntimeError: when a backend asked for by name cannot run.
 
     Memory: the gradient, a packed copy of features that are not dense float32 or float64 rows, and two n x n matrices
-    (Gram form) or three d x d sums (feature form).
+    (Gram form; Triton's reads the features as they are, and adds up parts of small matrices in at most 8 MiB) or three
+    d x d sums and their products with the features (feature form).
     """
     if group is not None:
         from ..ops.similarity_preserving.distributed import similarity_preserving as over_ranks

@@ -49,6 +49,10 @@ def cckd(student: Tensor, teacher: Tensor, **options: object) -> Tensor:
     return kdkernels.correlation_congruence_loss(student.flatten(1), teacher.flatten(1), **options)
 
 
+def sp(student: Tensor, teacher: Tensor, **options: object) -> Tensor:
+    return kdkernels.similarity_preserving_loss(student, teacher, **options)
+
+
 def in_form(loss: Loss, form: str) -> Loss:
     def run(*inputs: Tensor, **options: object) -> Tensor:
         return loss(*inputs, form=form, **options)
@@ -66,6 +70,8 @@ LOSSES: dict[str, Loss] = {
     "cckd, rbf": functools.partial(cckd, kernel="rbf"),
     "cckd, bilinear": functools.partial(cckd, kernel="bilinear"),
     "cckd, mmd": functools.partial(cckd, kernel="mmd"),
+    "sp, Gram form": in_form(sp, "gram"),
+    "sp, feature form": in_form(sp, "feature"),
 }
 SHAPES = [((1, 3, 2, 2), (1, 4, 4, 4)), ((33, 6, 8, 8), (33, 17, 4, 4)), ((70, 16, 4, 4), (70, 40, 8, 8))]
 

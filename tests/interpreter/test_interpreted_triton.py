@@ -13,6 +13,7 @@ from triton_suite.icc import *  # noqa: E402, F403
 from triton_suite.kd import *  # noqa: E402, F403
 from triton_suite.local_correlation import *  # noqa: E402, F403
 from triton_suite.patches import *  # noqa: E402, F403
+from triton_suite.similarity_preserving import *  # noqa: E402, F403
 
 
 @pytest.fixture

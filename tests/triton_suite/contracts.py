@@ -10,6 +10,7 @@ from torch import Tensor
 import kdkernels
 from kdkernels import inter_class_correlation
 from kdkernels import inter_class_correlation_loss as icc_loss
+from kdkernels import similarity_preserving_loss as sp_loss
 from kdkernels.ops.congruence import congruence
 from kdkernels.ops.patches import patches
 
@@ -29,6 +30,8 @@ def losses(device: str) -> list[tuple[object, Tensor]]:
         (lambda x: congruence(x, rows, positions=4, form="gram", backend="triton"), draw(8, 3, device=device)),
         (lambda x: congruence(x, rows, positions=4, form="feature", backend="triton"), draw(8, 3, device=device)),
         (lambda x: kdkernels.local_correlation_loss(x, other, 2, backend="triton"), draw(3, 2, 4, 4, device=device)),
+        (lambda x: sp_loss(x, rows, form="gram", backend="triton"), draw(8, 2, 3, device=device)),
+        (lambda x: sp_loss(x, rows, form="feature", backend="triton"), draw(8, 2, 3, device=device)),
     ]
 
 
@@ -86,6 +89,10 @@ def test_registration(device: str) -> None:
     x, y = draw(8, 3, device=device), laid_out(draw(8, 5, device=device), "transposed")
     for feature in (False, True):
         torch.library.opcheck(ops.congruence, (x, y, 4, [0.7, 0.5, -0.3, 0.2], [feature] * 3, True, False))
+        torch.library.opcheck(
+            ops.similarity_preserving, (features[0], draw(2, 5, device=device), 0.1, feature, True, True)
+        )
+        torch.library.opcheck(ops.similarity_preserving, (*features, 0.1, feature, False, True))
     torch.library.opcheck(ops.kd, (x, draw(8, 3, device=device), 4.0, 16.0, True, False))
     logits = laid_out(draw(6, 4, device=device), "transposed")
     for per_sample in (False, True):

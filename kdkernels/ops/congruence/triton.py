@@ -172,33 +172,7 @@ class _Sums:
 
     def _norm(self, a: Tensor, b: Tensor, coefficient: float, *, keep: bool, symmetric: bool) -> Tensor | None:
         """Add ``coefficient · ‖A B‖²``, summed over the batch. Returns A B if it is to be kept."""
-        precision = _precision(a, feature=True)
-        batch, rows, depth = a.shape
-        columns = b.shape[2]
-        block_rows, block_columns, _ = _tile(a.dtype, rows, columns, precision)
-        tiles = batch * triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns)
-        splits = max(1, min(triton.cdiv(depth, SPLIT_DEPTH), PROGRAMS // tiles))
-        weights = (coefficient, 0.0, 0.0, 0.0)
-        product = a.new_empty(batch, rows, columns) if keep else None
-        if splits == 1:
-            symmetric = symmetric and not keep
-            partials = _product(a, b, out=product, weights=weights, symmetric=symmetric, precision=precision)
-            self.partials.append(partials)
-            return product
-        parts = a.new_empty(batch * splits, rows, columns)
-        _product(a, b, out=parts, splits=splits, precision=precision)
-        blocks = triton.cdiv(rows * columns, FOLD_BLOCK)
-        partials = a.new_empty(batch * blocks, dtype=torch.float64)
-        _fold_kernel[(batch * blocks,)](
-            parts,
-            parts if product is None else product,
-            partials,
-            splits,
-            rows * columns,
-            coefficient,
-            STORE=keep,
-            BLOCK=FOLD_BLOCK,
-        )
+        product, partials = _deep_product(a, b, coefficient, keep=keep, symmetric=symmetric)
         self.partials.append(partials)
         return product
 
@@ -245,6 +219,41 @@ def _tile(dtype: torch.dtype, rows: int, columns: int, precision: str) -> tuple[
         return max(16, min(block, triton.next_power_of_2(size)))
 
     return fit(block_rows, rows), fit(block_columns, columns), block_depth
+
+
+def _deep_product(
+    a: Tensor, b: Tensor, coefficient: float = 1.0, *, keep: bool = True, symmetric: bool = False
+) -> tuple[Tensor | None, Tensor]:
+    """A B of batches of matrices, None unless it is to be kept, and ``coefficient · ‖A B‖²`` in parts.
+
+    The depth is cut into parts where there are few tiles. Of a product known to be symmetric half serves the norm.
+    """
+    precision = _precision(a, feature=True)
+    batch, rows, depth = a.shape
+    columns = b.shape[2]
+    block_rows, block_columns, _ = _tile(a.dtype, rows, columns, precision)
+    tiles = batch * triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns)
+    splits = max(1, min(triton.cdiv(depth, SPLIT_DEPTH), PROGRAMS // tiles))
+    product = a.new_empty(batch, rows, columns) if keep else None
+    if splits == 1:
+        weights = (coefficient, 0.0, 0.0, 0.0)
+        symmetric = symmetric and not keep
+        return product, _product(a, b, out=product, weights=weights, symmetric=symmetric, precision=precision)
+    parts = a.new_empty(batch * splits, rows, columns)
+    _product(a, b, out=parts, splits=splits, precision=precision)
+    blocks = triton.cdiv(rows * columns, FOLD_BLOCK)
+    partials = a.new_empty(batch * blocks, dtype=torch.float64)
+    _fold_kernel[(batch * blocks,)](
+        parts,
+        parts if product is None else product,
+        partials,
+        splits,
+        rows * columns,
+        coefficient,
+        STORE=keep,
+        BLOCK=FOLD_BLOCK,
+    )
+    return product, partials
 
 
 def _product(

@@ -40,7 +40,7 @@ def _reference(features: list[Tensor]) -> Tensor:
 
 
 def _native(features: list[Tensor]) -> Tensor:
-    layers = [_in_memory_order(layer) for layer in features]
+    layers = [in_memory_order(layer) for layer in features]
     if torch.is_grad_enabled() and any(layer.requires_grad for layer in layers):
         return Gram.apply(native.ops, *layers)
     return native.ops.gram(layers)
@@ -49,10 +49,10 @@ def _native(features: list[Tensor]) -> Tensor:
 def _triton(features: list[Tensor]) -> Tensor:
     from .triton import gram as run
 
-    return run([_in_memory_order(layer) for layer in features])
+    return run([in_memory_order(layer) for layer in features])
 
 
-def _in_memory_order(layer: Tensor) -> Tensor:
+def in_memory_order(layer: Tensor) -> Tensor:
     """A view whose dimensions after the first are those of the layer from the slowest to the fastest in memory.
 
     A dot product does not depend on the order of its terms, and memory is read fastest as it lies.

@@ -23,7 +23,7 @@ TILES = {
     torch.bfloat16: (64, 32, 8),
     torch.float16: (64, 32, 8),
 }
-PARTS = 512  # about how many parts all layers are cut into
+PROGRAMS = 512  # about how many tiles of parts there are, unless the tiles of whole layers are more
 FOLD = 1024
 
 
@@ -115,15 +115,21 @@ def _precision(dtype: torch.dtype) -> str:
 
 @torch.library.impl("kdkernels_triton::gram", ("CPU", "CUDA"))
 def _launch(features):
+    return multiply(features)
+
+
+def multiply(features: Sequence[Tensor]) -> Tensor:
+    """F Fᵀ of every layer F."""
     batch, dtype = features[0].shape[0], accumulation_dtype(*features)
     result = features[0].new_empty((len(features), batch, batch), dtype=dtype)
     total = sum(layer.shape[1:].numel() for layer in features)
-    length = triton.cdiv(triton.cdiv(total, PARTS), 32) * 32
     for layers in _by_dtype(features):
         block, depth, warps = TILES[dtype if dtype == torch.float64 else layers[0].features.dtype]
         tiles = triton.cdiv(batch, block)
+        length = triton.cdiv(triton.cdiv(total, max(1, PROGRAMS // tiles**2)), 32) * 32
         starts = _starts(layers, length)
-        parts = result.new_empty((starts[-1], batch, batch))
+        whole = starts[-1] == len(layers) == len(features)  # each layer is one part
+        parts = result if whole else result.new_empty((starts[-1], batch, batch))
         with torch.cuda.device_of(result):
             _gram_kernel[(starts[-1], tiles, tiles)](
                 **_columns(layers),
@@ -137,6 +143,8 @@ def _launch(features):
                 DEPTH=depth,
                 num_warps=warps,
             )
+            if whole:
+                continue
             _fold_parts_kernel[(len(layers), triton.cdiv(batch * batch, FOLD))](
                 parts,
                 result,
@@ -151,11 +159,17 @@ def _launch(features):
 
 @torch.library.impl("kdkernels_triton::gram_backward", ("CPU", "CUDA"))
 def _launch_backward(grad_matrices, features):
-    batch = features[0].shape[0]
     slopes = (grad_matrices + grad_matrices.mT).contiguous()
     # The interpreter truncates to bfloat16 where a GPU rounds.
     held = {layer.dtype: slopes.dtype if triton.knobs.runtime.interpret else layer.dtype for layer in features}
-    grads = [layer.new_empty((batch, layer.shape[1:].numel()), dtype=held[layer.dtype]) for layer in features]
+    grads = [layer.new_empty((layer.shape[0], layer.shape[1:].numel()), dtype=held[layer.dtype]) for layer in features]
+    apply(slopes, features, grads)
+    return [grad.to(layer.dtype) for grad, layer in zip(grads, features, strict=True)]
+
+
+def apply(slopes: Tensor, features: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Write S F of every layer to ``grads``: b x b slopes of its matrix, symmetric, times its features."""
+    batch = slopes.shape[1]
     block, depth, warps = TILES[slopes.dtype]
     for layers in _by_dtype(features):
         starts = _starts(layers, block)
@@ -172,7 +186,6 @@ def _launch_backward(grad_matrices, features):
                 DEPTH=depth,
                 num_warps=warps,
             )
-    return [grad.to(layer.dtype) for grad, layer in zip(grads, features, strict=True)]
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from torch import Tensor
 from ... import backends, checks, native
 from ..autograd import scaled
 from ..congruence.plan import FEATURE, FORMS, GRAM, Form, similarity_costs
+from ..gram import in_memory_order
 from . import reference
 
 REDUCTIONS = ("mean", "sum")
@@ -19,16 +20,12 @@ def similarity_preserving(
     """The difference of two networks' similarities; see ``kdkernels.similarity_preserving_loss``."""
     check(student, teacher, reduction, form)
     scale = 1.0 / student.shape[0] ** 2 if reduction == "mean" else 1.0
-    run = {"reference": _reference, "native": _native}[choose_backend(backend, student)]
+    run = {"reference": _reference, "native": _native, "triton": _triton}[choose_backend(backend, student)]
     return run(student, teacher, scale, choose_form(student, teacher, form))
 
 
 def choose_backend(backend: str, student: Tensor) -> str:
-    """As for every operator, but that there are no Triton kernels."""
-    if backend == "triton":
-        raise RuntimeError("backend='triton' cannot run here: similarity_preserving_loss has no Triton kernels yet")
-    chosen = backends.choose(backend, student, native_on=("cpu",))
-    return "reference" if chosen == "triton" else chosen
+    return backends.choose(backend, student, native_on=("cpu",))
 
 
 def choose_form(student: Tensor, teacher: Tensor, form: str) -> Form:
@@ -66,18 +63,31 @@ def _reference(student: Tensor, teacher: Tensor, scale: float, form: Form) -> Te
 
 
 def _native(student: Tensor, teacher: Tensor, scale: float, form: Form) -> Tensor:
+    return _run(native.ops, student, teacher, scale, form)
+
+
+def _triton(student: Tensor, teacher: Tensor, scale: float, form: Form) -> Tensor:
+    from . import triton  # noqa: F401  # defines the operator
+
+    return _run(torch.ops.kdkernels_triton, in_memory_order(student), in_memory_order(teacher), scale, form)
+
+
+def _run(ops, student: Tensor, teacher: Tensor, scale: float, form: Form) -> Tensor:
     if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-        return _Native.apply(student, teacher, scale, form == FEATURE)
-    return native.ops.similarity_preserving(student, teacher, scale, form == FEATURE, False, False)[0]
+        return _SimilarityPreserving.apply(ops, student, teacher, scale, form == FEATURE)
+    return ops.similarity_preserving(student, teacher, scale, form == FEATURE, False, False)[0]
 
 
-class _Native(torch.autograd.Function):
-    """The forward pass computes the gradients as well: the loss is a scalar, so backward only scales them."""
+class _SimilarityPreserving(torch.autograd.Function):
+    """The loss by the operator of ``ops``, the native one or Triton's.
+
+    The forward pass computes the gradients as well: the loss is a scalar, so backward only scales them.
+    """
 
     @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, scale: float, feature: bool) -> Tensor:
-        needed = ctx.needs_input_grad[:2]
-        loss, *gradients = native.ops.similarity_preserving(student, teacher, scale, feature, *needed)
+    def forward(ctx, ops, student: Tensor, teacher: Tensor, scale: float, feature: bool) -> Tensor:
+        needed = ctx.needs_input_grad[1:3]
+        loss, *gradients = ops.similarity_preserving(student, teacher, scale, feature, *needed)
         ctx.save_for_backward(*gradients)
         # Not saved: only their place in the graph is asked for, so they may be overwritten.
         ctx.inputs = student, teacher
@@ -87,6 +97,6 @@ class _Native(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [
             scaled(grad_loss, gradient, x.dtype, *ctx.inputs) if wanted else None
-            for gradient, x, wanted in zip(ctx.saved_tensors, ctx.inputs, ctx.needs_input_grad, strict=False)
+            for gradient, x, wanted in zip(ctx.saved_tensors, ctx.inputs, ctx.needs_input_grad[1:3], strict=True)
         ]
-        return *gradients, None, None
+        return None, *gradients, None, None

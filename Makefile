@@ -20,7 +20,7 @@ test: setup
 
 # Thousands of hostile inputs for every operator.
 fuzz: setup
-	FUZZ_EXAMPLES=2000 $(PYTHON) -m pytest tests/test_hostile.py
+	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-2000} $(PYTHON) -m pytest tests/test_hostile.py
 
 # The CPU kernels compiled with AddressSanitizer and UndefinedBehaviorSanitizer, under a sample of the tests.
 sanitize: setup

@@ -17,6 +17,6 @@ export CXXFLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize=vptr -fno-sa
 export LDFLAGS="-fsanitize=address,undefined"
 PATH="$(dirname "$python"):$PATH" KDKERNELS_BUILD=1 KDKERNELS_CPU_ISAS=avx2 "$python" setup.py --quiet build_ext --inplace
 runtimes=$(for name in asan ubsan stdc++; do "${CXX:-g++}" -print-file-name=lib$name.so; done)
-export PYTHONPATH=$copy ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=2 FUZZ_EXAMPLES=${FUZZ_EXAMPLES:-60}
+export PYTHONPATH=$copy ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=2 FUZZ_EXAMPLES=${FUZZ_EXAMPLES:-200}
 # Not captured by pytest: what a sanitizer says as it ends the process.
 LD_PRELOAD=$(tr '\n' ' ' <<<"$runtimes") "$python" -m pytest -q -s -p no:cacheprovider tests/test_hostile.py

@@ -226,6 +226,16 @@ def cross_layer(draw) -> Problem:
     return Problem(loss, [(n, *layers), *maps], 1.0)
 
 
+@st.composite
+def relations(draw) -> Problem:
+    n, weight = draw(sizes(7)), st.sampled_from((0.0, 1.0, 25.0))
+    given = {"distance_weight": draw(weight), "angle_weight": draw(weight)}
+    shapes = [(n, draw(sizes(9))) for _ in range(2)]
+    return Problem(
+        lambda s, t, backend: kdkernels.relational_kd_loss(s, t, backend=backend, **given), shapes, 25.0, True
+    )
+
+
 OPERATORS = {
     "kd": kd(),
     "local_correlation": local_correlation(),
@@ -236,6 +246,7 @@ OPERATORS = {
     "icc": inter_class(),
     "gram": similarities(),
     "feature_mse": cross_layer(),
+    "rkd": relations(),
 }
 
 

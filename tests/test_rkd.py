@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 
 import pytest
@@ -135,9 +136,9 @@ def test_close_rows(backend):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_nan_and_inf_give_nan(backend, value):
-    for where in range(2):
-        rows = [draw(6, 5).detach() for _ in range(2)]
-        rows[where][2, 3] = value
+    for where, batch in itertools.product(range(2), (1, 6)):
+        rows = [draw(batch, 5).detach() for _ in range(2)]
+        rows[where][batch // 2, 3] = value
         assert kdkernels.relational_kd_loss(*rows, backend=backend).isnan()
 
 

@@ -90,9 +90,9 @@ class Network {
 
  private:
   // Distances by their definition: equal samples are at 0, and close ones as far apart as they are.
-  // Sample i's to half of the others, those that follow it around.
+  // Sample i's to itself, which is NaN unless it is finite, and to half of the others, those that follow it around.
   void measure(int64_t i) {
-    for (int64_t after = 1; after <= batch / 2; ++after) {
+    for (int64_t after = 0; after <= batch / 2; ++after) {
       const int64_t j = (i + after) % batch;
       if (2 * after == batch && j < i) break;  // it is j's to measure
       const double *a = rows.data() + i * width, *b = rows.data() + j * width;

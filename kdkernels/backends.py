@@ -54,10 +54,17 @@ def why_not(backend: str, *tensors: torch.Tensor, native_on: tuple[str, ...] = (
     """Why ``backend`` cannot run on ``tensors``, in one sentence; None when it can."""
     if backend == "reference":
         return None
+    if transformed():
+        return "the transforms of torch.func (grad, vmap, jvp and others) see through operations of PyTorch alone"
     device = tensors[0].device
     if backend == "native" and device.type == "cuda" and "cuda" not in native_on:
         return "this operator has no native kernels for cuda tensors yet"
     return native.why_not(device) if backend == "native" else _why_not_triton(device)
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func is at work. PyTorch has no public way to ask."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _why_not_triton(device: torch.device) -> str | None:

@@ -8,6 +8,7 @@ collectives that DistributedDataParallel starts during backward.
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import backends
 from .ops.autograd import once, scaled
 
 # What a function gives that computes a loss over all ranks: its value, and this rank's gradients where they are wanted.
@@ -48,6 +50,7 @@ def meet(group: object, samples: int, device: torch.device, **terms: object) -> 
 
     Raises:
         TypeError, ValueError: if it is no such group, or a term differs: on every rank, naming term, ranks and values.
+        RuntimeError: under a transform of torch.func.
     """
     if not isinstance(group, dist.ProcessGroup):
         if group is dist.GroupMember.NON_GROUP_MEMBER:
@@ -55,19 +58,30 @@ def meet(group: object, samples: int, device: torch.device, **terms: object) -> 
         raise TypeError(f"group must be a torch.distributed process group, got {type(group).__name__}")
     if not dist.is_initialized():
         raise ValueError("group must be an initialised process group: call torch.distributed.init_process_group first")
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    if backends.transformed():
+        raise RuntimeError("group must be None under the transforms of torch.func, which cannot see through messages")
+    rank = dist.get_rank(group)
     own = torch.tensor([samples, zlib.crc32(repr(terms).encode())], device=device)
-    everyone = [torch.empty_like(own) for _ in range(world)]
-    dist.all_gather(everyone, own, group=group)
-    sizes, checksums = torch.stack(everyone, 1).tolist()
+    sizes, checksums = torch.stack(_gather(group, own), 1).tolist()
     if len(set(checksums)) > 1:
-        _explain_difference(group, terms)
+        _explain_difference(group, terms, device)
     return Ranks(group, rank, tuple(sizes))
 
 
-def _explain_difference(group: dist.ProcessGroup, terms: dict[str, object]) -> None:
-    everyone: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, {name: repr(value) for name, value in terms.items()}, group=group)
+def _gather(group: dist.ProcessGroup, own: Tensor) -> list[Tensor]:
+    """Every rank's tensor of one shape, in the order of the ranks."""
+    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, own, group=group)
+    return everyone
+
+
+def _explain_difference(group: dist.ProcessGroup, terms: dict[str, object], device: torch.device) -> None:
+    # As JSON, filled up with blanks: torch.distributed would send objects as pickles, which can run code.
+    text = json.dumps({name: repr(value) for name, value in terms.items()}).encode()
+    length = torch.tensor(len(text), device=device)
+    dist.all_reduce(length, dist.ReduceOp.MAX, group=group)
+    own = torch.tensor(list(text.ljust(length.item())), dtype=torch.uint8, device=device)
+    everyone = [json.loads(bytes(message.tolist())) for message in _gather(group, own)]
     for rank, others in enumerate(everyone):
         for name in everyone[0]:
             if others.get(name) != everyone[0][name]:

@@ -1,15 +1,22 @@
-"""Every loss under torch.compile with changing sizes, torch.export, autocast with a GradScaler; second derivatives."""
+"""Every loss under torch.compile with changing sizes, torch.export, torch.func, autocast with a GradScaler; second
+derivatives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 from helpers import assert_close
 from torch import Tensor, nn
 
+import kdkernels
+from kdkernels import native
 from kdkernels import nn as losses
+
+needs_native = pytest.mark.skipif(
+    native.why_not(torch.device("cpu")) is not None, reason=str(native.why_not(torch.device("cpu")))
+)
 
 
 class Step(nn.Module):
@@ -28,26 +35,60 @@ class Step(nn.Module):
         return self.loss(student, teacher)
 
 
+class Calibrated(nn.Module):
+    """SemCKD with its attention and projections, for one layer of each network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calibration, self.loss = losses.SemanticCalibration([4], [6], batch_size=12), losses.SemCKDLoss()
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return self.loss(*self.calibration([student], [teacher]))
+
+
+class TeacherFree(losses.TeacherFreeKDLoss):
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return super().forward(student, teacher, torch.arange(len(student)) % 4)
+
+
 LOSSES: dict[str, Callable[[], Step]] = {
     "kd": lambda: Step(losses.KDLoss(), False),
     "local_correlation": lambda: Step(losses.LocalCorrelationLoss(2), True),
     "correlation_congruence": lambda: Step(losses.CorrelationCongruenceLoss(), False),
+    "correlation_congruence rbf": lambda: Step(losses.CorrelationCongruenceLoss(kernel="rbf"), False),
     "correlation_congruence bilinear": lambda: Step(losses.CorrelationCongruenceLoss(kernel="bilinear"), False),
     "icc": lambda: Step(losses.InterClassCorrelationLoss(), False),
+    "icc per sample": lambda: Step(losses.InterClassCorrelationLoss(per_sample=True), False),
     "similarity_preserving": lambda: Step(losses.SimilarityPreservingLoss(), True),
+    "semckd": lambda: Step(Calibrated(), True),
+    "hint": lambda: Step(losses.HintLoss(4, 6), True),
+    "rkd": lambda: Step(losses.RelationalKDLoss(), False),
+    "attention_transfer": lambda: Step(losses.AttentionTransferLoss(), True),
+    "probabilistic_transfer": lambda: Step(losses.ProbabilisticTransferLoss(), False),
+    "logit_mse": lambda: Step(losses.LogitMSELoss(), False),
+    "teacher_free_kd": lambda: Step(TeacherFree(), False),
 }
+OF_PYTORCH_ALONE = ("attention_transfer", "probabilistic_transfer", "logit_mse")
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
-def run(module: Callable[[Tensor], Tensor], parameters: list[Tensor], images: Tensor) -> list[Tensor]:
+def run(module: Callable[[Tensor], Tensor], parameters: list[Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient, of all parameters in one: that of a bias alone may be zero."""
     loss = module(images)
-    return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+    return loss.detach(), together(torch.autograd.grad(loss, parameters))
 
 
-@pytest.mark.parametrize("name", ["local_correlation", "correlation_congruence", "icc"])
+def together(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+@every_loss
 def test_compiled_for_changing_sizes(name):
+    torch.compiler.reset()  # every step is compiled from the same function, and PyTorch limits how often
     step = LOSSES[name]().double()
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    # What Inductor makes of a graph is the same for all: a call of the operator.
+    backend = "inductor" if name in ("local_correlation", "correlation_congruence", "icc") else "aot_eager"
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
     parameters = list(step.student.parameters())
     for batch in (5, 3, 9):
         images = torch.randn(batch, 3, 4, 4, dtype=torch.float64)
@@ -89,8 +130,47 @@ def test_mixed_precision_with_a_scaler(name):
             assert difference <= 4 * torch.finfo(dtype).eps * expected.norm() + 1e-5  # half precision is spaced by 6e-8
 
 
+def functional(step: Step) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
+    """The loss as a function of the student's parameters and the images."""
+    given = dict(step.named_parameters()) | dict(step.named_buffers())
+    learned = {name: value.detach() for name, value in given.items() if name.startswith("student.")}
+    return lambda learned, images: torch.func.functional_call(step, given | learned, (images,)), learned
+
+
 @every_loss
-def test_a_second_derivative_raises_or_is_right(name):
+def test_torch_func(name):
+    """The gradient of torch.func, over several batches at once as well, is that of autograd."""
+    step = LOSSES[name]().double().eval()  # batch statistics cannot be updated within vmap
+    images = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64)
+    loss, learned = functional(step)
+    gradients, values = torch.vmap(torch.func.grad_and_value(loss), (None, 0))(learned, images)
+    for batch, value, *gradient in zip(images, values, *gradients.values(), strict=True):
+        expected, correct = run(step, list(step.student.parameters()), batch)
+        assert_close(value, expected, name)
+        assert_close(together(gradient), correct, name)
+
+
+@needs_native
+def test_torch_func_says_what_it_cannot_do():
+    student, teacher = torch.randn(2, 5, 4)
+    with pytest.raises(RuntimeError, match=r"native' cannot run here: the transforms of torch\.func"):
+        torch.func.grad(lambda s: kdkernels.kd_loss(s, teacher, backend="native"))(student)
+
+
+@every_loss
+def test_a_second_derivative_of_the_reference_is_right(name):
+    step = LOSSES[name]().double().eval()
+    loss, learned = functional(step)
+    images = torch.randn(4, 3, 4, 4, dtype=torch.float64)
+    weight = learned.pop("student.weight").requires_grad_()
+    with kdkernels.use_backend("reference"):
+        assert torch.autograd.gradgradcheck(
+            lambda weight: loss(learned | {"student.weight": weight}, images), weight, fast_mode=True
+        )
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in OF_PYTORCH_ALONE])
+def test_a_second_derivative_raises(name):
     step = LOSSES[name]()
     parameters = list(step.student.parameters())
     grads = torch.autograd.grad(step(torch.randn(4, 3, 4, 4)), parameters, create_graph=True)

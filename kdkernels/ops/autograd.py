@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .. import backends
 
 
 class FirstDerivative(torch.autograd.Function):
@@ -35,3 +40,13 @@ def scaled(grad_loss: Tensor, gradient: Tensor, dtype: torch.dtype, *anchors: Te
     with torch.no_grad():
         result = (grad_loss * gradient).to(dtype)
     return once(result, *(anchors or (gradient,)))
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
+    """``function``, whose intermediate results are computed again for the gradient instead of kept.
+
+    The transforms of torch.func cannot do so: under them they are kept.
+    """
+    if backends.transformed():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False)

@@ -77,6 +77,8 @@ def test_a_group_of_an_earlier_life():
     group = dist.group.WORLD
     alone = kdkernels.correlation_congruence_loss(rows, rows.flip(0), group=group)
     torch.testing.assert_close(alone, kdkernels.correlation_congruence_loss(rows, rows.flip(0)))
+    with pytest.raises(RuntimeError, match=r"group must be None under the transforms of torch\.func"):
+        torch.func.grad(lambda x: kdkernels.correlation_congruence_loss(x, rows, group=group))(rows)
     dist.destroy_process_group()
     with pytest.raises(ValueError, match="group must be an initialised process group"):
         kdkernels.correlation_congruence_loss(rows, rows, group=group)

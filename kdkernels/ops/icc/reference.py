@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+
+from ..autograd import recomputed
 
 CHUNK = 2**24  # elements of the b x rows x K matrices that are held at once
 
@@ -16,7 +17,7 @@ CHUNK = 2**24  # elements of the b x rows x K matrices that are held at once
 def icc_map(logits: Tensor) -> Tensor:
     """M = (1/b) Σ_s P_s (ICCT Eqs. 5-6), K x K."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.cat([_checkpointed(_log_map, rows, z).exp() for rows in _row_chunks(z)])
+    return torch.cat([_in_part(_log_map, rows, z).exp() for rows in _row_chunks(z)])
 
 
 def icc_loss(student: Tensor, teacher: Tensor, per_sample: bool, scale: float = 1.0) -> Tensor:
@@ -24,7 +25,7 @@ def icc_loss(student: Tensor, teacher: Tensor, per_sample: bool, scale: float = 
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     z_s, z_t = student.to(dtype), teacher.to(dtype)
     divergence = _divergence_of_samples if per_sample else _divergence_of_maps
-    return scale * sum(_checkpointed(divergence, rows, z_s, z_t) for rows in _row_chunks(z_s))
+    return scale * sum(_in_part(divergence, rows, z_s, z_t) for rows in _row_chunks(z_s))
 
 
 def _divergence_of_maps(rows: slice, z_s: Tensor, z_t: Tensor) -> Tensor:
@@ -56,8 +57,8 @@ def _row_chunks(z: Tensor) -> Iterator[slice]:
     return (slice(begin, begin + step) for begin in range(0, classes, step))
 
 
-def _checkpointed(function: Callable[..., Tensor], rows: slice, *logits: Tensor) -> Tensor:
-    """``function``; for one chunk of many, its intermediate results are computed again for the gradient."""
+def _in_part(function: Callable[..., Tensor], rows: slice, *logits: Tensor) -> Tensor:
+    """``function`` of all rows, or of one chunk of many: then its intermediate results are not kept."""
     if rows.stop >= logits[0].shape[1] and rows.start == 0:
         return function(rows, *logits)
-    return checkpoint(function, rows, *logits, use_reentrant=False)
+    return recomputed(function, rows, *logits)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ...native import accumulation_dtype
+from ..autograd import recomputed
 
 CHUNK = 2**22  # elements of the anchors x b x d differences and anchors x b x b angles that are held at once
 
@@ -19,8 +19,7 @@ def rkd(student: Tensor, teacher: Tensor, distance_weight: float, angle_weight: 
     squares_s, squares_t = (_squared_distances(rows.double()) for rows in (student, teacher))
     loss = distance_weight * F.smooth_l1_loss(_relative_distances(squares_s), _relative_distances(squares_t))
     angles = [
-        checkpoint(_angle_difference, anchors, squares_s, squares_t, use_reentrant=False)
-        for anchors in _chunks(len(student), len(student))
+        recomputed(_angle_difference, anchors, squares_s, squares_t) for anchors in _chunks(len(student), len(student))
     ]
     return (loss + angle_weight * sum(angles) / len(student) ** 3).to(accumulation_dtype(student, teacher))
 
@@ -31,7 +30,7 @@ def _squared_distances(rows: Tensor) -> Tensor:
     def from_anchors(anchors: slice) -> Tensor:
         return (rows[anchors, None] - rows).square().sum(2)
 
-    return torch.cat([checkpoint(from_anchors, a, use_reentrant=False) for a in _chunks(*rows.shape)])
+    return torch.cat([recomputed(from_anchors, a) for a in _chunks(*rows.shape)])
 
 
 def _relative_distances(squares: Tensor) -> Tensor:

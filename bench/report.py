@@ -39,8 +39,8 @@ def section(file: Path) -> str:
     """Table and provenance of one file of results."""
     measured = json.loads(file.read_text())
     cases = [result for result in measured["results"] if result.get("headline", True)]
-    quantities = {key for case in cases for key in case}
-    lines = [row(header) for header in heading(cases)] + [row(cells(case, quantities)) for case in cases]
+    header, rows = (error_table if "errors" in cases[0] else time_table)(cases)
+    lines = map(row, [header, ["---", *["---:"] * (len(header) - 1)], *rows])
     origin = (
         f"{measured['processor']}, PyTorch {measured['PyTorch']}, {measured['date'][:10]}, "
         f"commit {measured['commit']}; `bench/results/{file.name}`."
@@ -48,11 +48,24 @@ def section(file: Path) -> str:
     return "\n".join(["", *lines, "", origin, ""])
 
 
-def heading(cases: list[Result]) -> list[list[str]]:
+def error_table(cases: list[Result]) -> tuple[list[str], list[list[str]]]:
+    """What bench/precision.py measures: errors of loss and gradient by kind of input."""
+    kinds = list(cases[0]["errors"])
+    rows = [
+        [case["case"], *(f"{case['errors'][kind][what]:.0e}" for kind in kinds for what in ("loss", "gradient"))]
+        for case in cases
+    ]
+    rounding = [f"{max(case['errors'][kind]['rounded'] for case in cases):.0e}" for kind in kinds]
+    rows.append(["the exact gradient, rounded", *(cell for value in rounding for cell in ("", value))])
+    return ["", *(f"{kind}: {what}" for kind in kinds for what in ("loss", "gradient"))], rows
+
+
+def time_table(cases: list[Result]) -> tuple[list[str], list[list[str]]]:
+    quantities = {key for case in cases for key in case}
     columns = ["forward + backward", "fused", "best eager", "best compiled", "ratio to the best"]
     columns += ["peak extra memory, fused / eager"] * any("peak extra bytes" in case for case in cases)
     columns += ["of the machine's limit"] * any("share of the limit" in case for case in cases)
-    return [columns, ["---", *["---:"] * (len(columns) - 1)]]
+    return columns, [cells(case, quantities) for case in cases]
 
 
 def cells(case: Result, measured: set[str]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, loss_and_gradients
 from torch import Tensor, nn
 
 import kdkernels
@@ -128,6 +128,25 @@ def test_mixed_precision_with_a_scaler(name):
             assert parameter.grad.isfinite().all()
             difference = (parameter.grad - expected).norm()
             assert difference <= 4 * torch.finfo(dtype).eps * expected.norm() + 1e-5  # half precision is spaced by 6e-8
+
+
+@needs_native
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in (*OF_PYTORCH_ALONE, "semckd", "hint")])
+def test_no_product_is_less_than_float32_whatever_pytorch_may_do(name):
+    step, before = LOSSES[name](), torch.get_float32_matmul_precision()
+    student, teacher = torch.randn(64, 4, 4, 4, requires_grad=True), torch.randn(64, 6 if step.of_maps else 4, 4, 4)
+    if not step.of_maps:
+        student, teacher = (maps.detach().flatten(1).requires_grad_() for maps in (student, teacher))
+    results = []
+    try:
+        for precision in ("highest", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            results.append(loss_and_gradients(step.loss, student, teacher))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    (loss, (gradient, _)), (again, (same, _)) = results
+    assert torch.equal(loss, again)
+    assert torch.equal(gradient, same)
 
 
 def functional(step: Step) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:

@@ -1,6 +1,6 @@
 """Errors of every loss and of its gradient against float64, with inputs of each dtype: ``python bench/precision.py``.
 
-``--json bench/results/precision-cpu-DATE.json`` keeps them, and ``bench/report.py`` makes the table of docs/precision.md.
+``--json bench/results/precision-cpu-DATE.json`` keeps them; ``bench/report.py`` writes them into docs/precision.md.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ A variant is a loss as a function of the inputs of a case; the first of a dictio
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import functools
 import multiprocessing
@@ -134,6 +135,7 @@ def peak_extra_memory(loss: Loss, inputs: Callable[..., tuple], *case: object) -
 def _measure_memory(sender: Connection, loss: Loss, inputs: Callable[..., tuple], case: tuple) -> None:
     tensors = inputs(*case)
     step(lambda x: x.sum(), torch.ones(1, requires_grad=True))  # what the first backward pass of a process loads
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again without being counted
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = _status("VmRSS")
     step(loss, *tensors)

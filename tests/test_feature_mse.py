@@ -184,12 +184,17 @@ def test_maps_larger_than_a_block(backend):
         check(backend, draw(2, [(64, 64)], [(17, 64, 64)], torch.bfloat16, change))
 
 
-def test_one_target_for_every_student_layer(backend):
+@pytest.mark.parametrize("students", [(8, 4, 2), (2, 9, 4, 4), (7, 5, 1)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_one_target_for_every_student_layer(backend, students, channels_last):
     """The same tensors again and again, as in SemCKD; one that requires grad collects the gradients of all pairs."""
-    teachers = [torch.randn(3, c, h, h, requires_grad=True) for c, h in ((4, 8), (6, 4))]
-    problem = draw(3, [(8, 8), (4, 4), (2, 2)], [(4, 8, 8), (6, 4, 4)])
-    fused = kdkernels.cross_layer_mse(problem.projected, [teachers] * 3, problem.weights, backend=backend)
-    exact = definition(problem.projected, [teachers] * 3, problem.weights, "mean")
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    teachers = [torch.randn(3, c, h, h).to(memory_format=order).requires_grad_() for c, h in ((4, 8), (6, 7))]
+    sizes = [(4, 8, 8), (6, 7, 7)]
+    problem = draw(3, [(h, h) for h in students], sizes, change=lambda x: x.to(memory_format=order))
+    targets = [teachers] * len(students)
+    fused = kdkernels.cross_layer_mse(problem.projected, targets, problem.weights, backend=backend)
+    exact = definition(problem.projected, targets, problem.weights, "mean")
     assert_close(fused, exact)
     for grad, correct in zip(torch.autograd.grad(fused, teachers), torch.autograd.grad(exact, teachers), strict=True):
         assert_close(grad, correct)

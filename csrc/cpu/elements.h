@@ -1,6 +1,7 @@
 // Samples of any element type and strides, read as rows of numbers of one type.
 #pragma once
 
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -9,19 +10,21 @@
 
 namespace kdkernels {
 
-// The elements of each sample of a batch, in the order of the tensor's dimensions.
+// The elements of each sample of a batch, in the order of the tensor's dimensions or another.
 class Elements {
  public:
   int64_t samples, depth;
 
-  explicit Elements(const Tensor& tensor)
+  explicit Elements(const Tensor& tensor) : Elements(tensor, dimensions(tensor)) {}
+
+  Elements(const Tensor& tensor, const std::vector<int64_t>& order)
       : samples(tensor.size(0)),
         depth(tensor.numel() / tensor.size(0)),
         type_(tensor.scalar_type()),
         data_(static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()))),
         step_(tensor.stride(0)) {
     // Neighbouring dimensions that one stride serves become one.
-    for (int64_t d = 1; d < tensor.dim(); ++d) {
+    for (const int64_t d : order) {
       const Axis axis{tensor.size(d), tensor.stride(d)};
       if (axis.size == 1) continue;
       if (!axes_.empty() && axes_.back().stride == axis.size * axis.stride)
@@ -59,7 +62,10 @@ class Elements {
       using E = decltype(element);
       runs(sample, first, count, [&](int64_t done, int64_t length, int64_t place, int64_t stride) {
         E* out = reinterpret_cast<E*>(data_) + place;
-        for (int64_t k = 0; k < length; ++k) out[k * stride] = static_cast<E>(source[done + k]);
+        if (stride == 1)
+          for (int64_t k = 0; k < length; ++k) out[k] = static_cast<E>(source[done + k]);
+        else
+          for (int64_t k = 0; k < length; ++k) out[k * stride] = static_cast<E>(source[done + k]);
       });
     });
   }
@@ -68,6 +74,12 @@ class Elements {
   struct Axis {
     int64_t size, stride;
   };
+
+  static std::vector<int64_t> dimensions(const Tensor& tensor) {
+    std::vector<int64_t> order(tensor.dim() - 1);
+    std::iota(order.begin(), order.end(), 1);
+    return order;
+  }
 
   // Call f(done, length, place, stride) for evenly spaced runs of the elements [first, first + count) of a sample.
   template <typename F>

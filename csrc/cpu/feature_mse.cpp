@@ -1,6 +1,8 @@
 // Mean-square errors of many pairs of maps, sample by sample. The larger map of a pair is averaged down to the smaller as it is
-// read. A sample's pairs with one teacher layer follow each other, so that the teacher's maps are read from memory once.
+// read. A sample's pairs with one teacher layer follow each other: the teacher's map is read from memory once, and averaged
+// further for each next smaller size.
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "elements.h"
@@ -13,8 +15,8 @@
 namespace kdkernels {
 namespace {
 
-constexpr int64_t kBlock = 1 << 15;  // elements of a map that are converted or averaged at a time
-constexpr int64_t kGrain = 1 << 15;  // elements worth waking another thread for
+constexpr int64_t kBlock = 1 << 12;  // numbers of a map that are converted, averaged or subtracted at a time
+constexpr int64_t kGrain = 1 << 15;  // numbers worth waking another thread for
 
 struct Span {
   int64_t begin, end;
@@ -26,254 +28,247 @@ Span window(int64_t i, int64_t length, int64_t size) {
   return {i * length / size, ((i + 1) * length + size - 1) / size};
 }
 
-// Height and width in which a pair of maps is compared, and whether channels vary faster than positions in the rows of numbers
-// that are compared.
-struct Grid {
-  int64_t channels, height, width;
-  bool channels_last;
+// The positions among `size` into which it averages position i of `length`.
+Span windows_of(int64_t i, int64_t length, int64_t size) { return window(i, size, length); }
 
-  int64_t area() const { return height * width; }
-};
-
-// Sums of `factor` neighbours.
-template <int factor, typename T>
-void add_neighbours(const T* in, int64_t count, T scale, T* out) {
-  for (int64_t k = 0; k < count; ++k) {
-    T sum = in[factor * k];
-    for (int u = 1; u < factor; ++u) sum += in[factor * k + u];
-    out[k] = scale * sum;
+// The sums of every `count` neighbouring runs of numbers, one vector of them.
+template <typename T, int64_t count, int64_t run, int64_t... lane>
+typename Vec<T>::type sums_of_runs(const T* in, std::integer_sequence<int64_t, lane...> lanes) {
+  if constexpr (count == 1) {
+    return load<T>(in);
+  } else {
+    const auto a = sums_of_runs<T, count / 2, run>(in, lanes);
+    const auto b = sums_of_runs<T, count / 2, run>(in + count / 2 * Vec<T>::size, lanes);
+    return __builtin_shufflevector(a, b, (lane / run * 2 * run + lane % run)...) +
+           __builtin_shufflevector(a, b, (lane / run * 2 * run + run + lane % run)...);
   }
 }
 
-// One of a pair's two batches of maps, or its gradient, with numbers of type T or converted to them.
+// Store every run of a vector `count` times.
+template <typename T, int64_t count, int64_t run, int64_t... lane>
+void store_repeated(typename Vec<T>::type a, T* out, std::integer_sequence<int64_t, lane...> lanes) {
+  if constexpr (count == 1) {
+    store<T>(out, a);
+  } else {
+    constexpr int64_t half = Vec<T>::size / 2;
+    const auto first = __builtin_shufflevector(a, a, (lane / run / 2 * run + lane % run)...);
+    const auto second = __builtin_shufflevector(a, a, (half + lane / run / 2 * run + lane % run)...);
+    store_repeated<T, count / 2, run>(first, out, lanes);
+    store_repeated<T, count / 2, run>(second, out + count * half, lanes);
+  }
+}
+
+// Call f with the value as a constant if it is one of those given.
+template <int64_t... constant, typename F>
+bool with_one_of(int64_t value, const F& f) {
+  return ((value == constant && (f(std::integral_constant<int64_t, constant>()), true)) || ...);
+}
+
+// Call f with count and run as constants if they are common and a vector holds several runs.
+template <typename T, typename F>
+bool with_short_runs(int64_t count, int64_t run, const F& f) {
+  constexpr int64_t most = Vec<T>::size / 2;
+  return with_one_of<1, std::min<int64_t>(2, most), std::min<int64_t>(4, most), most>(
+      run, [&](auto run) { return with_one_of<2, 4, 8>(count, [&](auto count) { f(count, run); }); });
+}
+
+// out[g][r] = scale * the sum of in[g][k][r] over k < count; r < run. `out` may be `in`.
+template <typename T>
+void add_runs(const T* in, int64_t groups, int64_t count, int64_t run, T scale, T* out) {
+  constexpr int64_t lanes = Vec<T>::size;
+  int64_t done = 0;  // groups
+  if (run < lanes)
+    with_short_runs<T>(count, run, [&](auto count, auto run) {
+      for (; (done + lanes / run) <= groups; done += lanes / run)
+        store<T>(out + done * run, scale * sums_of_runs<T, count, run>(in + done * count * run,
+                                                                       std::make_integer_sequence<int64_t, lanes>()));
+    });
+  for (int64_t g = done; g < groups; ++g)
+    for_vectors<T>(0, run, [&](int64_t r, int64_t n) {
+      const T* first = in + g * count * run + r;
+      auto sum = load_first<T>(first, n, T(0));
+      for (int64_t k = 1; k < count; ++k) sum += load_first<T>(first + k * run, n, T(0));
+      store_first<T>(out + g * run + r, scale * sum, n);
+    });
+}
+
+// out[g][k][r] = in[g][r] for k < count; r < run.
+template <typename T>
+void repeat_runs(const T* in, int64_t groups, int64_t count, int64_t run, T* out) {
+  constexpr int64_t lanes = Vec<T>::size;
+  int64_t done = 0;  // groups
+  if (run < lanes)
+    with_short_runs<T>(count, run, [&](auto count, auto run) {
+      for (; (done + lanes / run) <= groups; done += lanes / run)
+        store_repeated<T, count, run>(load<T>(in + done * run), out + done * count * run,
+                                      std::make_integer_sequence<int64_t, lanes>());
+    });
+  for (int64_t g = done; g < groups; ++g)
+    for_vectors<T>(0, run, [&](int64_t r, int64_t n) {
+      const auto value = load_first<T>(in + g * run + r, n, T(0));
+      for (int64_t k = 0; k < count; ++k) store_first<T>(out + (g * count + k) * run + r, value, n);
+    });
+}
+
+// How the numbers of a sample follow each other: planes, of lines, of pixels, of `depth` numbers.
+struct Order {
+  int64_t planes, depth;
+
+  static Order of(const Tensor& maps) {
+    const int64_t channels = maps.size(1), pixels = maps.size(2) * maps.size(3);
+    const bool channels_last = maps.stride(1) == 1 && channels > 1 && pixels > 1;
+    return channels_last ? Order{1, channels} : Order{channels, 1};
+  }
+
+  bool channels_last() const { return depth > 1; }
+  bool operator==(const Order& other) const { return planes == other.planes && depth == other.depth; }
+};
+
+struct Size {
+  int64_t height, width;
+
+  int64_t area() const { return height * width; }
+  bool operator==(const Size& other) const { return height == other.height && width == other.width; }
+  bool divides(const Size& larger) const { return larger.height % height == 0 && larger.width % width == 0; }
+};
+
+// Averaging of maps down to a smaller size.
+template <typename T>
+class Pooling {
+ public:
+  Pooling(int64_t depth, Size from, Size to) : depth_(depth), from_(from), to_(to), even_(to.divides(from)) {}
+
+  bool needed() const { return !(from_ == to_); }
+  bool even() const { return even_; }
+
+  // Where in the larger map the first lines of the smaller end: any number of them, or of planes if windows overlap.
+  int64_t offset(int64_t lines) const { return lines * from_.height / to_.height * from_.width * depth_; }
+
+  // `out` may be `in` if windows do not overlap.
+  void average(const T* in, int64_t lines, T* out) const {
+    even_ ? average_evenly(in, lines, out) : average_planes(in, lines / to_.height, out);
+  }
+
+  // The gradient of the larger map from `share()` times that of the smaller.
+  void spread(const T* gradient, int64_t lines, T* out) const {
+    even_ ? spread_evenly(gradient, lines, out) : spread_planes(gradient, lines / to_.height, out);
+  }
+
+  T share() const { return even_ ? T(1) / T(down() * across()) : T(1); }
+
+ private:
+  // Pixels that make one, if windows do not overlap.
+  int64_t down() const { return from_.height / to_.height; }
+  int64_t across() const { return from_.width / to_.width; }
+
+  int64_t line() const { return to_.width * depth_; }
+  int64_t wide() const { return from_.width * depth_; }
+
+  void average_evenly(const T* in, int64_t lines, T* out) const {
+    T* sums = across() > 1 ? workspace<T, Scratch::row>(lines * wide()) : out;
+    add_runs(in, lines, down(), wide(), share(), sums);
+    if (across() > 1) add_runs(sums, lines * to_.width, across(), depth_, T(1), out);
+  }
+
+  void spread_evenly(const T* gradient, int64_t lines, T* out) const {
+    if (across() > 1) {
+      T* repeated = workspace<T, Scratch::row>(lines * wide());
+      repeat_runs(gradient, lines * to_.width, across(), depth_, repeated);
+      gradient = repeated;
+    }
+    repeat_runs(gradient, lines, down(), wide(), out);
+  }
+
+  void average_planes(const T* in, int64_t planes, T* out) const {
+    T* sums = workspace<T, Scratch::row>(wide());
+    for (int64_t p = 0; p < planes; ++p, in += from_.height * wide())
+      for (int64_t y = 0; y < to_.height; ++y, out += line()) {
+        const Span down = window(y, from_.height, to_.height);
+        add_runs(in + down.begin * wide(), 1, down.length(), wide(), T(1), sums);
+        for (int64_t x = 0; x < to_.width; ++x) {
+          const Span across = window(x, from_.width, to_.width);
+          const T share = T(1) / T(down.length() * across.length());
+          add_runs(sums + across.begin * depth_, 1, across.length(), depth_, share, out + x * depth_);
+        }
+      }
+  }
+
+  // Every line and every pixel sums the windows that it lies in.
+  void spread_planes(const T* gradient, int64_t planes, T* out) const {
+    T* shares = workspace<T, Scratch::strip>(line());
+    T* widened = workspace<T, Scratch::row>(to_.height * wide());
+    for (int64_t p = 0; p < planes; ++p) {
+      for (int64_t y = 0; y < to_.height; ++y, gradient += line()) {
+        const int64_t height = window(y, from_.height, to_.height).length();
+        for (int64_t x = 0; x < to_.width; ++x)
+          for (int64_t d = x * depth_; d < (x + 1) * depth_; ++d)
+            shares[d] = gradient[d] / T(height * window(x, from_.width, to_.width).length());
+        for (int64_t x = 0; x < from_.width; ++x) {
+          const Span holding = windows_of(x, from_.width, to_.width);
+          add_runs(shares + holding.begin * depth_, 1, holding.length(), depth_, T(1),
+                   widened + y * wide() + x * depth_);
+        }
+      }
+      for (int64_t y = 0; y < from_.height; ++y, out += wide()) {
+        const Span holding = windows_of(y, from_.height, to_.height);
+        add_runs(widened + holding.begin * wide(), 1, holding.length(), wide(), T(1), out);
+      }
+    }
+  }
+
+  int64_t depth_;
+  Size from_, to_;
+  bool even_;
+};
+
+// One of a pair's two batches of maps, or its gradient, with numbers of type T or converted to them. Lines are those of the size
+// in which the pair is compared.
 template <typename T>
 class Maps {
  public:
-  Maps(const Tensor& tensor, const Grid& grid)
-      : grid_(grid),
-        type_(tensor.scalar_type()),
-        data_(static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()))),
-        height_(tensor.size(2)),
-        width_(tensor.size(3)),
-        sample_(tensor.stride(0)),
-        channel_(tensor.stride(1)),
-        line_(tensor.stride(2)),
-        pixel_(tensor.stride(3)) {
-    const auto lies = [](int64_t size, int64_t stride, int64_t expected) { return size == 1 || stride == expected; };
-    const int64_t channels = grid.channels;
-    const bool dense =
-        grid.channels_last
-            ? lies(channels, channel_, 1) && lies(width_, pixel_, channels) && lies(height_, line_, channels * width_)
-            : lies(width_, pixel_, 1) && lies(height_, line_, width_) && lies(channels, channel_, height_ * width_);
-    in_place_ = dense && type_ == kScalarType<T>;
+  Maps(const Tensor& maps, const Order& order, Size size)
+      : elements_(maps, order.channels_last() ? std::vector<int64_t>{2, 3, 1} : std::vector<int64_t>{1, 2, 3}),
+        pooling_(order.depth, {maps.size(2), maps.size(3)}, size) {
+    if (const auto rows = elements_.template evenly<T>(); rows && rows->col == 1) in_place_ = rows;
   }
 
-  bool pooled() const { return height_ != grid_.height || width_ != grid_.width; }
-  int64_t area() const { return height_ * width_; }
+  const Pooling<T>& pooling() const { return pooling_; }
 
-  // A sample's `channels` from `first` on, averaged down to the grid and in its order: where they lie, or in scratch.
-  const T* read(int64_t sample, int64_t first, int64_t channels, T* scratch) const {
-    if (T* values = lies_at(sample, first, channels); values && !pooled()) return values;
-    with_element_type(type_, [&](auto element) {
-      using E = decltype(element);
-      const E* source = reinterpret_cast<const E*>(data_) + sample * sample_ + first * channel_;
-      grid_.channels_last ? average_pixels(source, channels, scratch) : average_planes(source, channels, scratch);
-    });
+  // A sample's `lines` from `first` on: where they lie, or in scratch.
+  const T* read(int64_t sample, int64_t first, int64_t lines, T* scratch) const {
+    const int64_t begin = pooling_.offset(first), count = pooling_.offset(first + lines) - begin;
+    const T* source = place(sample, first);
+    if (!source) {
+      T* copy = pooling_.needed() ? workspace<T, Scratch::image>(count) : scratch;
+      elements_.template read<T>(sample, begin, count, copy);
+      source = copy;
+    }
+    if (!pooling_.needed()) return source;
+    pooling_.average(source, lines, scratch);
     return scratch;
   }
 
-  // Write the gradient of these maps, from that of what `read` gave.
-  void write(int64_t sample, int64_t first, int64_t channels, const T* gradient, T* scratch) const {
-    T* out = lies_at(sample, first, channels);
-    T* whole = out ? out : scratch;
-    if (pooled()) {
-      grid_.channels_last ? spread_pixels(gradient, channels, whole) : spread_planes(gradient, channels, whole);
+  // Write these maps' gradient from `pooling().share()` times that of what `read` gives.
+  void write(int64_t sample, int64_t first, int64_t lines, const T* gradient) const {
+    const int64_t begin = pooling_.offset(first), count = pooling_.offset(first + lines) - begin;
+    T* out = place(sample, first);
+    if (pooling_.needed()) {
+      T* whole = out ? out : workspace<T, Scratch::patches>(count);
+      pooling_.spread(gradient, lines, whole);
       gradient = whole;
     }
-    if (out) return;
-    with_element_type(type_, [&](auto element) {
-      using E = decltype(element);
-      E* place = reinterpret_cast<E*>(data_) + sample * sample_ + first * channel_;
-      const int64_t rows = grid_.channels_last ? area() : 1,
-                    length = grid_.channels_last ? channels : channels * area();
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t k = 0; k < length; ++k) place[r * grid_.channels + k] = static_cast<E>(gradient[r * length + k]);
-    });
+    if (!out) elements_.template write<T>(sample, begin, count, gradient);
   }
 
-  // Where these channels lie as one run of numbers in the grid's order, at the maps' own size; null if they do not.
-  T* lies_at(int64_t sample, int64_t first, int64_t channels) const {
-    if (!in_place_ || (grid_.channels_last && channels != grid_.channels)) return nullptr;
-    return reinterpret_cast<T*>(data_) + sample * sample_ + first * channel_;
+  // Where these lines begin if all numbers of a sample lie in a row; else null.
+  T* place(int64_t sample, int64_t first) const {
+    return in_place_ ? const_cast<T*>(in_place_->at(sample, pooling_.offset(first))) : nullptr;
   }
 
  private:
-  template <typename E>
-  void average_planes(const E* source, int64_t channels, T* out) const {
-    const int64_t height = grid_.height, width = grid_.width;
-    const bool even = width_ % width == 0 && height_ % height == 0;
-    T* lines = workspace<T, Scratch::row>(height * width_);
-    for (int64_t c = 0; c < channels; ++c, source += channel_, out += grid_.area()) {
-      for (int64_t y = 0; y < height; ++y) {
-        const auto [top, bottom] = window(y, height_, height);
-        T* line = lines + y * width_;
-        for (int64_t row = top; row < bottom; ++row) add_line(source + row * line_, line, row == top);
-      }
-      const T scale = even ? T(1) / T((height_ / height) * (width_ / width)) : T(0);
-      if (even && width_ == width)
-        add_neighbours<1>(lines, grid_.area(), scale, out);
-      else if (even && width_ == 2 * width)
-        add_neighbours<2>(lines, grid_.area(), scale, out);
-      else if (even && width_ == 4 * width)
-        add_neighbours<4>(lines, grid_.area(), scale, out);
-      else if (even && width_ == 8 * width)
-        add_neighbours<8>(lines, grid_.area(), scale, out);
-      else
-        average_lines(lines, out);
-    }
-  }
-
-  // Call f with the width, as a constant for those that are common.
-  template <typename F>
-  void with_width(const F& f) const {
-    switch (width_) {
-      case 4:
-        return f(std::integral_constant<int64_t, 4>());
-      case 8:
-        return f(std::integral_constant<int64_t, 8>());
-      case 16:
-        return f(std::integral_constant<int64_t, 16>());
-      case 32:
-        return f(std::integral_constant<int64_t, 32>());
-      default:
-        return f(width_);
-    }
-  }
-
-  template <typename E>
-  void add_line(const E* source, T* line, bool first) const {
-    if (pixel_ != 1) {
-      for (int64_t x = 0; x < width_; ++x) line[x] = (first ? T(0) : line[x]) + static_cast<T>(source[x * pixel_]);
-      return;
-    }
-    with_width([&](auto width) {
-      if (first)
-        for (int64_t x = 0; x < width; ++x) line[x] = static_cast<T>(source[x]);
-      else
-        for (int64_t x = 0; x < width; ++x) line[x] += static_cast<T>(source[x]);
-    });
-  }
-
-  void average_lines(const T* lines, T* out) const {
-    for (int64_t y = 0; y < grid_.height; ++y)
-      for (int64_t x = 0; x < grid_.width; ++x) {
-        const Span across = window(x, width_, grid_.width);
-        T sum = 0;
-        for (int64_t k = across.begin; k < across.end; ++k) sum += lines[y * width_ + k];
-        out[y * grid_.width + x] = sum / T(window(y, height_, grid_.height).length() * across.length());
-      }
-  }
-
-  template <typename E>
-  void average_pixels(const E* source, int64_t channels, T* out) const {
-    const auto add = [&](const E* pixel, T* sums, auto step, bool first) {
-      if (first)
-        for (int64_t c = 0; c < channels; ++c) sums[c] = static_cast<T>(pixel[c * step]);
-      else
-        for (int64_t c = 0; c < channels; ++c) sums[c] += static_cast<T>(pixel[c * step]);
-    };
-    for_each_window([&](Span down, Span across, int64_t, int64_t) {
-      for (int64_t y = down.begin; y < down.end; ++y)
-        for (int64_t x = across.begin; x < across.end; ++x) {
-          const E* pixel = source + y * line_ + x * pixel_;
-          const bool first = y == down.begin && x == across.begin;
-          channel_ == 1 ? add(pixel, out, std::integral_constant<int64_t, 1>(), first)
-                        : add(pixel, out, channel_, first);
-        }
-      if (const int64_t count = down.length() * across.length(); count > 1)
-        for (int64_t c = 0; c < channels; ++c) out[c] /= T(count);
-      out += channels;
-    });
-  }
-
-  // Every pixel of a window gets its share, windows that do not overlap. `factor` pixels across make one.
-  template <int factor>
-  void spread_evenly(const T* gradient, int64_t channels, T* out) const {
-    const int64_t down = height_ / grid_.height, lines = channels * grid_.height;
-    const T share = T(1) / T(down * factor);
-    for (int64_t l = 0; l < lines; ++l, gradient += grid_.width, out += down * width_) {
-      for (int64_t x = 0; x < grid_.width; ++x)
-        for (int u = 0; u < factor; ++u) out[factor * x + u] = share * gradient[x];
-      with_width([&](auto width) {
-        for (int64_t row = 1; row < down; ++row)
-          for (int64_t x = 0; x < width; ++x) out[row * width_ + x] = out[x];
-      });
-    }
-  }
-
-  // Windows may overlap: what an earlier one has reached is added to. `begun_y` and `begun_x` are where those ended.
-  void spread_planes(const T* gradient, int64_t channels, T* out) const {
-    if (height_ % grid_.height == 0) {
-      if (width_ == grid_.width) return spread_evenly<1>(gradient, channels, out);
-      if (width_ == 2 * grid_.width) return spread_evenly<2>(gradient, channels, out);
-      if (width_ == 4 * grid_.width) return spread_evenly<4>(gradient, channels, out);
-      if (width_ == 8 * grid_.width) return spread_evenly<8>(gradient, channels, out);
-    }
-    T* line = workspace<T, Scratch::row>(width_);
-    for (int64_t c = 0; c < channels; ++c, out += area())
-      for (int64_t y = 0, begun = 0; y < grid_.height; ++y) {
-        const Span down = window(y, height_, grid_.height);
-        for (int64_t x = 0, reached = 0; x < grid_.width; ++x) {
-          const Span across = window(x, width_, grid_.width);
-          const T share = *gradient++ / T(down.length() * across.length());
-          for (int64_t k = across.begin; k < across.end; ++k) line[k] = k < reached ? line[k] + share : share;
-          reached = across.end;
-        }
-        for (int64_t row = down.begin; row < down.end; ++row) {
-          T* place = out + row * width_;
-          if (row < begun)
-            for (int64_t x = 0; x < width_; ++x) place[x] += line[x];
-          else
-            std::copy_n(line, width_, place);
-        }
-        begun = down.end;
-      }
-  }
-
-  void spread_pixels(const T* gradient, int64_t channels, T* out) const {
-    for_each_window([&](Span down, Span across, int64_t begun_y, int64_t begun_x) {
-      const T share = T(1) / T(down.length() * across.length());
-      for (int64_t y = down.begin; y < down.end; ++y)
-        for (int64_t x = across.begin; x < across.end; ++x) {
-          T* place = out + (y * width_ + x) * channels;
-          if (y < begun_y || x < begun_x)
-            for (int64_t c = 0; c < channels; ++c) place[c] += share * gradient[c];
-          else
-            for (int64_t c = 0; c < channels; ++c) place[c] = share * gradient[c];
-        }
-      gradient += channels;
-    });
-  }
-
-  template <typename F>
-  void for_each_window(const F& f) const {
-    for (int64_t y = 0, begun_y = 0; y < grid_.height; ++y) {
-      const Span down = window(y, height_, grid_.height);
-      for (int64_t x = 0, begun_x = 0; x < grid_.width; ++x) {
-        const Span across = window(x, width_, grid_.width);
-        f(down, across, begun_y, begun_x);
-        begun_x = across.end;
-      }
-      begun_y = down.end;
-    }
-  }
-
-  Grid grid_;
-  ScalarType type_;
-  char* data_;
-  int64_t height_, width_;
-  int64_t sample_, channel_, line_, pixel_;
-  bool in_place_;
+  Elements elements_;
+  Pooling<T> pooling_;
+  std::optional<View<T>> in_place_;
 };
 
 template <typename T>
@@ -303,66 +298,93 @@ template <typename T>
 class Pair {
  public:
   Pair(const Tensor& projected, const Tensor& target)
-      : grid_(grid_of(projected, target)), projected_(projected, grid_), target_(target, grid_) {
-    const bool whole = projected_.lies_at(0, 0, grid_.channels) && target_.lies_at(0, 0, grid_.channels) &&
-                       !projected_.pooled() && !target_.pooled();
-    const int64_t largest = std::max(projected_.area(), target_.area());
-    block_ = whole ? grid_.channels : std::clamp<int64_t>(kBlock / largest, 1, grid_.channels);
+      : order_(Order::of(projected)),
+        size_{std::min(projected.size(2), target.size(2)), std::min(projected.size(3), target.size(3))},
+        projected_(projected, order_, size_),
+        target_(target, order_, size_),
+        lines_(order_.planes * size_.height),
+        line_(size_.width * order_.depth),
+        elements_((projected.numel() + target.numel()) / projected.size(0)) {
+    const int64_t group = projected_.pooling().even() && target_.pooling().even() ? 1 : size_.height;
+    const int64_t longest = std::max(projected_.pooling().offset(lines_), target_.pooling().offset(lines_)) / lines_;
+    block_ = std::min(lines_, round_up(std::max<int64_t>(1, kBlock / longest), group));
   }
 
-  static Grid grid_of(const Tensor& projected, const Tensor& target) {
-    const int64_t channels = projected.size(1), pixels = projected.size(2) * projected.size(3);
-    return {channels, std::min(projected.size(2), target.size(2)), std::min(projected.size(3), target.size(3)),
-            projected.stride(1) == 1 && channels > 1 && pixels > 1};
+  const Order& order() const { return order_; }
+  int64_t elements() const { return elements_; }
+
+  // A gradient of the projection or the target.
+  Maps<T> gradient(const Tensor& maps) const { return {maps, order_, size_}; }
+
+  // The sample's target in the size of the pair; `before`, if not null, is what this gave for the pair `last`, which has the
+  // same target.
+  const T* target(int64_t sample, const Pair* last, const T* before) const {
+    if (before && last->size_ == size_) return before;
+    T* scratch = workspace<T, Scratch::rows_y>(lines_ * line_);
+    if (before && last->target_.pooling().even() && size_.divides(last->size_)) {
+      const Pooling<T> further(order_.depth, last->size_, size_);
+      blocks([&](int64_t first, int64_t lines) {
+        further.average(before + further.offset(first), lines, scratch + first * line_);
+      });
+      return scratch;
+    }
+    if (!target_.pooling().needed())
+      if (const T* target = target_.place(sample, 0)) return target;
+    blocks([&](int64_t first, int64_t lines) { target_.read(sample, first, lines, scratch + first * line_); });
+    return scratch;
   }
 
-  const Grid& grid() const { return grid_; }
-  int64_t elements() const { return grid_.channels * (projected_.area() + target_.area()); }
-
-  double error(int64_t sample) const {
+  double error(int64_t sample, const T* target) const {
     double sum = 0;
-    blocks(sample, [&](int64_t, int64_t channels, const T* projected, const T* target) {
-      sum += squared_distance(projected, target, channels * grid_.area());
+    blocks([&](int64_t first, int64_t lines) {
+      sum += squared_distance(projected(sample, first, lines), target + first * line_, lines * line_);
     });
-    return sum / (grid_.channels * grid_.area());
+    return sum / (lines_ * line_);
   }
 
   // Write `slope` times the gradient of the sample's error to those that are there.
-  void gradients(int64_t sample, double slope, const Maps<T>* of_projected, const Maps<T>* of_target) const {
-    const T factor = T(2 * slope / (grid_.channels * grid_.area()));
-    blocks(sample, [&](int64_t first, int64_t channels, const T* projected, const T* target) {
-      gradient(of_projected, sample, first, channels, factor, projected, target);
-      gradient(of_target, sample, first, channels, -factor, projected, target);
+  void gradients(int64_t sample, double slope, const T* target, const Maps<T>* of_projected,
+                 const Maps<T>* of_target) const {
+    const T factor = T(2 * slope / (lines_ * line_));
+    blocks([&](int64_t first, int64_t lines) {
+      const T* own = projected(sample, first, lines);
+      write_gradient(of_projected, sample, first, lines, factor, own, target + first * line_);
+      write_gradient(of_target, sample, first, lines, -factor, own, target + first * line_);
     });
   }
 
  private:
   template <typename F>
-  void blocks(int64_t sample, const F& f) const {
-    const int64_t size = block_ * grid_.area();
-    T* own = workspace<T, Scratch::rows_x>(size);
-    T* other = workspace<T, Scratch::rows_y>(size);
-    for (int64_t first = 0; first < grid_.channels; first += block_) {
-      const int64_t channels = std::min(block_, grid_.channels - first);
-      f(first, channels, projected_.read(sample, first, channels, own), target_.read(sample, first, channels, other));
-    }
+  void blocks(const F& f) const {
+    for (int64_t first = 0; first < lines_; first += block_) f(first, std::min(block_, lines_ - first));
   }
 
-  void gradient(const Maps<T>* out, int64_t sample, int64_t first, int64_t channels, T factor, const T* projected,
-                const T* target) const {
+  const T* projected(int64_t sample, int64_t first, int64_t lines) const {
+    return projected_.read(sample, first, lines, workspace<T, Scratch::rows_x>(block_ * line_));
+  }
+
+  void write_gradient(const Maps<T>* out, int64_t sample, int64_t first, int64_t lines, T factor, const T* projected,
+                      const T* target) const {
     if (!out) return;
-    const int64_t count = channels * grid_.area();
-    T* place = out->pooled() ? nullptr : out->lies_at(sample, first, channels);
-    T* differences = place ? place : workspace<T, Scratch::image>(count);
-    for (int64_t k = 0; k < count; ++k) differences[k] = factor * (projected[k] - target[k]);
-    if (!place)
-      out->write(sample, first, channels, differences, workspace<T, Scratch::patches>(channels * out->area()));
+    T* place = out->pooling().needed() ? nullptr : out->place(sample, first);
+    T* differences = place ? place : workspace<T, Scratch::product>(block_ * line_);
+    factor *= out->pooling().share();
+    for (int64_t k = 0; k < lines * line_; ++k) differences[k] = factor * (projected[k] - target[k]);
+    if (!place) out->write(sample, first, lines, differences);
   }
 
-  Grid grid_;
+  Order order_;
+  Size size_;
   Maps<T> projected_, target_;
-  int64_t block_;
+  int64_t lines_, line_, elements_, block_;
 };
+
+bool same_maps(const Tensor& a, const Tensor& b) {
+  if (a.const_data_ptr() != b.const_data_ptr() || a.scalar_type() != b.scalar_type()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != b.size(d) || a.stride(d) != b.stride(d)) return false;
+  return true;
+}
 
 template <typename T>
 class Problem {
@@ -373,29 +395,54 @@ class Problem {
     for (int64_t p = 0; p < count; ++p) pairs_.emplace_back(projected[p], targets[p]);
     const Elements elements(weights);
     for (int64_t s = 0; s < batch_; ++s) elements.read<T>(s, 0, count, weights_.data() + s * count);
+    // Large maps come first, so that smaller ones can be made of them.
+    const auto size = [&](int64_t p) { return projected[p].numel(); };
+    for (int64_t t = 0; t < teachers_; ++t) {
+      std::vector<int64_t> column;
+      for (int64_t p = t; p < count; p += teachers_) column.push_back(p);
+      std::stable_sort(column.begin(), column.end(), [&](int64_t a, int64_t b) { return size(a) > size(b); });
+      for (size_t k = 0; k < column.size(); ++k) {
+        const int64_t p = column[k], last = k ? column[k - 1] : p;
+        const bool again = k && same_maps(targets[p], targets[last]) && pairs_[p].order() == pairs_[last].order();
+        steps_.push_back({p, again ? &pairs_[last] : nullptr});
+      }
+    }
   }
 
   double weight(int64_t entry) const { return weights_[entry]; }
-  const Grid& grid(int64_t pair) const { return pairs_[pair].grid(); }
+  const Pair<T>& pair(int64_t p) const { return pairs_[p]; }
 
-  // Call f(pair, sample, entry): the pair itself, and the number of its error among those of all samples and pairs.
+  // Call f(p, sample, entry, target) for all pairs p: the number of its error among those of all samples and pairs, and the
+  // sample's target in the pair's size.
   template <typename F>
   void for_each(const F& f) const {
-    const int64_t count = pairs_.size(), tasks = batch_ * teachers_;
+    const int64_t count = pairs_.size(), students = count / teachers_, tasks = batch_ * teachers_;
     int64_t elements = 0;
     for (const Pair<T>& pair : pairs_) elements += pair.elements();
     parallel_blocks(tasks, 1, 1 + kGrain * teachers_ / elements, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t sample = task / teachers_;
-        for (int64_t p = task % teachers_; p < count; p += teachers_) f(pairs_[p], p, sample, sample * count + p);
+        const T* target = nullptr;
+        for (int64_t k = task % teachers_ * students; k < (task % teachers_ + 1) * students; ++k) {
+          const auto [p, last] = steps_[k];
+          target = pairs_[p].target(sample, last, last ? target : nullptr);
+          f(p, sample, sample * count + p, target);
+        }
       }
     });
   }
 
  private:
+  // A pair, and the one before it if that has the same target.
+  struct Step {
+    int64_t pair;
+    const Pair<T>* last;
+  };
+
   int64_t batch_, teachers_;
   std::vector<T> weights_;
   std::vector<Pair<T>> pairs_;
+  std::vector<Step> steps_;  // by teacher
 };
 
 template <typename T>
@@ -405,8 +452,8 @@ std::tuple<Tensor, Tensor> run(const std::vector<Tensor>& projected, const std::
   const Tensor errors = new_compact(weights, {weights.size(0), weights.size(1), weights.size(2)}, kScalarType<T>);
   T* out = errors.mutable_data_ptr<T>();
   std::vector<double> terms(weights.numel());
-  problem.for_each([&](const Pair<T>& pair, int64_t, int64_t sample, int64_t entry) {
-    const double error = scale * pair.error(sample);
+  problem.for_each([&](int64_t p, int64_t sample, int64_t entry, const T* target) {
+    const double error = scale * problem.pair(p).error(sample, target);
     terms[entry] = problem.weight(entry) * error;
     out[entry] = T(error);
   });
@@ -415,7 +462,7 @@ std::tuple<Tensor, Tensor> run(const std::vector<Tensor>& projected, const std::
   return {new_scalar<T>(weights, loss), errors};
 }
 
-// A gradient of maps like `maps`, in the order of the grid.
+// A gradient of maps like `maps`, in the order of its pair.
 Tensor new_gradient(const Tensor& maps, bool channels_last, bool wanted) {
   using torch::headeronly::MemoryFormat;
   if (!wanted) return new_compact(maps, {0});
@@ -431,14 +478,14 @@ std::vector<Tensor> run_backward(double slope, const std::vector<Tensor>& projec
   std::vector<Tensor> grads;
   std::vector<Maps<T>> maps;
   for (int64_t g = 0; g < 2 * count; ++g) {
-    const Grid& grid = problem.grid(g % count);
+    const Pair<T>& pair = problem.pair(g % count);
     const Tensor& own = g < count ? projected[g] : targets[g - count];
-    grads.push_back(new_gradient(own, grid.channels_last, wanted[g]));
-    maps.emplace_back(wanted[g] ? grads[g] : own, grid);
+    grads.push_back(new_gradient(own, pair.order().channels_last(), wanted[g]));
+    maps.push_back(pair.gradient(wanted[g] ? grads[g] : own));
   }
-  problem.for_each([&](const Pair<T>& pair, int64_t p, int64_t sample, int64_t entry) {
-    pair.gradients(sample, slope * problem.weight(entry), wanted[p] ? &maps[p] : nullptr,
-                   wanted[count + p] ? &maps[count + p] : nullptr);
+  problem.for_each([&](int64_t p, int64_t sample, int64_t entry, const T* target) {
+    problem.pair(p).gradients(sample, slope * problem.weight(entry), target, wanted[p] ? &maps[p] : nullptr,
+                              wanted[count + p] ? &maps[count + p] : nullptr);
   });
   return grads;
 }

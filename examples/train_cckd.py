@@ -29,7 +29,7 @@ from common.experiment import Experiment, conduct
 from common.training import History, Losses, Schedule
 from torch import Tensor, nn
 
-from kdkernels.nn import CorrelationCongruenceLoss, KDLoss, SimilarityPreservingLoss
+from kdkernels.nn import AttentionTransferLoss, CorrelationCongruenceLoss, KDLoss, SimilarityPreservingLoss
 from kdkernels.samplers import ClassUniformSampler, SuperclassUniformSampler
 
 
@@ -47,6 +47,7 @@ class Recipe:
     beta: float
     gamma: float
     sp: float  # weight of SP in the place of CC
+    at: float  # of AT
     samples: int  # k, of each class in a batch
     superclasses: int
     seeds: int
@@ -68,6 +69,7 @@ RECIPES = {
         beta=10.0,
         gamma=0.4,
         sp=1000.0,
+        at=1.0,
         samples=4,
         superclasses=20,
         seeds=3,
@@ -85,6 +87,7 @@ RECIPES = {
         beta=0.003,
         gamma=0.4,
         sp=3000.0,
+        at=1000.0,
         samples=4,
         superclasses=200,
         seeds=3,
@@ -96,7 +99,7 @@ RECIPES = {
 class Variant:
     """What a student is trained by. The defaults are CCKD's main experiments."""
 
-    loss: str = "cc"  # beside KD: "cc", "sp" or none of them, or "ce" without KD
+    loss: str = "cc"  # beside KD: "cc", "sp", "at" or none of them, or "ce" without KD
     sampler: str = "cur"
     kernel: str = "taylor_rbf"
     order: int = 2
@@ -141,11 +144,11 @@ class Embedder(nn.Module):
         self.classifier = nn.Linear(features, network.classifier.out_features)
         network.classifier = nn.Identity()
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, embedding, and the last stage's map."""
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Logits, embedding, and the stages' maps."""
         pooled, stages = self.network(images)
         embedding = self.embedding(pooled)
-        return self.classifier(embedding), embedding, stages[-1]
+        return self.classifier(embedding), embedding, stages
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -237,14 +240,15 @@ class CorrelationCongruence(Experiment):
             group=parallel.group(),
         )
         sp = SimilarityPreservingLoss(backend=self.backend, group=parallel.group())
+        at = AttentionTransferLoss()
 
         def loss(images: Tensor, labels: Tensor) -> Losses:
-            logits, embedding, last = student(images)
+            logits, embedding, stages = student(images)
             losses = {"ce": F.cross_entropy(logits, labels)}
             if variant.loss == "ce":
                 return losses | {"loss": losses["ce"]}
             with torch.no_grad():
-                teacher_logits, teacher_embedding, teacher_last = teacher(images)
+                teacher_logits, teacher_embedding, teacher_stages = teacher(images)
             losses["kd"] = kd(logits, teacher_logits)
             total = recipe.alpha * losses["ce"] + (1 - recipe.alpha) * losses["kd"]
             # Recorded for every student, as the paper's Fig. 3 does; only CCKD's learn from it.
@@ -252,8 +256,11 @@ class CorrelationCongruence(Experiment):
             if variant.loss == "cc":
                 total = total + recipe.beta * losses["cc"]
             if variant.loss == "sp":
-                losses["sp"] = sp(last, teacher_last)
+                losses["sp"] = sp(stages[-1], teacher_stages[-1])
                 total = total + recipe.sp * losses["sp"]
+            if variant.loss == "at":
+                losses["at"] = at(stages[-2:], teacher_stages[-2:])
+                total = total + recipe.at * losses["at"]
             return losses | {"loss": total}
 
         return loss
@@ -281,8 +288,8 @@ class CorrelationCongruence(Experiment):
             }
         if variant.loss == "cc":
             settings |= {"beta": recipe.beta, "kernel": variant.kernel, "order": variant.order}
-        if variant.loss == "sp":
-            settings["sp"] = recipe.sp
+        if variant.loss in ("sp", "at"):
+            settings[variant.loss] = getattr(recipe, variant.loss)
         return settings
 
     def sampler(self, name: str, seed: int, teacher: Embedder) -> ClassUniformSampler | None:
@@ -426,6 +433,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--beta", float, "weight of CC", lambda r: r.beta)
     add("--gamma", float, "of the Gaussian", lambda r: r.gamma)
     add("--sp", float, "weight of SP", lambda r: r.sp)
+    add("--at", float, "weight of AT", lambda r: r.at)
     add("--samples", count, "images of each class in a class-uniform batch", lambda r: r.samples, metavar="N")
     add("--superclasses", count, "clusters of the teacher's embeddings", lambda r: r.superclasses, metavar="N")
     return parser

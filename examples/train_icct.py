@@ -38,6 +38,7 @@ from kdkernels.nn import (
     KDLoss,
     LogitMSELoss,
     SimilarityPreservingLoss,
+    TeacherFreeKDLoss,
 )
 
 
@@ -55,6 +56,7 @@ class Recipe:
     icct: float
     at: float
     sp: float
+    tfkd: float  # Tf-KD's share of the teacher, α; the rest is the cross-entropy's
     generations: int
     seeds: int
 
@@ -84,6 +86,7 @@ RECIPES = {
         icct=0.1,
         at=1000.0,
         sp=3000.0,
+        tfkd=0.9,
         generations=4,
         seeds=3,
     ),
@@ -100,6 +103,7 @@ RECIPES = {
         icct=1.0,
         at=1000.0,
         sp=3000.0,
+        tfkd=0.9,
         generations=4,
         seeds=3,
     ),
@@ -113,6 +117,9 @@ METHODS: dict[str, tuple[str, ...]] = {
     "ICCT": ("icct",),
     "ICCT+AT": ("icct", "at"),
     "ICCT+SP": ("icct", "sp"),
+    "AT": ("at",),
+    "SP": ("sp",),
+    "Tf-KD": ("tfkd",),
 }
 SCENARIOS = ("strong-to-weak", "born-again", "weak-to-strong")
 
@@ -158,15 +165,7 @@ class InterClassCorrelation(Experiment):
 
     def taught(self, scenario: str, teacher_name: str, student_name: str) -> tuple[str, dict]:
         """Students of one kind by every method, taught by one teacher of another: the table and the accuracies."""
-        teacher, history = self.classifier(
-            f"teacher {teacher_name}",
-            teacher_name,
-            self.dataset,
-            self.schedule(teacher_name),
-            0,
-            f"teacher-{teacher_name}",
-        )
-        teacher.requires_grad_(False).eval()
+        teacher, history = self.teacher(teacher_name)
         runs: Runs = {name: [] for name in self.methods}
         for seed in range(self.recipe.seeds):
             for name in self.methods:
@@ -191,16 +190,9 @@ class InterClassCorrelation(Experiment):
             first.append(history[-1]["test_accuracy"])
             last.setdefault("generation 0", start)
             for name in methods:
-                teacher, measured = start, []
-                for generation in generations:
-                    teacher.requires_grad_(False).eval()
-                    # Another beginning than its teacher's.
-                    teacher, history = self.student(
-                        name, network, seed, teacher, f"generation{generation}", first_seed=100 * generation + seed
-                    )
-                    measured.append(history[-1]["test_accuracy"])
-                accuracies[name].append(measured)
-                last.setdefault(f"{name}, generation {generations[-1]}", teacher)
+                descent = self.descent(name, network, seed, start, generations)
+                accuracies[name].append([final(run) for run in descent])
+                last.setdefault(f"{name}, generation {generations[-1]}", descent[-1][0])
         rows = [["0 (CE)", *[results.spread(first)] * len(methods)]]
         for index, generation in enumerate(generations):
             by_method = ([run[index] for run in accuracies[name]] for name in methods)
@@ -209,6 +201,29 @@ class InterClassCorrelation(Experiment):
             self.draw_networks("born-again", last)
         table = results.markdown(["generation", *methods], rows)
         return f"{table}\n\nNetwork: {network}.", {"generation 0": first, **accuracies}
+
+    def teacher(self, name: str) -> tuple[StagedNetwork, History]:
+        """The trained, frozen teacher, and its history."""
+        teacher, history = self.classifier(
+            f"teacher {name}", name, self.dataset, self.schedule(name), 0, f"teacher-{name}"
+        )
+        return teacher.requires_grad_(False).eval(), history
+
+    def descent(
+        self, method: str, network: str, seed: int, teacher: StagedNetwork, generations: range
+    ) -> list[tuple[StagedNetwork, History]]:
+        """Each generation taught by the one before, the first by ``teacher``."""
+        runs = []
+        for generation in generations:
+            teacher.requires_grad_(False).eval()
+            # Another beginning than its teacher's.
+            runs.append(
+                self.student(
+                    method, network, seed, teacher, f"generation{generation}", first_seed=100 * generation + seed
+                )
+            )
+            teacher = runs[-1][0]
+        return runs
 
     def student(
         self,
@@ -237,7 +252,7 @@ class InterClassCorrelation(Experiment):
             "backend": self.backend,
         }
         settings |= {name: getattr(self.recipe, name) for name in transfers}
-        if "kd" in transfers:
+        if {"kd", "tfkd"} & set(transfers):
             settings["temperature"] = self.recipe.temperature
         history = self.fit(
             f"{scenario} {method} seed {seed}",
@@ -254,7 +269,8 @@ class InterClassCorrelation(Experiment):
     def loss(
         self, transfers: Sequence[str], student: StagedNetwork, teacher: StagedNetwork
     ) -> Callable[[Tensor, Tensor], Losses]:
-        """Cross-entropy and the weighted transfers (the paper's Eqs. 4 and 7)."""
+        """Cross-entropy and the weighted transfers (the paper's Eqs. 4 and 7), or Tf-KD, which has its own weights."""
+        teacher_free = TeacherFreeKDLoss(self.recipe.tfkd, self.recipe.temperature, backend=self.backend)
         modules: dict[str, nn.Module] = {
             "kd": KDLoss(self.recipe.temperature, backend=self.backend),
             "lt": LogitMSELoss(),
@@ -268,6 +284,8 @@ class InterClassCorrelation(Experiment):
             with torch.no_grad():
                 teacher_logits, teacher_stages = teacher(images)
             losses = {"ce": F.cross_entropy(logits, labels)}
+            if "tfkd" in transfers:
+                return losses | {"loss": teacher_free(logits, teacher_logits, labels)}
             for name in transfers:
                 on_features = name in ("at", "sp")
                 pair = (stages[-1], teacher_stages[-1]) if on_features else (logits, teacher_logits)
@@ -358,6 +376,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--batch-size", type=count, metavar="N", help="images per batch")
     add("--share", float, "share of the training images that students see", lambda r: r.share)
     add("--temperature", float, "temperature of KD", lambda r: r.temperature)
+    add("--tfkd", float, "Tf-KD's share of the teacher", lambda r: r.tfkd)
     for transfer in ("kd", "lt", "icct", "at", "sp"):
         add(f"--{transfer}", float, f"weight of {transfer.upper()}", lambda r, t=transfer: getattr(r, t))
     group.add_argument(

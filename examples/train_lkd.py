@@ -32,7 +32,14 @@ from common.training import History, Losses, Schedule
 from torch import Tensor, nn
 
 import kdkernels
-from kdkernels.nn import ClassAwareAttention, KDLoss, LocalCorrelationLoss
+from kdkernels.nn import (
+    AttentionTransferLoss,
+    ClassAwareAttention,
+    CorrelationCongruenceLoss,
+    KDLoss,
+    LocalCorrelationLoss,
+    SimilarityPreservingLoss,
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,10 @@ class Recipe:
     temperature: float
     beta: float  # factor of the sum over all pairs of patches in a batch
     threshold: float
+    last_stage: bool  # compare the patches of the last stage alone
+    at: float  # weights of what others compare with LKD
+    sp: float
+    cc: float
     seeds: int
 
 
@@ -66,6 +77,10 @@ RECIPES = {
         temperature=4.0,
         beta=3e-5,
         threshold=0.8,
+        last_stage=False,
+        at=1.0,
+        sp=1000.0,
+        cc=10.0,
         seeds=5,
     ),
     "paper": Recipe(
@@ -80,6 +95,10 @@ RECIPES = {
         temperature=4.0,
         beta=0.001,
         threshold=0.0,
+        last_stage=False,
+        at=1000.0,
+        sp=3000.0,
+        cc=0.003,
         seeds=3,
     ),
 }
@@ -88,17 +107,28 @@ RECIPES = {
 class Method(NamedTuple):
     """Which terms of Eq. 11 a method has."""
 
-    kd: bool
-    lkd: bool
-    masked: bool
+    kd: bool = True
+    lkd: tuple[float, float, float] | None = None  # the weights of Eqs. 4 to 6
+    mask: str | None = None
+    other: str | None = None  # in LKD's place
 
 
+ALL = (1.0, 1.0, 1.0)
 METHODS = {
-    "CE": Method(kd=False, lkd=False, masked=False),
-    "KD": Method(kd=True, lkd=False, masked=False),
-    "LKD": Method(kd=True, lkd=True, masked=False),
-    "LKD+CAAT": Method(kd=True, lkd=True, masked=True),
+    "CE": Method(kd=False),
+    "KD": Method(),
+    "LKD": Method(lkd=ALL),
+    "LKD+CAAT": Method(lkd=ALL, mask="caat"),
+    "intra": Method(lkd=(1.0, 0.0, 0.0)),
+    "inter-same": Method(lkd=(0.0, 1.0, 0.0)),
+    "inter-diff": Method(lkd=(0.0, 0.0, 1.0)),
+    "LKD+AT": Method(lkd=ALL, mask="attention"),
+    "LKD+Grad-CAM": Method(lkd=ALL, mask="grad-cam"),
+    "AT": Method(other="at"),
+    "SP": Method(other="sp"),
+    "CC": Method(other="cc"),
 }
+DEFAULT_METHODS = ["CE", "KD", "LKD", "LKD+CAAT"]
 
 
 class Trained(NamedTuple):
@@ -129,7 +159,7 @@ class LocalCorrelation(Experiment):
         few = self.dataset.only(self.recipe.share)
         self.introduce(few)
         teacher = self.teacher()
-        caat = self.caat(teacher) if any(method.masked for method in self.methods.values()) else None
+        caat = self.caat(teacher) if any(method.mask == "caat" for method in self.methods.values()) else None
         students: dict[str, list[StagedNetwork]] = {name: [] for name in self.methods}
         histories: dict[str, list[History]] = {name: [] for name in self.methods}
         for seed in range(self.recipe.seeds):
@@ -183,7 +213,7 @@ class LocalCorrelation(Experiment):
         """A student trained by a method, with its history."""
         torch.manual_seed(seed)
         student = self.network(self.recipe.student)
-        method, schedule = self.methods[name], self.recipe.student_schedule
+        method, schedule = METHODS[name], self.recipe.student_schedule
         loss = self.student_loss(method, student, teacher, caat)
         settings = self.student_settings(method, teacher, caat) | {"seed": seed}
         checkpoint = f"{name.lower()}-seed{seed}"
@@ -195,7 +225,16 @@ class LocalCorrelation(Experiment):
         """Eq. 11 with the method's terms."""
         recipe = self.recipe
         kd = KDLoss(recipe.temperature, backend=self.backend)
-        lkd = LocalCorrelationLoss(recipe.k, threshold=recipe.threshold, backend=self.backend, group=parallel.group())
+        lkd = LocalCorrelationLoss(
+            recipe.k,
+            weights=method.lkd or ALL,
+            threshold=recipe.threshold,
+            partition="resize",
+            backend=self.backend,
+            group=parallel.group(),
+        )
+        other = self.other_loss(method.other) if method.other else None
+        kept = slice(-1 if recipe.last_stage else 0, None)
 
         def loss(images: Tensor, labels: Tensor) -> Losses:
             logits, stages = student(images)
@@ -204,17 +243,55 @@ class LocalCorrelation(Experiment):
                 return losses | {"loss": losses["ce"]}
             with torch.no_grad():
                 teacher_logits, teacher_stages = teacher(images)
-                masks = (
-                    [mask(stage) for mask, stage in zip(caat, teacher_stages, strict=True)] if method.masked else None
-                )
             losses["kd"] = kd(logits, teacher_logits)
             total = (1 - recipe.alpha) * losses["ce"] + recipe.alpha * losses["kd"]
             if method.lkd:
-                losses["lkd"] = lkd(stages, teacher_stages, masks)
+                masks = self.masks(method, images, labels, teacher, teacher_stages, caat)
+                losses["lkd"] = lkd(stages[kept], teacher_stages[kept], masks and masks[kept])
                 total = total + recipe.beta * losses["lkd"]
+            if other is not None:
+                losses[method.other] = other(stages, teacher_stages)
+                total = total + getattr(recipe, method.other) * losses[method.other]
             return losses | {"loss": total}
 
         return loss
+
+    def other_loss(self, name: str) -> Callable[[list[Tensor], list[Tensor]], Tensor]:
+        """Of both networks' stages: all of them (AT), the last (SP), or its average over positions (CC)."""
+        if name == "at":
+            return AttentionTransferLoss()
+        if name == "sp":
+            sp = SimilarityPreservingLoss(backend=self.backend, group=parallel.group())
+            return lambda own, theirs: sp(own[-1], theirs[-1])
+        cc = CorrelationCongruenceLoss(backend=self.backend, group=parallel.group())
+        return lambda own, theirs: cc(own[-1].mean((2, 3)), theirs[-1].mean((2, 3)))
+
+    def masks(
+        self,
+        method: Method,
+        images: Tensor,
+        labels: Tensor,
+        teacher: StagedNetwork,
+        stages: list[Tensor],
+        caat: nn.ModuleList | None,
+    ) -> list[Tensor] | None:
+        """Where both networks' features count, in [0, 1]: by CAAT, by the sum of the teacher's squares, or by what the
+        class's logit owes to each position (Table 5, which puts the latter two through a sigmoid)."""
+        if method.mask is None:
+            return None
+        if method.mask == "caat":
+            with torch.no_grad():
+                return [mask(stage) for mask, stage in zip(caat, stages, strict=True)]
+        if method.mask == "attention":
+            return [stage.square().sum(1).sigmoid() for stage in stages]
+        with torch.enable_grad():
+            logits, stages = teacher(images.detach().requires_grad_())
+            gradients = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), stages)
+        weighted = (
+            (gradient.mean((2, 3), keepdim=True) * stage).sum(1)
+            for gradient, stage in zip(gradients, stages, strict=True)
+        )
+        return [total.relu().sigmoid().detach() for total in weighted]
 
     def student_settings(self, method: Method, teacher: StagedNetwork, caat: nn.ModuleList | None) -> dict[str, object]:
         """What a student depends on, and nothing else: runs of other methods stay valid when a setting changes."""
@@ -228,9 +305,13 @@ class LocalCorrelation(Experiment):
                 "backend": self.backend,
             }
         if method.lkd:
-            settings |= {"beta": recipe.beta, "k": recipe.k}
-        if method.masked:
-            settings |= {"caat": training.fingerprint(caat), "threshold": recipe.threshold}
+            settings |= {"beta": recipe.beta, "k": recipe.k, "weights": method.lkd, "last_stage": recipe.last_stage}
+        if method.mask:
+            settings |= {"mask": method.mask, "threshold": recipe.threshold}
+        if method.mask == "caat":
+            settings["caat"] = training.fingerprint(caat)
+        if method.other:
+            settings[method.other] = getattr(recipe, method.other)
         return settings
 
     def report(self, trained: Trained) -> None:
@@ -357,7 +438,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--temperature", float, "temperature of KD", lambda r: r.temperature)
     add("--beta", float, "factor of LKD, a sum over all pairs of patches", lambda r: r.beta)
     add("--threshold", float, "features are cropped to where the mask exceeds this", lambda r: r.threshold)
-    group.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    for other in ("at", "sp", "cc"):
+        add(f"--{other}", float, f"weight of {other.upper()} in LKD's place", lambda r, o=other: getattr(r, o))
+    group.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=DEFAULT_METHODS, help=f"default: {' '.join(DEFAULT_METHODS)}"
+    )
     group.add_argument("--teacher-weights", type=Path, metavar="FILE", help="load the teacher instead of training it")
     return parser
 

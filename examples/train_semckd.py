@@ -42,9 +42,12 @@ import kdkernels
 from kdkernels.metrics import average_relative_improvement, linear_cka, semantic_mismatch_score
 from kdkernels.nn import (
     AttentionTransferLoss,
+    CorrelationCongruenceLoss,
     FeatureCapture,
     HintLoss,
     KDLoss,
+    ProbabilisticTransferLoss,
+    RelationalKDLoss,
     SemanticCalibration,
     SemCKDLoss,
     SimilarityPreservingLoss,
@@ -63,6 +66,9 @@ class Recipe:
     beta_fitnet: float
     beta_at: float
     beta_sp: float
+    beta_pkt: float
+    beta_rkd: float
+    beta_cc: float
     beta: float  # of SemCKD
     seeds: int
     betas: tuple[float, ...]
@@ -84,6 +90,9 @@ RECIPES = {
         beta_fitnet=10.0,
         beta_at=0.1,
         beta_sp=100.0,
+        beta_pkt=1000.0,
+        beta_rkd=1.0,
+        beta_cc=10.0,
         beta=50.0,
         seeds=3,
         betas=(0.0, 5.0, 50.0, 200.0),
@@ -102,6 +111,9 @@ RECIPES = {
         beta_fitnet=100.0,
         beta_at=1000.0,
         beta_sp=3000.0,
+        beta_pkt=30000.0,
+        beta_rkd=1.0,
+        beta_cc=0.02,
         beta=400.0,
         seeds=4,
         betas=(0.0, *(100.0 * step for step in range(1, 12))),
@@ -120,6 +132,7 @@ class Method(NamedTuple):
     beta: str = ""
     softened: bool = False
     before_relu: bool = False
+    without: tuple[tuple[str, object], ...] = ()  # settings of SemanticCalibration that take a part of it away
 
 
 METHODS = {
@@ -131,8 +144,18 @@ METHODS = {
     "SemCKD": Method(transfer="all pairs", beta="beta"),
     "SemCKD-tau": Method(transfer="all pairs", beta="beta", softened=True),
     "SemCKD-tau+pre": Method(transfer="all pairs", beta="beta", softened=True, before_relu=True),
+    # Table 6
+    "equal-allocation": Method(transfer="all pairs", beta="beta", without=(("allocation", "equal"),)),
+    "shared-allocation": Method(transfer="all pairs", beta="beta", without=(("allocation", "shared"),)),
+    "no-projection": Method(transfer="all pairs", beta="beta", without=(("projection", False),)),
+    "no-mlp": Method(transfer="all pairs", beta="beta", without=(("mlp", False),)),
+    "no-similarity": Method(transfer="all pairs", beta="beta", without=(("similarity", False),)),
+    # Table 9
+    "PKT": Method(transfer="embeddings", beta="beta_pkt"),
+    "RKD": Method(transfer="embeddings", beta="beta_rkd"),
+    "CC": Method(transfer="embeddings", beta="beta_cc"),
 }
-DEFAULT_METHODS = [name for name, method in METHODS.items() if not method.before_relu]
+DEFAULT_METHODS = ["CE", "KD", "FitNet", "AT", "SP", "SemCKD", "SemCKD-tau"]
 STUDIES = ("methods", "beta", "few-shot", "noisy")
 HINT_LAYER = 1
 
@@ -294,16 +317,38 @@ class CrossLayer(Experiment):
         if method.transfer == "similarities":
             sp = SimilarityPreservingLoss(backend=self.backend)
             return Transfer(sp, lambda s, t: sp(s[-1], t[-1]), [(layers - 1, targets - 1)])
+        if method.transfer == "embeddings":
+            compare = self.embedding_loss(method)
+            return Transfer(compare, lambda s, t: compare(s[0].mean((2, 3)), t[0].mean((2, 3))), [(0, 0)])
+        shapes = student.channels, teacher.channels
+        if ("similarity", False) in method.without:
+            shapes = self.map_shapes(student, own), self.map_shapes(teacher, theirs)
         calibration = SemanticCalibration(
-            student.channels,
-            teacher.channels,
+            *shapes,
             self.recipe.student_schedule.batch_size,
             temperature=self.recipe.tau if method.softened else 1.0,
             backend=self.backend,
+            **dict(method.without),
         ).to(self.device)
         compare = SemCKDLoss(backend=self.backend)
         pairs = [(i, j) for i in range(layers) for j in range(targets)]
         return Transfer(calibration, lambda s, t: compare(*calibration(s, t)), pairs)
+
+    def embedding_loss(self, method: Method) -> nn.Module:
+        """Of what both classifiers see."""
+        if method.beta == "beta_pkt":
+            return ProbabilisticTransferLoss()
+        if method.beta == "beta_rkd":
+            return RelationalKDLoss(backend=self.backend)
+        return CorrelationCongruenceLoss(backend=self.backend)
+
+    @torch.no_grad()
+    def map_shapes(self, network: StagedNetwork, maps: FeatureCapture) -> list[tuple[int, ...]]:
+        """Channels, height and width of each captured map."""
+        mode = network.training
+        network.eval()(torch.zeros(1, *self.dataset.shape, device=self.device))
+        network.train(mode)
+        return [tuple(layer.shape[1:]) for layer in maps.features]
 
     def student_settings(self, setting: Setting, teacher: StagedNetwork) -> dict[str, object]:
         """What a student depends on, and nothing else: runs of other methods stay valid when a setting changes."""
@@ -319,6 +364,8 @@ class CrossLayer(Experiment):
             settings |= {"transfer": method.transfer, "beta": self.beta(setting), "before_relu": method.before_relu}
         if method.softened:
             settings |= {"tau": recipe.tau}
+        if method.without or method.transfer == "embeddings":
+            settings |= {"method": setting.method}
         return settings
 
     def evaluate(
@@ -433,8 +480,10 @@ class CrossLayer(Experiment):
 
 
 def capture(network: StagedNetwork, method: Method) -> FeatureCapture:
-    """The maps at the end of each stage, by the stages' names."""
+    """The maps at the end of each stage, by the stages' names, or the one that is averaged to the embedding."""
     names = [f"stages.{index}" for index in range(len(network.channels))]
+    if method.transfer == "embeddings":
+        names = ["tail"]
     return FeatureCapture(network, names, before_relu=method.before_relu)
 
 
@@ -476,12 +525,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--beta-fitnet", float, "factor of FitNet's hint", lambda r: r.beta_fitnet)
     add("--beta-at", float, "factor of AT", lambda r: r.beta_at)
     add("--beta-sp", float, "factor of SP", lambda r: r.beta_sp)
+    add("--beta-pkt", float, "factor of PKT", lambda r: r.beta_pkt)
+    add("--beta-rkd", float, "factor of RKD", lambda r: r.beta_rkd)
+    add("--beta-cc", float, "factor of CC", lambda r: r.beta_cc)
     several = {"nargs": "+", "metavar": "X"}
     add("--betas", float, "of the study beta; 0 is KD", lambda r: values(r.betas), **several)
     add("--shares", options.share, "of the study few-shot", lambda r: values(r.shares), **several)
     add("--noises", options.share, "of the study noisy", lambda r: values(r.noises), **several)
     group.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=DEFAULT_METHODS, help="default: all but the last"
+        "--methods", nargs="+", choices=METHODS, default=DEFAULT_METHODS, help=f"default: {' '.join(DEFAULT_METHODS)}"
     )
     group.add_argument(
         "--studies", nargs="+", choices=STUDIES, default=["methods", "beta"], help="default: methods and beta"

@@ -69,6 +69,7 @@ CHANGES = [
     ("--icct 2.5", "icct", 2.5),
     ("--at 5", "at", 5),
     ("--sp 6", "sp", 6),
+    ("--tfkd 0.7", "tfkd", 0.7),
 ]
 
 
@@ -93,7 +94,8 @@ def test_every_flag_is_tested() -> None:
 
 @pytest.mark.parametrize("method", train_icct.METHODS)
 def test_the_objective(tmp_path: Path, method: str) -> None:
-    arguments = train_icct.build_parser().parse_args(["--out", str(tmp_path), "--icct", "0.7", "--kd", "0.3"])
+    flags = ["--out", str(tmp_path), "--icct", "0.7", "--kd", "0.3", "--tfkd", "0.2"]
+    arguments = train_icct.build_parser().parse_args(flags)
     settings = train_icct.recipe_of(arguments)
     experiment = train_icct.InterClassCorrelation(arguments, settings, data.load("digits"))
     student, teacher = experiment.network("cnn5-quarter").eval(), experiment.network("resnet8-half").eval()
@@ -102,17 +104,20 @@ def test_the_objective(tmp_path: Path, method: str) -> None:
     (z, f), (z_t, f_t) = student(images), teacher(images)
     f, f_t = f[-1], f_t[-1]
     expected = F.cross_entropy(z, labels)
+    kd = 16 * F.kl_div((z / 4).log_softmax(1), (z_t / 4).softmax(1), reduction="batchmean")
     if method == "KD":
-        expected = expected + 0.3 * 16 * F.kl_div((z / 4).log_softmax(1), (z_t / 4).softmax(1), reduction="batchmean")
+        expected = expected + 0.3 * kd
+    if method == "Tf-KD":
+        expected = 0.8 * expected + 0.2 * kd
     if method == "LT":
         expected = expected + settings.lt * (z - z_t).square().mean()
     if "ICCT" in method:
         m, m_t = ((x[:, :, None] * x[:, None]).softmax(2).mean(0) for x in (z, z_t))
         expected = expected + 0.7 * (m_t * (m_t / m).log()).sum(1).mean()
-    if "AT" in method:
+    if method.endswith("AT"):
         attention, other = (F.normalize(F.adaptive_avg_pool2d(x.square(), 2).sum(1).flatten(1)) for x in (f, f_t))
         expected = expected + settings.at * (attention - other).square().mean()
-    if "SP" in method:
+    if method.endswith("SP"):
         gram, other = (F.normalize(x.flatten(1) @ x.flatten(1).T) for x in (f, f_t))
         expected = expected + settings.sp * (gram - other).square().mean()
     torch.testing.assert_close(losses["loss"], expected, rtol=1e-4, atol=1e-5)

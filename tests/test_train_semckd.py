@@ -108,8 +108,18 @@ def test_the_loss_is_eq_3(tmp_path: Path, name: str) -> None:
             expected = expected + 5 * kdkernels.attention_transfer_loss(stages[:3], teacher_stages)
         elif name == "SP":
             expected = expected + 6 * kdkernels.similarity_preserving_loss(stages[3], teacher_stages[2])
-        elif "SemCKD" in name:
+        elif method.transfer == "embeddings":
+            compare = {
+                "PKT": kdkernels.probabilistic_transfer_loss,
+                "RKD": kdkernels.relational_kd_loss,
+                "CC": kdkernels.correlation_congruence_loss,
+            }[name]
+            embeddings = (f[-1].mean((2, 3)) for f in (stages, teacher_stages))
+            expected = expected + getattr(study.recipe, method.beta) * compare(*embeddings)
+        elif method.transfer == "all pairs":
             calibration = transfer.module
+            for part, value in {"allocation": "attention", "mlp": True, "similarity": True, "projection": True}.items():
+                assert getattr(calibration, part) == dict(method.without).get(part, value)
             assert calibration.temperature == (4 if "tau" in name else 1)
             expected = expected + 3 * SemCKDLoss()(*calibration(stages, teacher_stages))
     assert losses["loss"].item() == pytest.approx(expected.item(), rel=1e-4)
@@ -205,8 +215,9 @@ def test_a_finished_run_is_read_not_repeated(whole_run: Path, capsys: pytest.Cap
     assert (whole_run / "tables.md").read_text().strip() in output
 
 
-def test_maps_are_captured_of_every_network(tmp_path: Path) -> None:
-    for name in networks.NETWORKS:
+def test_maps_are_captured_of_every_kind_of_network() -> None:
+    kinds = ("resnet8-half", "resnext11-small", "wrn-10-1", "cnn5", "vgg8-eighth", "resnet18-224")
+    for name in (*kinds, "shufflenetv1-quarter", "shufflenetv2-quarter", "mobilenetv2-eighth"):
         network = networks.build(name, 3, 10).eval()
         with train_semckd.capture(network, train_semckd.METHODS["KD"]) as capture:
             _, stages = network(torch.randn(2, 3, 32, 32))

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,8 +46,13 @@ class Dataset:
     flip: bool
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an image: c x h x w."""
+        return tuple(self.train.pixels.shape[1:])
+
+    @property
     def channels(self) -> int:
-        return self.train.pixels.shape[1]
+        return self.shape[0]
 
     @property
     def num_classes(self) -> int:
@@ -55,6 +61,15 @@ class Dataset:
     def normalise(self, pixels: Tensor) -> Tensor:
         mean, std = (value.to(pixels.device)[:, None, None] for value in (self.mean, self.std))
         return (pixels.float() / 255 - mean) / std
+
+    def batches(self, batch_size: int, seed: int, device: torch.device, **how: Any) -> Batches:
+        """Training images; ``how`` is that of ``Batches``."""
+        return Batches(self, batch_size, seed, device, **how)
+
+    def test_batches(self, device: torch.device, size: int = 1000) -> Iterator[tuple[Tensor, Tensor]]:
+        """All test images, normalised, with their labels, on the device."""
+        for pixels, labels in zip(self.test.pixels.split(size), self.test.labels.split(size), strict=True):
+            yield self.normalise(pixels.to(device)), labels.to(device)
 
     def hold_out(self, share: float = 0.2) -> Dataset:
         """The dataset with a share of its training images in place of the test images, for choosing settings."""
@@ -163,9 +178,13 @@ def crop(pixels: Tensor, side: int, generator: torch.Generator, *, flip: bool = 
 
 
 def load(name: str, root: Path | None = None) -> Dataset:
-    """The dataset called "digits" or "cifar100"; the latter from ``root``."""
+    """The dataset called "digits", "cifar100" or "imagenet"; the latter two from ``root``."""
     if name == "digits":
         return digits()
+    if name == "imagenet":
+        from .photographs import photographs
+
+        return photographs(root)
     if root is None:
         raise ValueError(f"--data cifar100 needs --root: the folder holding train.bin and test.bin of {CIFAR100_URL}")
     return cifar100(root)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdkernels.samplers import ClassUniformSampler
 
 from . import networks, options, parallel, training
-from .data import Batches, Dataset
+from .data import Dataset
 from .networks import StagedNetwork
 from .training import History, Losses, Schedule
 
@@ -38,10 +38,9 @@ class Experiment:
 
     def introduce(self, students_see: Dataset) -> None:
         """Print what is trained on what."""
-        images = self.dataset.train.pixels
         print(
-            f"{len(images)} training and {len(self.dataset.test)} test images of "
-            f"{' x '.join(map(str, images.shape[1:]))} in {self.dataset.num_classes} classes; "
+            f"{len(self.dataset.train)} training and {len(self.dataset.test)} test images of "
+            f"{' x '.join(map(str, self.dataset.shape))} in {self.dataset.num_classes} classes; "
             f"students see {len(students_see.train)} training images; on {self.device}; files in {self.out}"
         )
 
@@ -69,7 +68,7 @@ class Experiment:
             title,
             module,
             loss,
-            Batches(dataset, schedule.batch_size, seed, self.device, drop_last=drop_last, sampler=sampler),
+            dataset.batches(schedule.batch_size, seed, self.device, drop_last=drop_last, sampler=sampler),
             schedule,
             evaluate or (lambda: self.measure(lambda images: module(images)[0])),
             self.checkpoint(name),

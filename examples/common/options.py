@@ -13,10 +13,14 @@ import torch
 from . import data, parallel
 
 
-def add_options(parser: argparse.ArgumentParser, out: Path) -> None:
+def add_options(parser: argparse.ArgumentParser, out: Path, *, imagenet: bool = False) -> None:
     group = parser.add_argument_group("data and output")
-    group.add_argument("--data", choices=["digits", "cifar100"], default="digits", help="default: %(default)s")
-    group.add_argument("--root", type=Path, metavar="DIR", help="folder of CIFAR-100's train.bin and test.bin")
+    choices, root = ["digits", "cifar100"], "folder of CIFAR-100's train.bin and test.bin"
+    if imagenet:
+        choices.append("imagenet")
+        root += ", or of ImageNet's folders train and val"
+    group.add_argument("--data", choices=choices, default="digits", help="default: %(default)s")
+    group.add_argument("--root", type=Path, metavar="DIR", help=root)
     group.add_argument(
         "--validate",
         action="store_true",

@@ -27,7 +27,8 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """SGD with momentum, or Adam; the learning rate is multiplied by ``decay`` at each milestone, in epochs."""
+    """SGD with momentum, or Adam; the learning rate is multiplied by ``decay`` at each milestone, in epochs, or follows
+    half a ``cosine`` down to 0."""
 
     epochs: int
     lr: float
@@ -38,6 +39,7 @@ class Schedule:
     nesterov: bool = False
     decay: float = 0.1
     optimizer: str = "sgd"
+    cosine: bool = False
 
     def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         if self.optimizer == "adam":
@@ -45,6 +47,11 @@ class Schedule:
         return torch.optim.SGD(
             parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
         )
+
+    def anneal(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.cosine:
+            return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(self.milestones), self.decay)
 
     def lasting(self, epochs: int) -> Schedule:
         """The same shape in another number of epochs."""
@@ -77,7 +84,7 @@ def fit(
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = schedule.build(parameters)
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(schedule.milestones), schedule.decay)
+    scheduler = schedule.anneal(optimizer)
     state = {"module": module, "optimizer": optimizer, "scheduler": scheduler}
     settings = settings | asdict(schedule)
     if parallel.world_size() > 1:
@@ -201,16 +208,21 @@ def fingerprint(module: nn.Module) -> str:
 
 @torch.no_grad()
 def measure(classify: Callable[[Tensor], Tensor], dataset: Dataset, device: torch.device) -> dict:
-    """Accuracy in percent and cross-entropy on the test images.
+    """Accuracy, how often the class is among the first five, both in percent, and cross-entropy on the test images.
 
     Args:
         classify: maps images to logits, b x K, or L x b x K of several classifiers, whose numbers are then lists.
     """
-    hits, loss = 0, 0
-    for pixels, labels in zip(dataset.test.pixels.split(1000), dataset.test.labels.split(1000), strict=True):
-        logits = classify(dataset.normalise(pixels.to(device)))
-        labels = labels.to(device).expand(logits.shape[:-1])
+    hits, hits_of_5, loss = 0, 0, 0
+    for images, labels in dataset.test_batches(device):
+        logits = classify(images)
+        labels = labels.expand(logits.shape[:-1])
         hits = hits + (logits.argmax(-1) == labels).sum(-1)
+        hits_of_5 = hits_of_5 + (logits.topk(min(5, logits.shape[-1])).indices == labels[..., None]).any(-1).sum(-1)
         loss = loss - logits.log_softmax(-1).gather(-1, labels[..., None]).sum((-2, -1))
     count = len(dataset.test)
-    return {"test_accuracy": (100 * hits / count).tolist(), "test_loss": (loss / count).tolist()}
+    return {
+        "test_accuracy": (100 * hits / count).tolist(),
+        "test_top_5": (100 * hits_of_5 / count).tolist(),
+        "test_loss": (loss / count).tolist(),
+    }

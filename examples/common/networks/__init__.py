@@ -1,4 +1,4 @@
-"""Networks for images of 32 x 32 pixels, and small ones for digits, by name.
+"""Networks for images of 32 x 32 pixels, for photographs of 224 x 224, and small ones for digits, by name.
 
 Every network maps images to ``(logits, stages)``, ``stages`` being the feature maps at the end of each stage, and has
 ``channels``, the width of each. Its stages are the submodules ``stages.0``, ``stages.1``, ...
@@ -7,12 +7,13 @@ Every network maps images to ``(logits, stages)``, ``stages`` being the feature 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
 from .cnn import cnn5
 from .mobilenet import mobilenet_v2
-from .resnet import resnet, resnet18, wide_resnet
+from .resnet import BottleneckBlock, bottleneck_resnet, photograph_resnet, resnet, resnet18, resnext, wide_resnet
 from .shufflenet import shufflenet_v1, shufflenet_v2
 from .staged import StagedNetwork
 from .vgg import vgg
@@ -28,18 +29,44 @@ NETWORKS: dict[str, Callable[[int, int], StagedNetwork]] = {
     "resnet8x4": lambda channels, classes: resnet(8, channels, classes, width=64, stem_width=32),
     "resnet32x4": lambda channels, classes: resnet(32, channels, classes, width=64, stem_width=32),
     "resnet18": resnet18,
+    "resnet50": lambda channels, classes: bottleneck_resnet((3, 4, 6, 3), channels, classes),
+    "resnet101": lambda channels, classes: bottleneck_resnet((3, 4, 23, 3), channels, classes),
+    "resnext11-small": lambda channels, classes: resnext(11, 2, channels, classes, inner=0.5, width=16, stem=8),
+    "resnext29": lambda channels, classes: resnext(29, 8, channels, classes),
+    "wrn-10-1": lambda channels, classes: wide_resnet(10, 1, channels, classes),
     "wrn-16-1": lambda channels, classes: wide_resnet(16, 1, channels, classes),
     "wrn-16-2": lambda channels, classes: wide_resnet(16, 2, channels, classes),
+    "wrn-16-10": lambda channels, classes: wide_resnet(16, 10, channels, classes),
+    "wrn-28-2": lambda channels, classes: wide_resnet(28, 2, channels, classes),
     "wrn-40-2": lambda channels, classes: wide_resnet(40, 2, channels, classes),
     "wrn-28-10": lambda channels, classes: wide_resnet(28, 10, channels, classes),
     "cnn5-quarter": lambda channels, classes: cnn5(channels, classes, width=8, side=2),
     "cnn5": cnn5,
     "vgg8-eighth": lambda channels, classes: vgg(1, channels, classes, width=8),
     "vgg8": lambda channels, classes: vgg(1, channels, classes),
+    "vgg13-eighth": lambda channels, classes: vgg(2, channels, classes, width=8),
     "vgg13": lambda channels, classes: vgg(2, channels, classes),
+    "shufflenetv1-quarter": lambda channels, classes: shufflenet_v1(channels, classes, channels=(60, 120, 240)),
     "shufflenetv1": shufflenet_v1,
+    "shufflenetv2-quarter": lambda channels, classes: shufflenet_v2(
+        channels, classes, channels=(32, 64, 128), last=128
+    ),
     "shufflenetv2": shufflenet_v2,
+    "mobilenetv2-eighth": lambda channels, classes: mobilenet_v2(channels, classes, divisor=8, last=128),
     "mobilenetv2": mobilenet_v2,
+    "mobilenetv2-full": lambda channels, classes: mobilenet_v2(channels, classes, divisor=1),
+    "resnet18-224": lambda channels, classes: photograph_resnet((2, 2, 2, 2), channels, classes),
+    "resnet34-224": lambda channels, classes: photograph_resnet((3, 4, 6, 3), channels, classes),
+    "resnet50-224": lambda channels, classes: photograph_resnet(
+        (3, 4, 6, 3), channels, classes, width=256, block=partial(BottleneckBlock, inner=0.25, groups=1)
+    ),
+    "resnext101-224": lambda channels, classes: photograph_resnet(
+        (3, 4, 23, 3), channels, classes, width=256, block=partial(BottleneckBlock, inner=1, groups=64)
+    ),
+    "wrn-18-2-224": lambda channels, classes: photograph_resnet((2, 2, 2, 2), channels, classes, width=128),
+    "wrn-34-2-224": lambda channels, classes: photograph_resnet((3, 4, 6, 3), channels, classes, width=128),
+    "mobilenetv2-224": lambda channels, classes: mobilenet_v2(channels, classes, photographs=True),
+    "mobilenetv2-full-224": lambda channels, classes: mobilenet_v2(channels, classes, divisor=1, photographs=True),
 }
 
 

@@ -1,4 +1,4 @@
-"""MobileNetV2 for small images, of half the width."""
+"""MobileNetV2 for small images."""
 
 from __future__ import annotations
 
@@ -28,9 +28,12 @@ class InvertedResidual(nn.Module):
         return features + self.body(features) if self.adds else self.body(features)
 
 
-def mobilenet_v2(in_channels: int, num_classes: int) -> StagedNetwork:
-    """MobileNetV2 0.5x as the distillation papers have it: ReLU for ReLU6, and one stride less than for photographs."""
-    inputs, first, last = 16, 8, 1280
+def mobilenet_v2(
+    in_channels: int, num_classes: int, *, divisor: int = 2, last: int = 1280, photographs: bool = False
+) -> StagedNetwork:
+    """MobileNetV2 of the full width divided by ``divisor``, 0.5x as most distillation papers have it: ReLU for ReLU6,
+    and one stride less than for ``photographs``."""
+    inputs, first = 32 // divisor, 16 // divisor
     stem = conv_bn(in_channels, inputs, 3, 2)
     before: list[nn.Module] = [InvertedResidual(inputs, first, 1, expansion=1)]
     stages, channels = [], []
@@ -38,8 +41,10 @@ def mobilenet_v2(in_channels: int, num_classes: int) -> StagedNetwork:
     for groups in GROUPS:
         layers = before
         for full, depth, stride in groups:
-            layers.append(stage(InvertedResidual, depth, inputs, full // 2, stride))
-            inputs = full // 2
+            if photographs and not stages:
+                stride = 2
+            layers.append(stage(InvertedResidual, depth, inputs, full // divisor, stride))
+            inputs = full // divisor
         stages.append(nn.Sequential(*layers))
         channels.append(inputs)
         before = []

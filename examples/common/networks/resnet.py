@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 from torch import Tensor, nn
 
-from .staged import StagedNetwork, stage
+from .staged import StagedNetwork, conv_bn, stage
 
 
 class BasicBlock(nn.Module):
@@ -25,6 +26,25 @@ class BasicBlock(nn.Module):
         self.shortcut = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.relu = nn.ReLU()
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.relu(self.body(features) + self.shortcut(features))
+
+
+class BottleneckBlock(nn.Module):
+    """He et al. (2016) and Xie et al. (2017): 1x1 to ``inner`` times the outputs, 3x3 in groups, 1x1 to the outputs."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, *, inner: float, groups: int) -> None:
+        super().__init__()
+        width = int(inner * outputs)
+        self.body = nn.Sequential(
+            conv_bn(inputs, width, 1),
+            conv_bn(width, width, 3, stride, groups=groups),
+            conv_bn(width, outputs, 1, relu=False),
+        )
+        changes = stride != 1 or inputs != outputs
+        self.shortcut = conv_bn(inputs, outputs, 1, stride, relu=False) if changes else nn.Identity()
         self.relu = nn.ReLU()
 
     def forward(self, features: Tensor) -> Tensor:
@@ -56,32 +76,64 @@ def resnet(
 ) -> StagedNetwork:
     """The CIFAR ResNet of ``depth`` = 6n + 2 layers with stages of ``width``, 2 and 4 times ``width`` channels."""
     inputs = stem_width or width
-    stem = nn.Sequential(conv3x3(in_channels, inputs), nn.BatchNorm2d(inputs), nn.ReLU())
     channels = (width, 2 * width, 4 * width)
-    stages = _stages(BasicBlock, (depth - 2) // 6, inputs, channels)
+    stem = conv_bn(in_channels, inputs, 3)
+    stages = _stages(BasicBlock, [(depth - 2) // 6] * 3, inputs, channels)
     return StagedNetwork(stem, stages, channels, nn.Identity(), num_classes)
 
 
 def resnet18(in_channels: int, num_classes: int) -> StagedNetwork:
     """ResNet-18 with its first convolution for small images: four stages of two blocks."""
     channels = (64, 128, 256, 512)
-    stem = nn.Sequential(conv3x3(in_channels, 64), nn.BatchNorm2d(64), nn.ReLU())
-    return StagedNetwork(stem, _stages(BasicBlock, 2, 64, channels), channels, nn.Identity(), num_classes)
+    stages = _stages(BasicBlock, [2] * 4, 64, channels)
+    return StagedNetwork(conv_bn(in_channels, 64, 3), stages, channels, nn.Identity(), num_classes)
+
+
+def bottleneck_resnet(depths: Sequence[int], in_channels: int, num_classes: int) -> StagedNetwork:
+    """ResNet-50 (``depths`` = 3, 4, 6, 3) and ResNet-101 (3, 4, 23, 3), the first convolution for small images."""
+    channels = (256, 512, 1024, 2048)
+    stages = _stages(partial(BottleneckBlock, inner=0.25, groups=1), depths, 64, channels)
+    return StagedNetwork(conv_bn(in_channels, 64, 3), stages, channels, nn.Identity(), num_classes)
+
+
+def photograph_resnet(
+    depths: Sequence[int],
+    in_channels: int,
+    num_classes: int,
+    *,
+    width: int = 64,
+    block: Callable[[int, int, int], nn.Module] = BasicBlock,
+) -> StagedNetwork:
+    """A ResNet for images of 224 x 224 pixels, of which the stem leaves a quarter per side: ResNet-18 (``depths`` = 2,
+    2, 2, 2) and ResNet-34 (3, 4, 6, 3) with stages of ``width``, 2, 4 and 8 times ``width`` channels."""
+    channels = tuple(width << index for index in range(4))
+    stem = nn.Sequential(*conv_bn(in_channels, 64, 7, 2), nn.MaxPool2d(3, 2, padding=1))
+    return StagedNetwork(stem, _stages(block, depths, 64, channels), channels, nn.Identity(), num_classes)
+
+
+def resnext(
+    depth: int, groups: int, in_channels: int, num_classes: int, *, inner: float = 2, width: int = 256, stem: int = 64
+) -> StagedNetwork:
+    """The CIFAR ResNeXt of ``depth`` = 9n + 2 layers with stages of ``width``, 2 and 4 times ``width`` channels, and
+    ``inner`` times as many between them, in ``groups``: 29, 8, 2 and 256 make ResNeXt-29 (8x64d)."""
+    channels = (width, 2 * width, 4 * width)
+    stages = _stages(partial(BottleneckBlock, inner=inner, groups=groups), [(depth - 2) // 9] * 3, stem, channels)
+    return StagedNetwork(conv_bn(in_channels, stem, 3), stages, channels, nn.Identity(), num_classes)
 
 
 def wide_resnet(depth: int, factor: int, in_channels: int, num_classes: int) -> StagedNetwork:
     """WRN-``depth``-``factor``, depth = 6n + 4."""
     channels = (16 * factor, 32 * factor, 64 * factor)
     stem = conv3x3(in_channels, 16)
-    stages = _stages(PreactivationBlock, (depth - 4) // 6, 16, channels)
+    stages = _stages(PreactivationBlock, [(depth - 4) // 6] * 3, 16, channels)
     tail = nn.Sequential(nn.BatchNorm2d(channels[-1]), nn.ReLU())
     return StagedNetwork(stem, stages, channels, tail, num_classes)
 
 
 def _stages(
-    block: Callable[[int, int, int], nn.Module], depth: int, inputs: int, channels: Sequence[int]
+    block: Callable[[int, int, int], nn.Module], depths: Sequence[int], inputs: int, channels: Sequence[int]
 ) -> list[nn.Module]:
     return [
         stage(block, depth, before, after, 1 if index == 0 else 2)
-        for index, (before, after) in enumerate(pairwise([inputs, *channels]))
+        for index, (depth, (before, after)) in enumerate(zip(depths, pairwise([inputs, *channels]), strict=True))
     ]

@@ -65,9 +65,10 @@ class UnitV2(nn.Module):
         return self.shuffle(torch.cat([self.shortcut(passing), self.body(entering)], 1))
 
 
-def shufflenet_v1(in_channels: int, num_classes: int) -> StagedNetwork:
-    """ShuffleNet 1x with 3 groups."""
-    channels = (240, 480, 960)
+def shufflenet_v1(
+    in_channels: int, num_classes: int, *, channels: tuple[int, int, int] = (240, 480, 960)
+) -> StagedNetwork:
+    """ShuffleNet, by default 1x, with 3 groups."""
     stem = conv_bn(in_channels, STEM, 1)
     stages = [
         stage(partial(UnitV1, groups=3), depth, before, after, 2)
@@ -76,9 +77,10 @@ def shufflenet_v1(in_channels: int, num_classes: int) -> StagedNetwork:
     return StagedNetwork(stem, stages, channels, nn.Identity(), num_classes)
 
 
-def shufflenet_v2(in_channels: int, num_classes: int) -> StagedNetwork:
-    """ShuffleNetV2 1x."""
-    channels, last = (116, 232, 464), 1024
+def shufflenet_v2(
+    in_channels: int, num_classes: int, *, channels: tuple[int, int, int] = (116, 232, 464), last: int = 1024
+) -> StagedNetwork:
+    """ShuffleNetV2, by default 1x."""
     stem = conv_bn(in_channels, STEM, 1)
     stages = [
         stage(UnitV2, depth, before, after, 2)

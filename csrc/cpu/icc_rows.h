@@ -1,0 +1,459 @@
+// Rows of the inter-class correlation map, added up over the samples, and their way back to the logits.
+//
+// The exponentials of a few rows are computed for every sample, with the classes in a vector's lanes; or those of one row with
+// the samples in the lanes, where they fill the vectors better.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "exp.h"
+#include "tensors.h"
+#include "workspace.h"
+
+namespace kdkernels::icc {
+
+constexpr int64_t kBlock = 1024;  // terms added up before their sum is added to others
+constexpr int kMostRows = 4;
+constexpr int64_t kSamples = 8;
+constexpr int64_t kGroupedElements = 1 << 15;
+
+template <typename T>
+T sum_of(typename Vec<T>::type lanes) {
+  using V = typename Vec<T>::type;
+  return reduce<T>(lanes, [](V a, V b) { return a + b; });
+}
+
+// Each of `a` and `b` folded in two: the sums of `a` come to lie in the lanes without the bit `step`, those of `b` with it.
+template <typename T, int64_t step>
+typename Vec<T>::type fold(typename Vec<T>::type a, typename Vec<T>::type b) {
+  vec_detail::exchange<step>(a, b, std::make_integer_sequence<int64_t, Vec<T>::size>());
+  return a + b;
+}
+
+// R vectors, a power of two and at most a vector's lanes, folded into one: lane r has a part of the sum of vector r % R.
+template <typename T, int R>
+[[gnu::always_inline]] inline typename Vec<T>::type fold_all(const typename Vec<T>::type* rows) {
+  if constexpr (R == 1)
+    return rows[0];
+  else
+    return fold<T, R / 2>(fold_all<T, R / 2>(rows), fold_all<T, R / 2>(rows + R / 2));
+}
+
+// The sums over the lanes of R vectors, all at once.
+template <typename T, int R>
+[[gnu::always_inline]] inline void sums_of(const typename Vec<T>::type* rows, T* out) {
+  if constexpr (R == 1 || R > Vec<T>::size) {
+    for (int r = 0; r < R; ++r) out[r] = sum_of<T>(rows[r]);
+  } else {
+    auto sums = fold_all<T, R>(rows);
+    for (Integer<T> step = R; step < Vec<T>::size; step *= 2) sums += __builtin_shuffle(sums, lane_numbers<T>() ^ step);
+    for (int r = 0; r < R; ++r) out[r] = sums[r];
+  }
+}
+
+// One network's logits as numbers of the compute type, a row per sample, with zeros behind the last class. On demand also in
+// groups of as many samples as a vector has lanes: class by class the numbers of all of them.
+template <typename T>
+class Logits {
+  using V = typename Vec<T>::type;
+  static constexpr int64_t lanes = Vec<T>::size;
+
+ public:
+  int64_t batch, classes, stride, groups;
+
+  Logits(const Tensor& tensor, T* memory, bool grouped = false)
+      : batch(tensor.size(0)),
+        classes(tensor.size(1)),
+        stride(padded(classes)),
+        groups(grouped ? padded(batch) / lanes : 0),
+        numbers_(memory),
+        smallest_(batch),
+        largest_(batch) {
+    with_element_type(tensor, [&](auto element) {
+      read(static_cast<const decltype(element)*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1));
+    });
+    for (int64_t g = 0; g < groups; ++g) fill_group(g);
+  }
+
+  static int64_t padded(int64_t count) { return round_up(count, lanes); }
+  static int64_t size(const Tensor& tensor, bool grouped = false) {
+    const int64_t batch = tensor.size(0), classes = tensor.size(1);
+    return batch * padded(classes) + (grouped ? padded(batch) * (classes + 2) : 0);
+  }
+  // Whether the samples fill the lanes better than the classes do, and one row's exponentials of all of them fit into a cache.
+  static bool suits_groups(int64_t batch, int64_t classes) {
+    return padded(batch) * classes <= std::min(batch * padded(classes), kGroupedElements);
+  }
+
+  const T* sample(int64_t s) const { return numbers_ + s * stride; }
+  const T* group(int64_t g) const { return numbers_ + batch * stride + g * (classes + 2) * lanes; }
+  // The logits whose products with those of `z` are largest.
+  V partners(int64_t g, V z) const {
+    const T* extremes = group(g) + classes * lanes;
+    return z >= T(0) ? load<T>(extremes + lanes) : load<T>(extremes);
+  }
+  // The class whose logit has the largest product with z.
+  int64_t partner(int64_t s, T z) const { return z >= 0 ? largest_[s] : smallest_[s]; }
+  bool finite(int64_t s) const { return smallest_[s] >= 0; }
+  bool finite() const {
+    for (int64_t s = 0; s < batch; ++s)
+      if (!finite(s)) return false;
+    return true;
+  }
+
+ private:
+  template <typename Element>
+  void read(const Element* source, int64_t row, int64_t column) {
+    for (int64_t s = 0; s < batch; ++s) {
+      T* out = numbers_ + s * stride;
+      const Element* elements = source + s * row;
+      if (column == 1)
+        for (int64_t j = 0; j < classes; ++j) out[j] = static_cast<T>(elements[j]);
+      else
+        for (int64_t j = 0; j < classes; ++j) out[j] = static_cast<T>(elements[j * column]);
+      V smallest = V{} + out[0], largest = smallest, nan{};
+      for_vectors<T>(0, classes, [&](int64_t j, int64_t count) {
+        const V z = load_first<T>(out + j, count, out[0]);
+        smallest = lesser(smallest, z);
+        largest = greater(largest, z);
+        nan += z * T(0);
+      });
+      std::fill(out + classes, out + stride, T(0));
+      const bool finite = sum_of<T>(nan) == 0;
+      smallest_[s] = finite ? std::find(out, out + classes, reduce<T>(smallest, lesser)) - out : -1;
+      largest_[s] = finite ? std::find(out, out + classes, reduce<T>(largest, greater)) - out : -1;
+    }
+  }
+
+  // Behind the classes come the smallest logits and the largest. Samples that do not exist are zeros.
+  void fill_group(int64_t g) {
+    T* out = numbers_ + (group(g) - numbers_);
+    std::fill(out, out + (classes + 2) * lanes, T(0));
+    for (int64_t s = g * lanes; s < std::min(batch, (g + 1) * lanes); ++s, ++out) {
+      const T* z = sample(s);
+      for (int64_t j = 0; j < classes; ++j) out[j * lanes] = z[j];
+      if (finite(s)) {
+        out[classes * lanes] = z[smallest_[s]];
+        out[(classes + 1) * lanes] = z[largest_[s]];
+      }
+    }
+  }
+
+  static V lesser(V a, V b) { return a < b ? a : b; }
+  static V greater(V a, V b) { return a > b ? a : b; }
+
+  T* numbers_;
+  std::vector<int64_t> smallest_, largest_;  // classes, -1 where not all logits are finite
+};
+
+// A - max A of a row z_i z of A, by the difference of the logits: products of confident logits are in the hundreds, and were
+// they rounded first, the difference would be lost; of the largest logits it would overflow.
+template <typename T>
+struct BelowMax {
+  using V = typename Vec<T>::type;
+
+  V factor, partner;
+
+  BelowMax(T z_i, T partner) : factor(V{} + z_i), partner(V{} + partner) {}
+  V operator()(V z_j) const { return (z_j - partner) * factor; }
+  double exactly(T z_j) const { return (double(z_j) - partner[0]) * factor[0]; }
+};
+
+// R rows of one sample's A = z zᵀ.
+template <typename T, int R>
+struct Products {
+  using V = typename Vec<T>::type;
+
+  const T* z;
+  int64_t classes;
+  T factor[R];
+  int64_t top[R];  // the class whose logit's product with the factor is largest
+
+  Products(const Logits<T>& logits, int64_t s, int64_t first) : z(logits.sample(s)), classes(logits.classes) {
+    for (int r = 0; r < R; ++r) {
+      factor[r] = classes == 1 ? T(0) : z[first + r];  // the softmax of one number is exactly 1
+      top[r] = logits.partner(s, factor[r]);
+    }
+  }
+
+  BelowMax<T> below_max(int r) const { return {factor[r], z[top[r]]}; }
+  std::array<BelowMax<T>, R> below_max() const { return below_max(std::make_integer_sequence<int, R>()); }
+
+  // exp(A - max A) in rows of `stride`, zeros behind the last class, and one over their sums.
+  [[gnu::always_inline]] void exponentials(T* out, int64_t stride, T* inverse_sums) const {
+    const auto below = below_max();
+    V sums[R] = {};
+    int64_t j = 0;
+    while (j + Vec<T>::size <= classes) {
+      V block[R] = {};
+      for (const int64_t end = std::min(classes, j + kBlock); j + Vec<T>::size <= end; j += Vec<T>::size) {
+        const V z_j = load<T>(z + j);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const V e = exp_floored<T>(below[r](z_j));
+          store<T>(out + r * stride + j, e);
+          block[r] += e;
+        }
+      }
+      for (int r = 0; r < R; ++r) sums[r] += block[r];
+    }
+    if (j < classes) {
+      const auto inside = first_lanes<T>(classes - j);
+      const V z_j = load<T>(z + j);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const V e = inside ? exp_floored<T>(below[r](z_j)) : V{};
+        store<T>(out + r * stride + j, e);
+        sums[r] += e;
+      }
+    }
+    T totals[R];
+    sums_of<T, R>(sums, totals);
+    for (int r = 0; r < R; ++r) inverse_sums[r] = 1 / totals[r];
+  }
+
+  // Adds to the sample's gradient what dA gives: z_r dA_r to all logits, and dA_r · z to logit r. dA(j, r) comes without
+  // its factor scales[r].
+  template <typename F>
+  [[gnu::always_inline]] void spread(int64_t first, int64_t stride, const T* scales, T* grad,
+                                     const F& d_products) const {
+    V rows[R] = {}, factors[R];
+    for (int r = 0; r < R; ++r) factors[r] = V{} + factor[r] * scales[r];
+    for (int64_t begin = 0; begin < stride; begin += kBlock) {
+      V block[R] = {};
+      for (int64_t j = begin; j < std::min(stride, begin + kBlock); j += Vec<T>::size) {
+        const V z_j = load<T>(z + j);
+        V column = load<T>(grad + j);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const V d = d_products(j, r);
+          column += d * factors[r];
+          block[r] += d * z_j;
+        }
+        store<T>(grad + j, column);
+      }
+      for (int r = 0; r < R; ++r) rows[r] += block[r];
+    }
+    T totals[R];
+    sums_of<T, R>(rows, totals);
+    for (int r = 0; r < R; ++r) grad[first + r] += totals[r] * scales[r];
+  }
+
+  // Given the exponentials and -dL/dP, the sample's gradient is dA = P (mean - (negative - top)) with `top` the largest
+  // entry's `negative`, so that nothing cancels where that entry is nearly 1, and mean = P · (negative - top).
+  [[gnu::always_inline]] void means(int64_t stride, const T* e, const T* inverse, const T* negative, V* out) const {
+    V dots[R] = {}, tops[R];
+    for (int r = 0; r < R; ++r) tops[r] = V{} + negative[r * stride + top[r]];
+    for (int64_t begin = 0; begin < stride; begin += kBlock) {
+      V block[R] = {};
+      for (int64_t j = begin; j < std::min(stride, begin + kBlock); j += Vec<T>::size)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const int64_t at = r * stride + j;
+          block[r] += load<T>(e + at) * (load<T>(negative + at) - tops[r]);
+        }
+      for (int r = 0; r < R; ++r) dots[r] += block[r];
+    }
+    T totals[R];
+    sums_of<T, R>(dots, totals);
+    for (int r = 0; r < R; ++r) out[r] = V{} + totals[r] * inverse[r];
+  }
+
+  void pull_back(int64_t first, int64_t stride, const T* e, const T* inverse, const T* negative, const V* means,
+                 T* grad) const {
+    V mean[R], tops[R];
+    for (int r = 0; r < R; ++r) {
+      mean[r] = means[r];
+      tops[r] = V{} + negative[r * stride + top[r]];
+    }
+    spread(first, stride, inverse, grad, [&](int64_t j, int r) {
+      const int64_t at = r * stride + j;
+      return load<T>(e + at) * (mean[r] - (load<T>(negative + at) - tops[r]));
+    });
+  }
+
+ private:
+  template <int... r>
+  std::array<BelowMax<T>, R> below_max(std::integer_sequence<int, r...>) const {
+    return {below_max(r)...};
+  }
+};
+
+// The exponentials of R rows of one network: of all samples or, where those would not stay in the cache, of a few.
+template <typename T>
+struct Correlations {
+  T* exponentials;
+  T* inverse_sums;  // batch x R
+  bool kept;
+
+  T* of(int64_t s, int R, int64_t stride) const { return exponentials + (kept ? s : s % kSamples) * R * stride; }
+};
+
+// Entries of the student's map that float cannot hold, with the exponentials that stand for each in every sample.
+template <typename T>
+struct Colds {
+  int64_t batch;
+  std::vector<int64_t> positions = {};  // in the R rows
+  std::vector<T> exponentials = {};     // batch of them for each
+
+  void put(int64_t s, T* rows) const {
+    for (size_t i = 0; i < positions.size(); ++i) rows[positions[i]] = exponentials[i * batch + s];
+  }
+};
+
+template <typename T, int R>
+struct Rows {
+  using V = typename Vec<T>::type;
+  static constexpr int count = R;
+
+  const Logits<T>& logits;
+  int64_t first;
+  Correlations<T> memory;
+
+  // Rows [first, first + R) of the map, times b.
+  void add_up(T* map) const {
+    const int64_t stride = logits.stride;
+    std::fill(map, map + R * stride, T(0));
+    for_samples([&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s)
+        Products<T, R>(logits, s, first).exponentials(memory.of(s, R, stride), stride, memory.inverse_sums + s * R);
+      for (int r = 0; r < R; ++r)
+        for (int64_t j = 0; j < stride; j += Vec<T>::size) {
+          T* entry = map + r * stride + j;
+          const T* e = memory.of(begin, R, stride) + r * stride + j;
+          V sum = load<T>(entry);
+          for (int64_t s = begin; s < end; ++s, e += R * stride) sum += load<T>(e) * memory.inverse_sums[s * R + r];
+          store<T>(entry, sum);
+        }
+    });
+  }
+
+  // Given -dL/dP, R rows, the same for all samples, adds up the gradients of all samples.
+  void pull_back(const T* negative, const Colds<T>& colds, T* grad) const {
+    const int64_t stride = logits.stride;
+    for_samples([&](int64_t begin, int64_t end) {
+      V means[kSamples][R];
+      for (int64_t s = begin; s < end; ++s) {
+        const Products<T, R> products(logits, s, first);
+        T* e = memory.of(s, R, stride);
+        if (!memory.kept) products.exponentials(e, stride, memory.inverse_sums + s * R);
+        colds.put(s, e);
+        products.means(stride, e, memory.inverse_sums + s * R, negative, means[s - begin]);
+      }
+      for (int64_t s = begin; s < end; ++s)
+        Products<T, R>(logits, s, first)
+            .pull_back(first, stride, memory.of(s, R, stride), memory.inverse_sums + s * R, negative, means[s - begin],
+                       grad + s * stride);
+    });
+  }
+
+ private:
+  // A few samples at a time: one's sums take long to be ready, and the others need not wait for them.
+  template <typename F>
+  void for_samples(const F& f) const {
+    for (int64_t begin = 0; begin < logits.batch; begin += kSamples) f(begin, std::min(begin + kSamples, logits.batch));
+  }
+};
+
+// One row, with the samples of a group in the lanes. Gradients lie as the groups do.
+template <typename T>
+struct GroupedRow {
+  using V = typename Vec<T>::type;
+  static constexpr int count = 1;
+  static constexpr int64_t lanes = Vec<T>::size;
+
+  const Logits<T>& logits;
+  int64_t first;
+  Correlations<T> memory;
+
+  // As in Rows.
+  void add_up(T* map) const {
+    for (int64_t g = 0; g < logits.groups; ++g) exponentials(g);
+    const int64_t groups = logits.groups, size = logits.classes * lanes;
+    const T* inverse = memory.inverse_sums;
+    for (int64_t j = 0; j < logits.classes; j += lanes) {
+      V sums[lanes];
+      const int64_t width = std::min(lanes, logits.classes - j);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < lanes; ++i) {
+        const T* e = memory.exponentials + (j + std::min(i, width - 1)) * lanes;
+        V sum{};
+        for (int64_t g = 0; g < groups; ++g) sum += load<T>(e + g * size) * load<T>(inverse + g * lanes);
+        sums[i] = sum;
+      }
+      store_first<T>(map + j, fold_all<T, lanes>(sums), width);
+    }
+  }
+
+  void pull_back(const T* negative, const Colds<T>& colds, T* grad) const {
+    for (int64_t g = 0; g < logits.groups; ++g) {
+      const V factor = factors(g), inverse = load<T>(memory.inverse_sums + g * lanes), tops = tops_of(g, negative);
+      const T* z = logits.group(g);
+      T *e = of(g), *out = grad + g * logits.classes * lanes;
+      put(g, colds);
+      const V mean =
+          sum_over_classes([&](int64_t j) { return load<T>(e + j * lanes) * (negative[j] - tops); }) * inverse;
+      const V row = sum_over_classes([&](int64_t j) {
+        const V d = load<T>(e + j * lanes) * (mean - (negative[j] - tops));
+        store<T>(out + j * lanes, load<T>(out + j * lanes) + d * (factor * inverse));
+        return d * load<T>(z + j * lanes);
+      });
+      store<T>(out + first * lanes, load<T>(out + first * lanes) + row * inverse);
+    }
+  }
+
+ private:
+  T* of(int64_t g) const { return memory.exponentials + g * logits.classes * lanes; }
+  V factors(int64_t g) const { return load<T>(logits.group(g) + first * lanes); }
+
+  void exponentials(int64_t g) const {
+    const V factor = factors(g), partner = logits.partners(g, factor);
+    const T* z = logits.group(g);
+    T* out = of(g);
+    const V sum = sum_over_classes([&](int64_t j) {
+      const V e = exp_floored<T>((load<T>(z + j * lanes) - partner) * factor);
+      store<T>(out + j * lanes, e);
+      return e;
+    });
+    // Samples that do not exist have no share.
+    store<T>(memory.inverse_sums + g * lanes, first_lanes<T>(logits.batch - g * lanes) ? T(1) / sum : V{});
+  }
+
+  // Every sample's `negative` of the class whose product is largest.
+  V tops_of(int64_t g, const T* negative) const {
+    const V factor = factors(g);
+    V tops{};
+    for (int64_t s = g * lanes; s < std::min(logits.batch, (g + 1) * lanes); ++s)
+      tops[s - g * lanes] = negative[logits.partner(s, factor[s - g * lanes])];
+    return tops;
+  }
+
+  void put(int64_t g, const Colds<T>& colds) const {
+    for (size_t i = 0; i < colds.positions.size(); ++i)
+      for (int64_t s = g * lanes; s < std::min(logits.batch, (g + 1) * lanes); ++s)
+        of(g)[colds.positions[i] * lanes + s - g * lanes] = colds.exponentials[i * logits.batch + s];
+  }
+
+  template <typename F>
+  [[gnu::always_inline]] V sum_over_classes(const F& f) const {
+    V sum{};
+    const int64_t classes = logits.classes;
+    for (int64_t begin = 0; begin < classes; begin += kBlock) {
+      const int64_t end = std::min(classes, begin + kBlock);
+      V parts[4] = {};  // one sum would wait for itself
+      int64_t j = begin;
+      for (; j + 4 <= end; j += 4)
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < 4; ++i) parts[i] += f(j + i);
+      for (; j < end; ++j) parts[0] += f(j);
+      sum += (parts[0] + parts[1]) + (parts[2] + parts[3]);
+    }
+    return sum;
+  }
+};
+
+}  // namespace kdkernels::icc

@@ -4,6 +4,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
 GPU_PYTHON ?= python3
+RESULTS ?= bench/results/cpu.json
 SOURCES := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 RUFF := $(PYTHON) -m ruff
 
@@ -31,8 +32,11 @@ lint: setup
 	$(RUFF) format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
 
+# BENCH="-k test_icc --seconds 0.5" measures less; what a file of results has of other cases is kept.
 bench: setup
-	$(PYTHON) -m pytest bench/bench_*.py
+	$(PYTHON) -m pytest bench/bench_*.py --results $(RESULTS) $(BENCH)
+	$(PYTHON) bench/gpu.py --json $(dir $(RESULTS))gpu.json
+	$(PYTHON) bench/report.py
 
 # On a machine with a GPU, offline: the Python that has PyTorch there is used as it is.
 gpu-check:

@@ -1,8 +1,7 @@
-"""SemCKD's loss of all layer pairs against eager and compiled PyTorch: ``pytest bench/bench_feature_mse.py``.
+"""SemCKD's loss of all layer pairs: ``pytest bench/bench_feature_mse.py``.
 
-Measured as in bench_kd.py. The student's projections have its own map sizes, or the smaller of both where it pools
-before it projects. The limit is this machine's memory bandwidth on the bytes that must move: every map is read twice,
-since the gradients, which are written, come in the backward pass. Memory is that beside the gradients.
+The student's projections have its own map sizes, or the smaller of both where it pools before it projects. The limit is
+the bytes that must move: every map is read twice, since the gradients, which are written, come in the backward pass.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import bandwidth, compare, compiled, peaks
-from semckd import BATCH, FORMATS, STUDENT, TEACHER, maps
+from measure import Case, Work
+from semckd import FORMATS, STUDENT, TEACHER, maps
 from torch import Tensor
 
 import kdkernels
@@ -19,13 +18,16 @@ import kdkernels
 Maps = list[list[Tensor]]
 
 
-def inputs(memory_format: str, pooled_before: bool) -> tuple[Maps, Maps, Tensor]:
-    teacher = [maps(*layer, memory_format) for layer in TEACHER]
+def inputs(batch: int, memory_format: str, pooled_before: bool) -> tuple[Maps, Maps, Tensor]:
+    teacher = [maps(batch, *layer, memory_format) for layer in TEACHER]
     projected = [
-        [maps(c, min(side, height) if pooled_before else side, memory_format, learns=True) for c, height in TEACHER]
+        [
+            maps(batch, c, min(side, height) if pooled_before else side, memory_format, learns=True)
+            for c, height in TEACHER
+        ]
         for _, side in STUDENT
     ]
-    weights = torch.softmax(torch.randn(BATCH, len(STUDENT), len(TEACHER)), dim=2)
+    weights = torch.softmax(torch.randn(batch, len(STUDENT), len(TEACHER)), dim=2)
     return projected, [teacher] * len(STUDENT), weights.requires_grad_()
 
 
@@ -48,18 +50,23 @@ def _error(own: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(own, target, reduction="none").flatten(1).mean(1)
 
 
-BASELINES = {"textbook": textbook}
-VARIANTS = {"fused": fused, **BASELINES}
+def work(projected: Maps, targets: Maps, weights: Tensor) -> Work:
+    own = sum(m.nbytes for row in projected for m in row)
+    return Work(bytes=2 * (own + sum(m.nbytes for m in targets[0])) + own)
 
 
-@pytest.mark.parametrize("pooled_before", [False, True], ids=["pooled by the loss", "pooled before"])
-@pytest.mark.parametrize("memory_format", FORMATS)
-def test_feature_mse(benchmark, memory_format, pooled_before):
-    torch.compiler.reset()  # sizes that change would be compiled as unknown, which PyTorch 2.13 cannot do here
-    tensors = inputs(memory_format, pooled_before)
-    projected, targets, _ = tensors
-    read = sum(m.nbytes for row in projected for m in row) + sum(m.nbytes for m in targets[0])
-    written = sum(m.nbytes for row in projected for m in row)
-    memory = {name: peak - written for name, peak in peaks(VARIANTS, inputs, memory_format, pooled_before).items()}
-    limit = (2 * read + written) / bandwidth()
-    compare(benchmark, VARIANTS | compiled(BASELINES), tensors, limit=limit, peaks=memory)
+def case(batch: int, memory_format: str, pooled_before: bool) -> Case:
+    loss = f"SemCKD MSE, {memory_format}, pooled {'before' if pooled_before else 'by the loss'}"
+    arguments = batch, memory_format, pooled_before
+    return Case(loss, batch, inputs, arguments, fused, {"textbook": textbook}, work, headline=batch == 64)
+
+
+CASES = (
+    *(case(64, memory_format, pooled_before) for memory_format in FORMATS for pooled_before in (False, True)),
+    *(case(batch, "NCHW", False) for batch in (16, 128)),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_feature_mse(compare, case):
+    compare(case)

@@ -1,29 +1,21 @@
-"""ICCT's loss against the textbook version, eager and compiled: ``pytest bench/bench_icc.py``.
+"""ICCT's loss: ``pytest bench/bench_icc.py``.
 
-Measured as in bench_kd.py. The limit is this machine's rate of exponentials: of our own, over numbers in the first
-cache, on all threads. The loss needs 2·b·K² of them, one for every entry of every sample's two correlations.
+The limit is this machine's rate of exponentials, of which the loss needs 2·b·K², one for every entry of every sample's
+two correlations.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import os
-import subprocess
-import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
 import pytest
 import torch
-from measure import compare, peaks
+from measure import Case, Work
 from torch import Tensor
 
 import kdkernels
-from kdkernels import native
 
-FOLDER = Path(__file__).parent
+
+def inputs(batch: int, classes: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, classes, requires_grad=True), torch.randn(batch, classes)
 
 
 def fused(student: Tensor, teacher: Tensor) -> Tensor:
@@ -48,65 +40,29 @@ def textbook_per_sample(student: Tensor, teacher: Tensor) -> Tensor:
     return (p * (p.log() - q.log())).sum() / (p.shape[0] * p.shape[1])
 
 
-VARIANTS = {"fused": fused, "textbook": textbook}
-COMPILED = {"textbook, compiled": torch.compile(textbook, dynamic=False)}
-PER_SAMPLE = {"fused": fused_per_sample, "textbook": textbook_per_sample}
-COMPILED_PER_SAMPLE = {"textbook, compiled": torch.compile(textbook_per_sample, dynamic=False)}
+def work(student: Tensor, teacher: Tensor) -> Work:
+    return Work(exponentials=2 * student.shape[0] * student.shape[1] ** 2)
 
 
-def logits(b: int, classes: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(b, classes, requires_grad=True), torch.randn(b, classes)
+def case(batch: int, classes: int, headline: bool = False) -> Case:
+    baselines = {"textbook": textbook} if classes < 10000 else {}  # which would need more than 20 GiB
+    return Case(f"ICCT K={classes}", batch, inputs, (batch, classes), fused, baselines, work, headline=headline)
 
 
-@pytest.mark.parametrize("classes", [2, 10, 100, 1000])
-@pytest.mark.parametrize("b", [1, 16, 64, 256])
-def test_map(benchmark, b, classes):
-    memory = peaks(VARIANTS, logits, b, classes) if b == 64 and classes >= 100 else None
-    compare(benchmark, VARIANTS | COMPILED, logits(b, classes), limit=limit(b, classes), peaks=memory)
+def per_sample(batch: int, classes: int) -> Case:
+    loss, baselines = f"ICCT per sample K={classes}", {"textbook": textbook_per_sample}
+    return Case(loss, batch, inputs, (batch, classes), fused_per_sample, baselines, work)
 
 
-@pytest.mark.parametrize("classes", [100, 1000])
-def test_per_sample(benchmark, classes):
-    memory = peaks(PER_SAMPLE, logits, 64, classes)
-    variants = PER_SAMPLE | COMPILED_PER_SAMPLE
-    compare(benchmark, variants, logits(64, classes), limit=limit(64, classes), peaks=memory)
+CASES = (
+    *(case(64, classes, headline=True) for classes in (100, 1000)),
+    *(case(batch, classes) for classes in (1000, 100) for batch in (1, 16, 256)),
+    *(case(batch, classes) for classes in (10, 2) for batch in (1, 16, 64, 256)),
+    *(per_sample(64, classes) for classes in (100, 1000)),
+    case(8, 10000),
+)
 
 
-def test_many_classes(benchmark):
-    """Where the textbook version would need more than 20 GiB."""
-    memory = peaks({"fused": fused}, logits, 8, 10000)
-    inputs = logits(8, 10000)
-
-    def step() -> None:
-        fused(*inputs).backward()
-
-    benchmark.pedantic(step, rounds=3, warmup_rounds=1)
-    own = benchmark.stats.stats.median
-    note = {"fused ms": own * 1e3, "share of the limit": limit(8, 10000) / own, "fused MiB": memory["fused"] / 2**20}
-    benchmark.extra_info.update(note | {"peak extra bytes": memory, "seconds": {"fused": own}, "headline": False})
-
-
-def limit(b: int, classes: int) -> float:
-    return 2 * b * classes**2 / exp_rate()
-
-
-@functools.cache
-def exp_rate() -> float:
-    """Exponentials per second of csrc/cpu/exp.h, all threads together."""
-    flags = {"avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma", "avx2": "-mavx2 -mfma", "default": ""}
-    level = native.library().stem.removeprefix("_native_cpu_")
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder, "exp_rate.so")
-        compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math"]
-        source = FOLDER / "exp_rate.cpp"
-        subprocess.run([*compiler, *flags[level].split(), "-shared", "-fPIC", source, "-o", library], check=True)
-        run = ctypes.CDLL(library).exponentials
-    run.argtypes, run.restype = [ctypes.c_int64], ctypes.c_int64
-    threads, rounds = torch.get_num_threads(), 20000
-    with ThreadPoolExecutor(threads) as pool:
-        rates = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            count = sum(pool.map(run, [rounds] * threads))
-            rates.append(count / (time.perf_counter() - begin))
-    return max(rates)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_icc(compare, case):
+    compare(case)

@@ -1,19 +1,19 @@
-"""SP's loss against eager and compiled PyTorch: ``pytest bench/bench_similarity_preserving.py``.
-
-Measured as in bench_congruence.py.
-"""
+"""SP's loss: ``pytest bench/bench_similarity_preserving.py``. The limit is the products of the form that is chosen."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import compare, compiled, peaks
+from measure import Case, Work
 from torch import Tensor
 
 import kdkernels
 
-CASES = ((64, 64, 8), (256, 64, 8), (4096, 128, 1))
+
+def inputs(batch: int, channels: int, side: int) -> tuple[Tensor, Tensor]:
+    shape = batch, channels, side, side
+    return torch.randn(shape, requires_grad=True), torch.randn(shape)
 
 
 def fused(student: Tensor, teacher: Tensor) -> Tensor:
@@ -25,15 +25,24 @@ def textbook(student: Tensor, teacher: Tensor) -> Tensor:
     return (F.normalize(x @ x.T) - F.normalize(y @ y.T)).square().sum() / len(x) ** 2
 
 
-def inputs(batch: int, channels: int, side: int) -> tuple[Tensor, Tensor]:
-    shape = batch, channels, side, side
-    return torch.randn(shape, requires_grad=True), torch.randn(shape)
+def work(student: Tensor, teacher: Tensor) -> Work:
+    ((part,),) = kdkernels.explain("similarity_preserving_loss", student, teacher).stages
+    return Work(multiply_adds=part.costs[part.form])
 
 
-VARIANTS = {"fused": fused, "textbook": textbook}
-COMPILED = compiled({"textbook": textbook})
+def case(batch: int, channels: int, side: int, headline: bool = False) -> Case:
+    loss = f"SP {channels}x{side}x{side}"
+    return Case(loss, batch, inputs, (batch, channels, side), fused, {"textbook": textbook}, work, headline=headline)
 
 
-@pytest.mark.parametrize("case", CASES, ids="{0[0]} x {0[1]}x{0[2]}x{0[2]}".format)
-def test_similarity_preserving(benchmark, case):
-    compare(benchmark, VARIANTS | COMPILED, inputs(*case), peaks=peaks(VARIANTS, inputs, *case))
+CASES = (
+    case(64, 64, 8, headline=True),
+    *(case(batch, 64, 8) for batch in (16, 256)),
+    *(case(batch, 128, 1) for batch in (64, 1024)),
+    case(4096, 128, 1, headline=True),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_similarity_preserving(compare, case):
+    compare(case)

@@ -1,17 +1,20 @@
-"""Prints what the benchmarks noted about each case under pytest-benchmark's own table, and writes it to a file."""
+"""Prints what the benchmarks noted about each case under pytest-benchmark's own table, and adds it to a file."""
 
 from __future__ import annotations
 
-import json
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import results
 import torch
-from measure import provenance, table
+from measure import SECONDS, compare, provenance, table
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--results", type=Path, help="write machine, versions, date and what each case noted to this file")
+    parser.addoption("--results", type=Path, help="put what was measured, with machine and versions, into this file")
+    parser.addoption("--seconds", type=float, default=SECONDS, help="time for the measurement of each case")
 
 
 @pytest.fixture(autouse=True)
@@ -19,32 +22,26 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(name="compare")
+def compare_case(benchmark, pytestconfig: pytest.Config) -> Callable:
+    """``measure.compare`` for as long as the command line says."""
+    return functools.partial(compare, benchmark, seconds=pytestconfig.getoption("--seconds"))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    measured = [bench for bench in config._benchmarksession.benchmarks if bench.extra_info]
-    if not measured:
+    noted = [bench.extra_info for bench in config._benchmarksession.benchmarks if bench.extra_info]
+    if not noted:
         return
-    noted = [(bench.name, bench.extra_info) for bench in measured]
-    columns = list(dict.fromkeys(c for _, info in noted for c, value in info.items() if not isinstance(value, dict)))
-    rows = [(name, *(_text(info.get(column, "")) for column in columns)) for name, info in noted]
-    terminalreporter.write_line("\n" + table(("", *columns), rows))
+    columns = list(dict.fromkeys(c for info in noted for c, value in info.items() if isinstance(value, (float, str))))
+    rows = [tuple(_text(info.get(column, "")) for column in columns) for info in noted]
+    terminalreporter.write_line("\n" + table(tuple(columns), rows))
     file = config.getoption("--results")
     if file:
-        results = [_result(bench) for bench in measured]
-        file.write_text(json.dumps({**provenance(), "results": results}, indent=1) + "\n")
+        results.add(file, provenance(), noted)
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, object]) -> None:
     machine_info["kdkernels"] = provenance()
-
-
-def _result(bench) -> dict[str, object]:
-    """What was noted, and the test's parameters; a case that is a named tuple counts as its fields."""
-    fields: dict[str, object] = {}
-    for name, value in (bench.params or {}).items():
-        fields |= value._asdict() if hasattr(value, "_asdict") else {name: value}
-    parameters = {name: value if isinstance(value, (int, float)) else str(value) for name, value in fields.items()}
-    case = ", ".join(f"{name} = {value}" for name, value in parameters.items())
-    return {"case": case, "test": bench.name, "parameters": parameters, **bench.extra_info}
 
 
 def _text(value: object) -> str:

@@ -8,20 +8,23 @@ every backend that can; ``fused`` is the faster one.
 from __future__ import annotations
 
 import argparse
-import functools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import bench_congruence
 import bench_correlation_congruence
+import bench_feature_mse
+import bench_gram
 import bench_icc
 import bench_kd
+import bench_local_correlation
+import bench_patches
+import bench_rkd
+import bench_similarity_preserving
+import results
 import torch
-from measure import Loss, provenance, table
+from measure import Case, Loss, Work, compiled, gradient_bytes, limit, provenance, table
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -32,65 +35,13 @@ REPLAYS = 20  # of a graph between two events
 SECONDS = 1.0  # for one case, launched or replayed
 
 
-class Case(NamedTuple):
-    name: str
-    batch: int
-    fused: Loss
-    baselines: dict[str, Loss]
-    inputs: Callable[[], tuple]
-    multiply_adds: Callable[..., float] = lambda *_: 0  # as float32 computes them
-    exponentials: Callable[..., float] = lambda *_: 0
-
-    def __str__(self) -> str:
-        return f"{self.name}, batch {self.batch}"
-
-
-def cases() -> Iterator[Case]:
-    """The sizes that the papers name first, then those between them for the plots."""
-    kd, lkd, cckd, icct = bench_kd, bench_congruence, bench_correlation_congruence, bench_icc
-
-    def kd_case(batch: int, classes: int) -> Case:
-        inputs = functools.partial(logits, batch, classes)
-        return Case(f"kd K={classes}", batch, kd.fused, kd.BASELINES, inputs)
-
-    def lkd_case(n: int, *stages: tuple[int, int]) -> Case:
-        case = lkd.Case(n, 4, stages)
-        name = f"LKD {' '.join(f'{c}x{h}x{h}' for c, h in stages)} k=4"
-        return Case(name, n, lkd.fused, lkd.BASELINES, case.inputs, lkd.multiply_adds)
-
-    def cckd_case(batch: int, width: int) -> Case:
-        inputs, baselines = functools.partial(cckd.inputs, batch, width), {"textbook": cckd.textbook}
-        return Case(f"CCKD d={width}", batch, cckd.fused, baselines, inputs, of_grams)
-
-    def icct_case(batch: int, classes: int) -> Case:
-        inputs, baselines = functools.partial(icct.logits, batch, classes), {"textbook": icct.textbook}
-        return Case(f"ICCT K={classes}", batch, icct.fused, baselines, inputs, exponentials=of_maps)
-
-    yield from (lkd_case(64, *lkd.CIFAR), lkd_case(1024, (64, 8)))
-    yield from (cckd_case(64, 128), cckd_case(8192, 512), icct_case(256, 1000), kd_case(256, 1000))
-    yield from (lkd_case(n, (64, 8)) for n in (64, 256, 512))
-    yield from (cckd_case(batch, 512) for batch in (256, 1024, 4096))
-    yield from (icct_case(batch, 1000) for batch in (16, 64))
-    yield from (kd_case(batch, 1000) for batch in (64, 1024))
-
-
-def of_grams(student: Tensor, _: Tensor) -> float:
-    """Two halves of Gram matrices, one gradient."""
-    return 2 * student.shape[0] ** 2 * student.shape[1]
-
-
-def of_maps(student: Tensor, _: Tensor) -> float:
-    """One for each entry of either network's maps."""
-    return 2 * student.shape[0] * student.shape[1] ** 2
-
-
-def logits(batch: int, classes: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(batch, classes, requires_grad=True), torch.randn(batch, classes)
-
-
-def compiled(variants: dict[str, Loss]) -> dict[str, Loss]:
-    """The same under torch.compile, each size for itself."""
-    return {f"{name}, compiled": torch.compile(loss, dynamic=False) for name, loss in variants.items()}
+def cases() -> list[Case]:
+    """Sizes that only a GPU is given, those that tables show, and the rest for the plots."""
+    lkd, cckd = bench_local_correlation, bench_correlation_congruence
+    others = bench_icc, bench_kd, bench_similarity_preserving, bench_rkd, bench_gram, bench_feature_mse, bench_patches
+    large = [lkd.case(1024, 4, (64, 8), headline=True), cckd.case(8192, 512, headline=True)]
+    shared = [case for module in (lkd, cckd, *others) for case in module.CASES]
+    return [*large, *sorted(shared, key=lambda case: not case.headline)]
 
 
 def on(backend: str, loss: Loss) -> Loss:
@@ -165,7 +116,7 @@ def peak_extra_memory(loss: Loss, inputs: tuple) -> int:
     before = torch.cuda.memory_allocated()
     step(loss, inputs)
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return max(0, torch.cuda.max_memory_allocated() - before - gradient_bytes(inputs))
 
 
 def medians(steps: dict[str, Callable[[], float]]) -> dict[str, float]:
@@ -192,41 +143,36 @@ def _attempt(name: str, loss: Loss, prepare: Callable[[Loss], object], failures:
         torch.cuda.synchronize()
 
 
-def measure(case: Case, rates: dict[str, float]) -> Iterator[dict]:
-    inputs = to_gpu(case.inputs())
+def measure(case: Case, rates: Work) -> Iterator[dict]:
+    inputs = to_gpu(case.inputs(*case.arguments))
     tensor = next(leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
     failures: dict[str, str] = {}
     ours = [b for b in ("native", "triton") if backends.why_not(b, tensor) is None]
-    variants = {backend: on(backend, case.fused) for backend in ours} | case.baselines | compiled(case.baselines)
+    variants = {backend: on(backend, case.fused) for backend in ours} | case.others() | compiled(case.baselines)
     memory = attempt(variants, lambda loss: peak_extra_memory(loss, inputs), failures)
     variants = {name: loss for name, loss in variants.items() if name in memory}
-    floor = sum(x.nbytes * (2 if x.requires_grad else 1) for x in tree_leaves(inputs) if isinstance(x, Tensor))
-    limit = max(
-        floor / rates["bytes per second"],
-        case.multiply_adds(*inputs) / rates["float32 multiply-adds per second"],
-        case.exponentials(*inputs) / rates["exponentials per second"],
-    )
     for how, prepare in (("", launched), (", in a CUDA graph", replayed)):
         steps = attempt(variants, lambda loss, prepare=prepare: prepare(loss, inputs), failures)
         seconds = medians(steps)
         own = {backend: seconds.pop(backend) for backend in ours if backend in seconds}
         if not own:
-            yield {"case": f"{case}{how}", "seconds of baselines": seconds, "failed": failures, "headline": False}
+            yield case.record() | {"case": f"{case}{how}", "seconds": seconds, "failed": failures}
             continue
         best = min(own, key=own.__getitem__)
         peaks = {name: memory[name] for name in seconds} | {"fused": memory[best]}
+        share = {} if case.work is None else {"share of the limit": limit(case, inputs, rates) / own[best]}
         yield {
+            **case.record(),
             "case": f"{case}{how}",
-            "parameters": {"loss": case.name + how, "batch": case.batch},
+            "parameters": {"loss": case.loss + how, "batch": case.batch},
             "seconds": {"fused": own[best]} | seconds,
             "seconds by backend": own,
             "peak extra bytes": peaks,
-            "share of the limit": limit / own[best],
             "failed": failures,
-        }
+        } | share
 
 
-def machine_rates() -> dict[str, float]:
+def machine_rates() -> Work:
     """What this GPU reaches: bytes moved, products in float32's accuracy, which is a third of tf32's, exponentials."""
 
     def rate(work: float, run: Callable[[], object]) -> float:
@@ -240,17 +186,13 @@ def machine_rates() -> dict[str, float]:
     # 16 a cycle on every multiprocessor, in NVIDIA's tables of throughputs for compute capability 8.0 to 10.0.
     properties = torch.cuda.get_device_properties(0)
     clock = getattr(properties, "clock_rate", 1_980_000) * 1e3
-    rates = {"bytes per second": rate(2 * source.nbytes, lambda: target.copy_(source))}
-    rates["float32 multiply-adds per second without tensor cores"] = rate(8192**3, lambda: torch.mm(a, b, out=result))
+    exact = rate(8192**3, lambda: torch.mm(a, b, out=result))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
-    rates["tf32 multiply-adds per second"] = rate(8192**3, lambda: torch.mm(a, b, out=result))
+    tf32 = rate(8192**3, lambda: torch.mm(a, b, out=result))
     torch.set_float32_matmul_precision(before)
-    rates["float32 multiply-adds per second"] = max(
-        rates["float32 multiply-adds per second without tensor cores"], rates["tf32 multiply-adds per second"] / 3
-    )
-    rates["exponentials per second"] = 16 * properties.multi_processor_count * clock
-    return rates
+    moved = rate(2 * source.nbytes, lambda: target.copy_(source))
+    return Work(moved, max(exact, tf32 / 3), 16 * properties.multi_processor_count * clock)
 
 
 def replayed_call(run: Callable[[], object]) -> Callable[[], float]:
@@ -270,29 +212,37 @@ def replayed_call(run: Callable[[], object]) -> Callable[[], float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the results to this file, after each case anew")
+    parser.add_argument("--json", type=Path, help="put the results into this file, after each case")
     parser.add_argument("--only", default="", help="cases whose names contain this")
     parser.add_argument("--minutes", type=float, default=4, help="begin no case later than this")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("PyTorch sees no GPU here: nothing was measured on one")
+        return
     end = time.perf_counter() + 60 * arguments.minutes
     rates = machine_rates()
-    results: list[dict] = []
+    origin = provenance() | {"processor": torch.cuda.get_device_name(0), "rates": rates._asdict()}
+    rows = []
     for case in cases():
         if arguments.only not in str(case) or time.perf_counter() > end:
             continue
-        results += measure(case, rates)
+        measured = list(measure(case, rates))
         if arguments.json:
-            content = {**provenance(), "processor": torch.cuda.get_device_name(0), "rates": rates, "results": results}
-            arguments.json.write_text(json.dumps(content, indent=1) + "\n")
-    rows = []
-    for result in results:
-        seconds = result.get("seconds by backend", {}) | result.get("seconds", result.get("seconds of baselines"))
-        first = seconds.pop("fused", None)
-        for i, (name, value) in enumerate(seconds.items()):
-            ratio = f"{value / first:.1f}x" if first else ""
-            rows.append((result["case"] if i == 0 else "", name, f"{value * 1e6:.0f} µs", ratio))
-        rows += [("", f"{name} failed", reason[:60], "") for name, reason in result["failed"].items()]
+            results.add(arguments.json, origin, measured)
+        for result in measured:
+            rows += lines(result)
     print(table(("forward + backward", "", "time", "of the fastest fused"), rows))
+
+
+def lines(result: dict) -> Iterator[tuple[str, ...]]:
+    """What to print of a result: every variant's time, and why others have none."""
+    seconds = result.get("seconds by backend", {}) | result["seconds"]
+    fused = seconds.pop("fused", None)
+    for i, (name, value) in enumerate(seconds.items()):
+        ratio = f"{value / fused:.1f}x" if fused else ""
+        yield result["case"] if i == 0 else "", name, f"{value * 1e6:.0f} µs", ratio
+    for name, reason in result["failed"].items():
+        yield "", f"{name} failed", reason[:60], ""
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How the benchmarks measure: variants interleaved in one run, medians, and peak memory in a child process.
 
-A variant is a loss as a function of the inputs of a case; the first of a dictionary of them is the fused one.
+A variant is a loss as a function of the inputs of a case.
 """
 
 from __future__ import annotations
@@ -8,30 +8,79 @@ from __future__ import annotations
 import ctypes
 import datetime
 import functools
+import importlib.util
 import multiprocessing
+import os
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from kdkernels import info
+from kdkernels import info, native
 
 Loss = Callable[..., Tensor]
 HOPELESS = 10  # a variant this many times slower than another is not measured again
 SECONDS = 3.0
+AGREEMENT = 1e-3  # of a norm: float32 textbook versions lose digits that the fused ones keep
 
 torch._dynamo.config.recompile_limit = 64  # beyond it torch.compile silently runs eager code
 
 
+class Work(NamedTuple):
+    """What a loss and its gradient need at least, or what a machine does in a second."""
+
+    bytes: float = 0
+    multiply_adds: float = 0
+    exponentials: float = 0
+
+
+class Case(NamedTuple):
+    """A loss at one size.
+
+    ``inputs``, which makes its inputs from ``arguments``, and the losses of them are functions of a module, because
+    memory is measured in processes that import them. ``fused.__module__`` tells the operator.
+    """
+
+    loss: str
+    batch: int
+    inputs: Callable[..., tuple]
+    arguments: tuple
+    fused: Loss
+    baselines: dict[str, Loss]
+    work: Callable[..., Work] | None = None
+    uncompiled: dict[str, Loss] = {}  # noqa: RUF012 what torch.compile cannot take, or takes minutes for
+    headline: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.loss}, batch {self.batch}"
+
+    def others(self) -> dict[str, Loss]:
+        return self.baselines | self.uncompiled
+
+    def record(self) -> dict[str, object]:
+        """What a file of results says of a case."""
+        operator = self.fused.__module__.removeprefix("bench_")
+        parameters = {"loss": self.loss, "batch": self.batch}
+        return {"case": str(self), "operator": operator, "parameters": parameters, "headline": self.headline}
+
+
+def where_installed(keops: Loss) -> dict[str, Loss]:
+    """The variant that pykeops streams, whose first call compiles for a minute."""
+    return {"KeOps": keops} if importlib.util.find_spec("pykeops") else {}
+
+
 def compiled(variants: dict[str, Loss]) -> dict[str, Loss]:
-    """The same functions under torch.compile."""
-    return {f"{name}, compiled": torch.compile(loss) for name, loss in variants.items()}
+    """The same functions under torch.compile, each size for itself."""
+    return {f"{name}, compiled": torch.compile(loss, dynamic=False) for name, loss in variants.items()}
 
 
 def step(loss: Loss, *inputs: object) -> float:
@@ -68,22 +117,17 @@ def medians(variants: dict[str, Loss], inputs: tuple, seconds: float = SECONDS) 
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def compare(
-    benchmark,
-    variants: dict[str, Loss],
-    inputs: tuple,
-    *,
-    limit: float | None = None,
-    peaks: dict[str, int] | None = None,
-) -> None:
+def compare(benchmark, case: Case, seconds: float = SECONDS) -> None:
     """Time the fused variant by pytest-benchmark, every other one in turn before each of its rounds.
 
-    Notes the ratio to the best of the others; the fraction reached of ``limit``, the seconds that the machine needs at
-    its measured rates; and the bytes each variant needs at its peak.
+    Before, every variant has to agree with the fused one. Notes the ratio to the best of the others; the bytes each
+    variant needs at its peak; and the fraction reached of the limit that the machine's measured rates set.
     """
-    (fused, loss), *rest = variants.items()
-    others = {name: functools.partial(step, other, *inputs) for name, other in rest}
-    step(loss, *inputs)
+    torch.compiler.reset()
+    inputs = case.inputs(*case.arguments)
+    variants = case.others() | compiled(case.baselines)
+    agree(case, variants, inputs)
+    others = {name: functools.partial(step, other, *inputs) for name, other in variants.items()}
     first = {name: min(run(), run()) for name, run in others.items()}
     others = {name: run for name, run in others.items() if first[name] < HOPELESS * min(first.values())}
     times: dict[str, list[float]] = {name: [] for name in others}
@@ -92,20 +136,41 @@ def compare(
         for name, run in others.items():
             times[name].append(run())
 
-    rounds = max(5, min(300, int(SECONDS / sum(first[name] for name in others))))
-    benchmark.pedantic(functools.partial(step, loss, *inputs), setup=step_the_others, rounds=rounds)
-    seconds = first | {name: statistics.median(values) for name, values in times.items()}
-    best = min(seconds, key=seconds.__getitem__)
+    own_step = functools.partial(step, case.fused, *inputs)
+    rounds = max(5, min(300, int(seconds / (own_step() + sum(first[name] for name in others)))))
+    benchmark.pedantic(own_step, setup=step_the_others, rounds=rounds)
     own = benchmark.stats.stats.median
-    note = {"fused ms": own * 1e3, "best of the others": best, "its ms": seconds[best] * 1e3}
-    note["ratio"] = seconds[best] / own
-    if limit is not None:
-        note["share of the limit"] = limit / own
-    if peaks is not None:
-        note |= {"fused MiB": peaks[fused] / 2**20, "largest MiB": max(peaks.values()) / 2**20}
-        note["peak extra bytes"] = peaks
-    note["seconds"] = {fused: own} | seconds
+    measured = first | {name: statistics.median(values) for name, values in times.items()}
+    memory = peaks({"fused": case.fused} | case.others(), case.inputs, *case.arguments)
+    note: dict[str, object] = {"fused ms": own * 1e3}
+    if measured:
+        best = min(measured, key=measured.__getitem__)
+        note |= {"best of the others": best, "its ms": measured[best] * 1e3, "ratio": measured[best] / own}
+    if case.work is not None:
+        note["share of the limit"] = limit(case, inputs, machine_rates()) / own
+    note |= {"fused MiB": memory["fused"] / 2**20, "largest MiB": max(memory.values()) / 2**20}
+    note |= case.record() | {"seconds": {"fused": own} | measured, "peak extra bytes": memory}
     benchmark.extra_info.update(note)
+
+
+def agree(case: Case, variants: dict[str, Loss], inputs: tuple) -> None:
+    """Raise if another variant computes another loss or gradient than the fused one: its time would mean nothing."""
+    value, gradients = _result(case.fused, inputs)
+    for name, loss in variants.items():
+        other, slopes = _result(loss, inputs)
+        errors = [_difference(value, other), *map(_difference, gradients, slopes)]
+        if not max(errors) < AGREEMENT:
+            raise AssertionError(f"{case}: {name} differs from fused by {max(errors):.1e} of its norm")
+
+
+def _result(loss: Loss, inputs: tuple) -> tuple[Tensor, list[Tensor]]:
+    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    value = loss(*inputs)
+    return value.detach(), list(torch.autograd.grad(value, leaves))
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 def peaks(variants: dict[str, Loss], inputs: Callable[..., tuple], *case: object) -> dict[str, int]:
@@ -114,7 +179,7 @@ def peaks(variants: dict[str, Loss], inputs: Callable[..., tuple], *case: object
 
 
 def peak_extra_memory(loss: Loss, inputs: Callable[..., tuple], *case: object) -> int:
-    """Bytes by which a child process grows, at its peak, from inputs that are there to a loss and its gradient.
+    """Bytes by which a child process grows at its peak, beside the gradients, from inputs to a loss and its gradients.
 
     ``loss`` and ``inputs``, which makes the inputs of a case, are functions of a module: the child imports them.
     """
@@ -139,7 +204,11 @@ def _measure_memory(sender: Connection, loss: Loss, inputs: Callable[..., tuple]
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = _status("VmRSS")
     step(loss, *tensors)
-    sender.send(_status("VmHWM") - before)
+    sender.send(max(0, _status("VmHWM") - before - gradient_bytes(tensors)))
+
+
+def gradient_bytes(inputs: tuple) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.requires_grad)
 
 
 def _status(field: str) -> int:
@@ -147,6 +216,20 @@ def _status(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise KeyError(field)
+
+
+def limit(case: Case, inputs: tuple, rates: Work) -> float:
+    """Seconds that a machine of these rates needs at least: inputs are read, and gradients of theirs are written."""
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    least = Work(bytes=sum(tensor.nbytes * (2 if tensor.requires_grad else 1) for tensor in tensors))
+    needed = case.work(*inputs)
+    return max(amount / rate for work in (least, needed) for amount, rate in zip(work, rates, strict=True))
+
+
+@functools.cache
+def machine_rates() -> Work:
+    """What this machine does in a second, by measurement."""
+    return Work(bandwidth(), gemm_rate(), exp_rate())
 
 
 @functools.cache
@@ -162,6 +245,28 @@ def bandwidth() -> float:
     a = torch.randn(2**26)
     b = torch.empty_like(a)
     return 2 * a.nbytes / _median_seconds(lambda: b.copy_(a))
+
+
+@functools.cache
+def exp_rate() -> float:
+    """Exponentials per second of csrc/cpu/exp.h over numbers in the first cache, all threads together."""
+    flags = {"avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma", "avx2": "-mavx2 -mfma", "default": ""}
+    level = native.library().stem.removeprefix("_native_cpu_")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "exp_rate.so")
+        compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math"]
+        source = Path(__file__).with_name("exp_rate.cpp")
+        subprocess.run([*compiler, *flags[level].split(), "-shared", "-fPIC", source, "-o", library], check=True)
+        run = ctypes.CDLL(library).exponentials
+    run.argtypes, run.restype = [ctypes.c_int64], ctypes.c_int64
+    threads, rounds = torch.get_num_threads(), 20000
+    with ThreadPoolExecutor(threads) as pool:
+        rates = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            count = sum(pool.map(run, [rounds] * threads))
+            rates.append(count / (time.perf_counter() - begin))
+    return max(rates)
 
 
 def _median_seconds(run: Callable[[], object]) -> float:

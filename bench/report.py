@@ -1,8 +1,9 @@
 """Writes the tables and figures of the documentation from bench/results: ``python bench/report.py``.
 
-A page says where with a pair of comments, between which everything is replaced::
+A page says where with a pair of comments, between which everything is replaced. They name a file of results, and the
+operators whose every case is shown; without one it is the cases that are marked as headlines, of all operators::
 
-    <!-- results: lkd-cpu-2026-11-21.json -->
+    <!-- results: cpu.json -->
     <!-- end -->
 
 ``--check`` changes nothing and fails if a page is not what it would be.
@@ -11,19 +12,27 @@ A page says where with a pair of comments, between which everything is replaced:
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+
+import results
+from results import Result
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-PLACE = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-BATCH = ("n", "b", "batch")  # what benchmarks call the number of images
-
-Result = dict[str, Any]
+PLACE = re.compile(r"(<!-- results: (?P<file>\S+)(?P<operators>[^>]*) -->\n).*?(<!-- end -->)", re.DOTALL)
+OPERATORS = ("local_correlation", "patches", "correlation_congruence", "icc", "gram", "feature_mse")
+OPERATORS += ("similarity_preserving", "rkd", "kd")
+OVERVIEW = ("local_correlation", "correlation_congruence", "icc", "rkd")  # whose first curves the overview shows
+FUSED, EAGER, COMPILED, STREAMED = "fused", "eager", ", compiled", "KeOps"
+KINDS = {  # of variants, with what figures call them and their colour
+    EAGER: ("best eager", "tab:orange"),
+    COMPILED: ("best compiled", "tab:green"),
+    STREAMED: ("KeOps", "tab:purple"),
+    FUSED: ("fused", "tab:blue"),
+}
 
 
 def pages() -> list[Path]:
@@ -32,18 +41,24 @@ def pages() -> list[Path]:
 
 def filled(page: str) -> str:
     """The page with every table as its measurements have it."""
-    return PLACE.sub(lambda place: place[1] + section(RESULTS / place["file"]) + place[3], page)
+    return PLACE.sub(
+        lambda place: place[1] + section(RESULTS / place["file"], place["operators"].split()) + place[4], page
+    )
 
 
-def section(file: Path) -> str:
-    """Table and provenance of one file of results."""
-    measured = json.loads(file.read_text())
-    cases = [result for result in measured["results"] if result.get("headline", True)]
-    header, rows = (error_table if "errors" in cases[0] else time_table)(cases)
+def section(file: Path, operators: list[str]) -> str:
+    """Table and provenance of a file of results."""
+    measured = results.read(file)
+    if any("errors" in case for case in measured["results"]):
+        cases, (header, rows) = [measured], error_table(measured["results"])
+    else:
+        cases = [case for case in in_order(measured["results"]) if shown(case, operators)]
+        header, rows = time_table(cases)
     lines = map(row, [header, ["---", *["---:"] * (len(header) - 1)], *rows])
+    dates, commits = (sorted({case[key] for case in cases}) for key in ("date", "commit"))
     origin = (
-        f"{measured['processor']}, PyTorch {measured['PyTorch']}, {measured['date'][:10]}, "
-        f"commit {measured['commit']}; `bench/results/{file.name}`."
+        f"{measured['processor']}, PyTorch {measured['PyTorch']}, {dates[-1][:10]}, "
+        f"commit {', '.join(commits)}; `bench/results/{file.name}`."
     )
     return "\n".join(["", *lines, "", origin, ""])
 
@@ -61,33 +76,71 @@ def error_table(cases: list[Result]) -> tuple[list[str], list[list[str]]]:
 
 
 def time_table(cases: list[Result]) -> tuple[list[str], list[list[str]]]:
-    quantities = {key for case in cases for key in case}
-    columns = ["forward + backward", "fused", "best eager", "best compiled", "ratio to the best"]
-    columns += ["peak extra memory, fused / eager"] * any("peak extra bytes" in case for case in cases)
-    columns += ["of the machine's limit"] * any("share of the limit" in case for case in cases)
-    return columns, [cells(case, quantities) for case in cases]
+    columns = [column for column in COLUMNS if any(column[1](case) for case in cases)]
+    return [title for title, _ in columns], [[cell(case) for _, cell in columns] for case in cases]
 
 
-def cells(case: Result, measured: set[str]) -> list[str]:
-    seconds = dict(case["seconds"])
-    fused = seconds.pop("fused")
-    eager, compiled = (
-        min((time for name, time in seconds.items() if name.endswith(", compiled") == wanted), default=None)
-        for wanted in (False, True)
-    )
-    best = min(seconds.values())
-    row = [case["case"], f"**{duration(fused)}**", duration(eager), duration(compiled), f"{best / fused:.2f}x"]
-    if "peak extra bytes" in measured:
-        peaks = dict(case.get("peak extra bytes", {}))
-        own = peaks.pop("fused", None)
-        row.append(f"{mebibytes(own)} / {mebibytes(min(peaks.values()))} MiB" if peaks else "")
-    if "share of the limit" in measured:
-        row.append(f"{case['share of the limit']:.0%}" if "share of the limit" in case else "")
-    return row
+def in_order(cases: list[Result]) -> list[Result]:
+    """Those in which a fused loss ran."""
+
+    def numbers_as_numbers(text: str) -> list[tuple[bool, str | int]]:
+        return [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", text)]
+
+    ran = [case for case in cases if FUSED in case.get("seconds", {})]
+    return sorted(ran, key=lambda case: (OPERATORS.index(case["operator"]), numbers_as_numbers(case["case"])))
+
+
+def series(case: Result) -> tuple[str, int]:
+    """A loss with its settings, and the batch."""
+    return case["parameters"]["loss"], case["parameters"]["batch"]
+
+
+def shown(case: Result, operators: list[str]) -> bool:
+    return case["operator"] in operators if operators else case["headline"]
 
 
 def row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def least(case: Result, kind: str, quantity: str = "seconds", unit: float = 1) -> float | None:
+    """The least that any variant of a kind took."""
+    measured = case.get(quantity, {}).items()
+    return min((value / unit for name, value in measured if kind_of(name) == kind), default=None)
+
+
+def kind_of(variant: str) -> str:
+    if variant in (FUSED, STREAMED):
+        return variant
+    return COMPILED if variant.endswith(COMPILED) else EAGER
+
+
+def ratio(case: Result) -> str:
+    others = [seconds for name, seconds in case["seconds"].items() if name != FUSED]
+    return f"{min(others) / case['seconds'][FUSED]:.2f}x" if others else ""
+
+
+def memory(case: Result) -> str:
+    own, eager = (least(case, kind, "peak extra bytes") for kind in (FUSED, EAGER))
+    if own is None:
+        return ""
+    return f"{mebibytes(own)} / {mebibytes(eager)} MiB" if eager is not None else f"{mebibytes(own)} MiB"
+
+
+def share(case: Result) -> str:
+    return f"{case['share of the limit']:.0%}" if "share of the limit" in case else ""
+
+
+COLUMNS = (
+    ("forward + backward", lambda case: case["case"]),
+    ("fused", lambda case: f"**{duration(least(case, FUSED))}**"),
+    ("best eager", lambda case: duration(least(case, EAGER))),
+    ("best compiled", lambda case: duration(least(case, COMPILED))),
+    ("KeOps", lambda case: duration(least(case, STREAMED))),
+    ("ratio to the best", ratio),
+    ("peak memory beside the gradients, fused / eager", memory),
+    ("of the machine's limit", share),
+)
 
 
 def duration(seconds: float | None) -> str:
@@ -96,46 +149,84 @@ def duration(seconds: float | None) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"
 
 
-def mebibytes(count: int) -> str:
+def mebibytes(count: float) -> str:
     return f"{count / 2**20:.0f}" if count >= 10 * 2**20 else f"{count / 2**20:.1f}"
 
 
-def plot(file: Path, folder: Path) -> Path | None:
-    """Time, memory and share of the limit against the batch, for each setting measured at several batches."""
+def curves(file: Path) -> dict[str, list[Result]]:
+    """What was measured at several batches, by loss, in order of operators and batches."""
+    groups: dict[str, list[Result]] = defaultdict(list)
+    for case in in_order(results.read(file)["results"]):
+        groups[series(case)[0]].append(case)
+    return {loss: group for loss, group in groups.items() if len(group) >= 2}
+
+
+def overview(groups: dict[str, list[Result]]) -> dict[str, list[Result]]:
+    """One loss of each of a few operators: that with the most batches, and among those the largest."""
+    chosen = {}
+    for operator in OVERVIEW:
+        own = [loss for loss, group in groups.items() if group[0]["operator"] == operator]
+        if own:
+            loss = max(own, key=lambda name: (len(groups[name]), own.index(name)))
+            chosen[loss] = groups[loss]
+    return chosen
+
+
+def plot(groups: dict[str, list[Result]], target: Path, *, across: int) -> None:
+    """Time, memory and share of the limit against the batch, a column for each loss, so many beside one another."""
     import matplotlib.pyplot as plt
 
-    groups: dict[str, list[Result]] = defaultdict(list)
-    for result in json.loads(file.read_text())["results"]:
-        parameters = dict(result.get("parameters", {}))
-        batch = next((parameters.pop(name) for name in BATCH if name in parameters), None)
-        if batch is not None:
-            groups[", ".join(f"{name} = {value}" for name, value in parameters.items())].append(result | {"x": batch})
-    groups = {name: sorted(group, key=lambda r: r["x"]) for name, group in groups.items() if len(group) >= 3}
-    if not groups:
-        return None
-    figure, axes = plt.subplots(
-        3, len(groups), figsize=(3.4 * len(groups), 8), sharex="col", squeeze=False, layout="constrained"
-    )
-    for column, (name, group) in zip(axes.T, groups.items(), strict=True):
-        column[0].set_title(name, fontsize=9)
-        variants = list(dict.fromkeys(variant for result in group for variant in result["seconds"]))
-        for quantity, axis in (("seconds", column[0]), ("peak extra bytes", column[1])):
-            for variant in variants:
-                points = [(r["x"], r[quantity][variant]) for r in group if variant in r.get(quantity, {})]
-                if points:
-                    axis.loglog(*zip(*points, strict=True), "o-", label=variant, lw=2 if variant == "fused" else 1)
-        shares = [(r["x"], r["share of the limit"]) for r in group if "share of the limit" in r]
-        if shares:
-            column[2].semilogx(*zip(*shares, strict=True), "o-")
-        column[2].set_ylim(0, 1)
-        column[2].set_xlabel("batch")
-    for axis, label in zip(axes[:, 0], ("seconds", "peak extra bytes", "share of the limit"), strict=True):
-        axis.set_ylabel(label)
-    axes[0, 0].legend(fontsize=7)
-    target = folder / file.with_suffix(".png").name
-    figure.savefig(target, dpi=110)
+    bands = -(-len(groups) // across)
+    size = 3 * across, 6.4 * bands
+    figure, axes = plt.subplots(3 * bands, across, figsize=size, squeeze=False, layout="constrained")
+    columns = [axes[3 * band : 3 * band + 3, i] for band in range(bands) for i in range(across)]
+    for axis in axes.flat:
+        axis.axis("off")
+    for i, (column, (loss, group)) in enumerate(zip(columns, groups.items(), strict=False)):
+        draw(column, loss, group, labels=i % across == 0)
+    handles = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles))
+    figure.savefig(target, dpi=100)
     plt.close(figure)
-    return target
+
+
+def draw(column, loss: str, group: list[Result], *, labels: bool) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    batches = [series(case)[1] for case in group]
+    panels = (
+        ("ms", [{kind: least(case, kind, "seconds", 1e-3) for kind in KINDS} for case in group]),
+        (
+            "MiB at the peak",
+            [{kind: least(case, kind, "peak extra bytes", 2**20) for kind in KINDS} for case in group],
+        ),
+        ("share of the limit", [{FUSED: case.get("share of the limit")} for case in group]),
+    )
+    for axis, (label, values) in zip(column, panels, strict=True):
+        for kind, (name, color) in KINDS.items():
+            points = [(x, y[kind]) for x, y in zip(batches, values, strict=True) if y.get(kind) is not None]
+            if points:
+                style = {"color": color, "lw": 2.5 if kind == FUSED else 1.2, "ms": 4}
+                axis.plot(*zip(*points, strict=True), "o-", label=name, **style)
+        if not axis.lines:
+            continue
+        axis.axis("on")
+        axis.set_xscale("log")
+        axis.set_xlim(batches[0] / 1.3, batches[-1] * 1.3)
+        axis.set_xticks(batches, batches)
+        axis.set_xticks([], minor=True)
+        axis.grid(alpha=0.3)
+        if label == "share of the limit":
+            axis.set_ylim(0, max(1, axis.get_ylim()[1]))
+        else:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        if labels:
+            axis.set_ylabel(label)
+    column[0].set_title(loss, fontsize=9)
+    [axis for axis in column if axis.lines][-1].set_xlabel("batch")
 
 
 def main() -> None:
@@ -149,9 +240,12 @@ def main() -> None:
         page.write_text(filled(page.read_text()))
         print(f"wrote {page.relative_to(ROOT)}")
     for file in sorted(RESULTS.glob("*.json")):
-        figure = plot(file, RESULTS)
-        if figure:
-            print(f"wrote {figure.relative_to(ROOT)}")
+        groups = curves(file)
+        for name, chosen in (("overview", overview(groups)), ("all", groups)):
+            if chosen:
+                target = file.with_name(f"{file.stem}-{name}.png")
+                plot(chosen, target, across=min(4, len(chosen)))
+                print(f"wrote {target.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

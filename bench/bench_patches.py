@@ -1,0 +1,64 @@
+"""LKD of maps that are weighted by attention and cropped to its box: ``pytest bench/bench_patches.py``.
+
+The limit is the products alone, so what is missing to it is the cost of masking, cropping and splitting.
+"""
+
+from __future__ import annotations
+
+import bench_local_correlation
+import pytest
+import torch
+from measure import Case, Work
+from textbook import full_gram
+from torch import Tensor
+
+import kdkernels
+
+K, THRESHOLD = 4, 0.5
+
+
+def inputs(n: int, channels: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention above the threshold in a box of its own for each image."""
+    shape = n, channels, side, side
+    start, size = torch.randint(0, side // 2, (2, n, 1)), torch.randint(side // 4, side // 2, (2, n, 1))
+    rows, columns = (torch.arange(side) >= start) & (torch.arange(side) < start + size)
+    mask = torch.where(rows[:, :, None] & columns[:, None], 0.6, 0.2) + 0.1 * torch.rand(n, side, side)
+    return torch.randn(shape, requires_grad=True), torch.randn(shape), mask
+
+
+def fused(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    return kdkernels.local_correlation_loss(student, teacher, K, mask=mask, threshold=THRESHOLD)
+
+
+def textbook(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    vertical, horizontal = (resampling((mask > THRESHOLD).any(dim)) for dim in (2, 1))
+    maps = [vertical @ (mask[:, None] * features) @ horizontal.mT for features in (student, teacher)]
+    return full_gram(maps[:1], maps[1:], K)
+
+
+def resampling(inside: Tensor) -> Tensor:
+    """For each image the matrix that bilinearly resamples what is between its first and last pixel inside."""
+    side = inside.shape[1]
+    index = torch.arange(side, device=inside.device)
+    first = torch.where(inside, index, side).amin(1)[:, None]
+    last = torch.where(inside, index, -1).amax(1)[:, None]
+    place = (index + 0.5) * (last - first + 1) / side - 0.5 + first
+    place = torch.minimum(torch.maximum(place, first), last)
+    return (1 - (place[:, :, None] - index).abs()).clamp(min=0)[:, None]
+
+
+def work(student: Tensor, teacher: Tensor, mask: Tensor) -> Work:
+    return bench_local_correlation.work([student], [teacher], K)
+
+
+def case(n: int, channels: int, side: int, headline: bool = False) -> Case:
+    loss, arguments = f"LKD attention {channels}x{side}x{side} k={K}", (n, channels, side)
+    return Case(loss, n, inputs, arguments, fused, {"textbook": textbook}, work, headline=headline)
+
+
+CASES = (case(64, 64, 8, headline=True), case(16, 64, 8), case(256, 64, 8), case(64, 16, 32))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_patches(compare, case):
+    compare(case)

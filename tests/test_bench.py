@@ -1,0 +1,120 @@
+"""The benchmarks compute what they are compared by, and their results go into tables as they were measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+OPERATORS = sorted(path.stem.removeprefix("bench_") for path in BENCH.glob("bench_*.py"))
+
+
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+
+
+ORIGIN = {"processor": "A", "PyTorch": "2.13.0", "commit": "aaa", "date": "2026-01-02T00:00:00"}
+
+
+def record(case: str, operator: str, seconds: dict[str, float], **more) -> dict:
+    loss, batch = case.split(", batch ")
+    parameters = {"loss": loss, "batch": int(batch)}
+    settings = {"case": case, "operator": operator, "parameters": parameters, "headline": True}
+    return settings | {"seconds": seconds} | more
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_variants_agree(operator: str) -> None:
+    """The smallest size of each operator's benchmark: the textbook's loss and gradient are the fused one's."""
+    measure = importlib.import_module("measure")
+    cases = importlib.import_module(f"bench_{operator}").CASES
+    case = min((case for case in cases if case.baselines), key=lambda case: case.batch)
+    inputs = case.inputs(*case.arguments)
+    measure.agree(case, case.baselines, inputs)
+    wrong = {"wrong": lambda *inputs: 1.01 * case.fused(*inputs)}
+    with pytest.raises(AssertionError, match="wrong differs from fused"):
+        measure.agree(case, wrong, inputs)
+
+
+def test_every_operator_is_reported() -> None:
+    assert sorted(importlib.import_module("report").OPERATORS) == OPERATORS
+
+
+def test_results_of_the_same_machine_are_kept(tmp_path: Path) -> None:
+    results = importlib.import_module("results")
+    file = tmp_path / "folder" / "cpu.json"
+    results.add(
+        file, ORIGIN, [record("KD, batch 1", "kd", {"fused": 1.0}), record("KD, batch 2", "kd", {"fused": 2.0})]
+    )
+    later = ORIGIN | {"commit": "bbb"}
+    results.add(file, later, [record("KD, batch 1", "kd", {"fused": 3.0}), record("KD, batch 4", "kd", {"fused": 4.0})])
+    measured = json.loads(file.read_text())
+    assert measured["processor"] == "A"
+    assert "commit" not in measured
+    kept = [(r["case"], r["seconds"]["fused"], r["commit"]) for r in measured["results"]]
+    assert kept == [("KD, batch 1", 3.0, "bbb"), ("KD, batch 2", 2.0, "aaa"), ("KD, batch 4", 4.0, "bbb")]
+    results.add(file, ORIGIN | {"processor": "B"}, [record("KD, batch 2", "kd", {"fused": 5.0})])
+    assert [r["seconds"]["fused"] for r in json.loads(file.read_text())["results"]] == [5.0]
+
+
+def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results, report = importlib.import_module("results"), importlib.import_module("report")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    seconds = {"fused": 2e-3, "textbook": 9e-3, "other": 8e-3, "textbook, compiled": 5e-3, "KeOps": 0.5}
+    peaks = {"fused": 3 * 2**20, "textbook": 40 * 2**20, "KeOps": 5 * 2**20}
+    measured = [
+        record("KD, batch 64", "kd", {"fused": 4e-6}, headline=False),
+        record("KD, batch 9", "kd", {"textbook": 1e-3}),  # whose fused version failed
+        record("KD, batch 8", "kd", {"fused": 3e-4, "textbook": 1.5e-4}),
+        record(
+            "LKD, batch 8", "local_correlation", seconds, **{"peak extra bytes": peaks, "share of the limit": 0.456}
+        ),
+    ]
+    results.add(tmp_path / "x.json", ORIGIN, measured)
+    page = "before\n<!-- results: x.json -->\nstale\n<!-- end -->\n<!-- results: x.json kd -->\n<!-- end -->\nafter\n"
+    filled = report.filled(page)
+    assert report.filled(filled) == filled
+    headlines, of_kd = filled.split("<!-- end -->")[:2]
+    rows = [line for line in headlines.splitlines() if line.startswith("| ")]
+    lkd = "| LKD, batch 8 | **2.0 ms** | 8.0 ms | 5.0 ms | 500.0 ms | 2.50x | 3.0 / 40 MiB | 46% |"
+    assert rows[2:] == [lkd, "| KD, batch 8 | **300 µs** | 150 µs |  |  | 0.50x |  |  |"]
+    rows = [line for line in of_kd.splitlines() if line.startswith("| ")]
+    assert rows[2:] == ["| KD, batch 8 | **300 µs** | 150 µs | 0.50x |", "| KD, batch 64 | **4 µs** |  |  |"]
+    assert "A, PyTorch 2.13.0, 2026-01-02, commit aaa; `bench/results/x.json`." in of_kd
+    assert filled.startswith("before\n")
+    assert filled.endswith("after\n")
+    assert "stale" not in filled
+
+
+def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = importlib.import_module("report")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    errors = [{"float32": {"loss": 1.2e-7, "gradient": 3e-7, "rounded": rounded}} for rounded in (1e-8, 2e-8)]
+    cases = [{"case": name, "errors": error} for name, error in zip("ab", errors, strict=True)]
+    (tmp_path / "x.json").write_text(json.dumps(ORIGIN | {"results": cases}))
+    filled = report.filled("<!-- results: x.json -->\n<!-- end -->")
+    rows = [line for line in filled.splitlines() if line.startswith("| ")]
+    assert rows[2:] == ["| a | 1e-07 | 3e-07 |", "| b | 1e-07 | 3e-07 |", "| the exact gradient, rounded |  | 2e-08 |"]
+    assert "A, PyTorch 2.13.0, 2026-01-02, commit aaa" in filled
+    assert report.curves(tmp_path / "x.json") == {}
+
+
+def test_figures(tmp_path: Path) -> None:
+    results, report = importlib.import_module("results"), importlib.import_module("report")
+    file = tmp_path / "x.json"
+    seconds = {"fused": 1e-3, "textbook": 3e-3}
+    measured = [record(f"KD K=9, batch {b}", "kd", seconds) for b in (1, 64)]
+    measured += [record(f"ICCT K=9, batch {b}", "icc", seconds, **{"share of the limit": 0.5}) for b in (1, 8, 64)]
+    results.add(file, ORIGIN, [*measured, record("RKD d=8, batch 1", "rkd", seconds)])
+    groups = report.curves(file)
+    assert {loss: [case["parameters"]["batch"] for case in group] for loss, group in groups.items()} == {
+        "ICCT K=9": [1, 8, 64],
+        "KD K=9": [1, 64],
+    }
+    assert list(report.overview(groups)) == ["ICCT K=9"]
+    report.plot(groups, tmp_path / "x.png", across=2)
+    assert (tmp_path / "x.png").stat().st_size > 1000

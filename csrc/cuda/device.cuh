@@ -38,6 +38,13 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shar
   STD_TORCH_CHECK(error == cudaSuccess, "a CUDA kernel could not be launched: ", cudaGetErrorString(error));
 }
 
+// 2^x from the special function units, with a relative error of 2^-22; 0 where it is not a normal number.
+__device__ inline float fast_exp2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
 // Copy `Bytes` to shared memory in the background, or zeros unless `valid`. Copies are waited for in groups.
 template <int Bytes>
 __device__ inline void copy_async(void* shared, const void* global, bool valid) {
@@ -96,6 +103,9 @@ __device__ inline void multiply(double (&c)[M][N][4], const double (&a)[M][4], c
 #endif
 
 namespace kdkernels {
+
+// Not inlined: there is no unit for it, and its code is long.
+__device__ __noinline__ inline double fast_exp2(double x) { return exp2(x); }
 
 template <typename T>
 struct Sum {

@@ -6,7 +6,7 @@
 
 #include "../cpu/operators.h"
 #include "../cpu/tensors.h"
-#include "elements.cuh"
+#include "logits.cuh"
 
 namespace kdkernels {
 
@@ -44,6 +44,10 @@ inline Element element_of(const Tensor& tensor) {
     default:
       STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
   }
+}
+
+inline Logits logits_of(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), element_of(tensor), tensor.stride(0), tensor.stride(1)};
 }
 
 template <typename T>

@@ -6,10 +6,6 @@
 namespace kdkernels {
 namespace {
 
-Logits logits_of(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), element_of(tensor), tensor.stride(0), tensor.stride(1)};
-}
-
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, double temperature, double scale,
                                        bool want_student, bool want_teacher) {

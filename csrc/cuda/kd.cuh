@@ -2,26 +2,9 @@
 // maxima, for the sums of exponentials, for the divergence and the student's gradient.
 #pragma once
 
-#include "elements.cuh"
+#include "logits.cuh"
 
 namespace kdkernels {
-
-// Rows of logits in any strides; `offset` is that of the row at hand.
-struct Logits {
-  const void* data;
-  Element type;
-  int64_t row_stride, stride;
-};
-
-// exp(-d) - 1 + d for |d| <= 1/2, by its Taylor series: nothing cancels.
-template <typename T>
-__device__ T exp_remainder(T d) {
-  constexpr int degree = sizeof(T) == sizeof(double) ? 15 : 9;
-  T series = T(1);  // Horner: 1/2 d² (1 - d/3 (1 - d/4 (...)))
-#pragma unroll
-  for (int i = degree; i >= 3; --i) series = T(1) - d * series * (T(1) / T(i));
-  return T(0.5) * d * d * series;
-}
 
 // With p and q the softmax of teacher and student: losses[row] = KL(p, q), and factor times its gradients, where wanted.
 template <typename T>

@@ -9,6 +9,9 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels_emulated, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CUDA, m) {
 #endif
   m.impl("kd", TORCH_BOX(&kdkernels::kd));
+  m.impl("icc_map", TORCH_BOX(&kdkernels::icc_map));
+  m.impl("icc_map_backward", TORCH_BOX(&kdkernels::icc_map_backward));
+  m.impl("icc_loss", TORCH_BOX(&kdkernels::icc_loss));
   m.impl("patches", TORCH_BOX(&kdkernels::patches));
   m.impl("patches_backward", TORCH_BOX(&kdkernels::patches_backward));
   m.impl("congruence", TORCH_BOX(&kdkernels::congruence));

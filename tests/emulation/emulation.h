@@ -12,6 +12,7 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -26,6 +27,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(bytes) alignas(bytes)
@@ -266,6 +268,11 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shar
             const Arguments&... arguments) {
   const std::tuple<std::decay_t<Parameters>...> parameters(arguments...);
   if (blocks) emulation::run_grid(blocks, threads, shared_bytes, [&] { std::apply(kernel, parameters); });
+}
+
+inline float fast_exp2(float x) {
+  const float power = std::exp2(x);
+  return power < std::numeric_limits<float>::min() ? 0 : power;
 }
 
 template <int Bytes>

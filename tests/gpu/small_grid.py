@@ -15,6 +15,13 @@ def draw(*shape: int) -> Tensor:
 def main() -> None:
     for rows, classes in ((1, 1), (3, 37), (2, 1000)):
         kdkernels.kd_loss(draw(rows, classes), draw(rows, classes), backend="native").backward()
+    for rows, classes in ((1, 1), (7, 10), (3, 37), (2, 1030)):
+        for scale in (1, 20):
+            logits = [scale * draw(rows, classes) for _ in range(2)]
+            for per_sample in (False, True):
+                settings = {"per_sample": per_sample, "backend": "native"}
+                kdkernels.inter_class_correlation_loss(*logits, **settings).backward()
+            kdkernels.inter_class_correlation(logits[0], backend="native").square().sum().backward()
     for kernel in ("taylor_rbf", "rbf", "bilinear", "mmd"):
         for normalize in (True, False):
             settings = {"kernel": kernel, "normalize": normalize, "backend": "native"}

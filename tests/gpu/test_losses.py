@@ -29,9 +29,13 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def as_logits(*tensors: Tensor) -> list[Tensor]:
+    classes = min(x[0].numel() for x in tensors)
+    return [x.flatten(1)[:, :classes] for x in tensors]
+
+
 def kd(student: Tensor, teacher: Tensor, **options: str) -> Tensor:
-    classes = min(student[0].numel(), teacher[0].numel())
-    return kdkernels.kd_loss(student.flatten(1)[:, :classes], teacher.flatten(1)[:, :classes], **options)
+    return kdkernels.kd_loss(*as_logits(student, teacher), **options)
 
 
 def lkd(student: Tensor, teacher: Tensor, **options: object) -> Tensor:
@@ -53,6 +57,15 @@ def sp(student: Tensor, teacher: Tensor, **options: object) -> Tensor:
     return kdkernels.similarity_preserving_loss(student, teacher, **options)
 
 
+def icct(student: Tensor, teacher: Tensor, **options: object) -> Tensor:
+    return kdkernels.inter_class_correlation_loss(*as_logits(student, teacher), **options)
+
+
+def icct_maps(student: Tensor, teacher: Tensor, **options: str) -> Tensor:
+    one, other = (kdkernels.inter_class_correlation(x, **options) for x in as_logits(student, teacher))
+    return (one * other).sum()
+
+
 def in_form(loss: Loss, form: str) -> Loss:
     def run(*inputs: Tensor, **options: object) -> Tensor:
         return loss(*inputs, form=form, **options)
@@ -72,6 +85,9 @@ LOSSES: dict[str, Loss] = {
     "cckd, mmd": functools.partial(cckd, kernel="mmd"),
     "sp, Gram form": in_form(sp, "gram"),
     "sp, feature form": in_form(sp, "feature"),
+    "icct": icct,
+    "icct, per sample": functools.partial(icct, per_sample=True),
+    "icct, maps": icct_maps,
 }
 SHAPES = [((1, 3, 2, 2), (1, 4, 4, 4)), ((33, 6, 8, 8), (33, 17, 4, 4)), ((70, 16, 4, 4), (70, 40, 8, 8))]
 
@@ -238,3 +254,26 @@ def test_memory(form: str) -> None:
     loss = kdkernels.local_correlation_loss(student, teacher, 4, form=form, backend="native")
     torch.autograd.grad(loss, student)
     assert torch.cuda.max_memory_allocated() - before <= 5 * student.nbytes + 72 * 2**20
+
+
+def test_memory_of_correlations() -> None:
+    """Compact logits, four numbers for every row of every P, twice 4 Mi derivatives; b·K² floats would be 4 GiB."""
+    if native.why_not(torch.device("cuda", 0)):
+        pytest.skip(str(native.why_not(torch.device("cuda", 0))))
+    student, teacher = (torch.randn(256, 2000, device="cuda") for _ in range(2))
+    student.requires_grad_()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = kdkernels.inter_class_correlation_loss(student, teacher, backend="native")
+    torch.autograd.grad(loss, student)
+    assert torch.cuda.max_memory_allocated() - before <= 13 * student.nbytes + 34 * 2**20
+
+
+@pytest.mark.parametrize("largest", [8, 30])
+@pytest.mark.parametrize("classes", [100, 1000, 2500])
+def test_correlations_of_confident_networks(backend: str, largest: float, classes: int) -> None:
+    """Entries of the maps that float32 cannot hold, in rows that are held at once and that are not."""
+    check(
+        icct, backend, [(largest * (2 * torch.rand(9, classes, device="cuda") - 1)).requires_grad_() for _ in range(2)]
+    )

@@ -16,7 +16,7 @@ def icc_map(logits: Tensor, *, backend: str = "auto") -> Tensor:
     """The K x K map of b x K logits; see ``kdkernels.inter_class_correlation``."""
     check_map(logits)
     run = {"reference": _reference_map, "native": _native_map, "triton": _triton_map}
-    return run[backends.choose(backend, logits, native_on=("cpu",))](logits)
+    return run[backends.choose(backend, logits)](logits)
 
 
 def icc_loss(
@@ -26,9 +26,7 @@ def icc_loss(
     check(student_logits, teacher_logits, reduction)
     run = {"reference": _reference_loss, "native": _native_loss, "triton": _triton_loss}
     scale = 1.0 if reduction == "sum" else 1.0 / student_logits.shape[1]
-    return run[backends.choose(backend, student_logits, native_on=("cpu",))](
-        student_logits, teacher_logits, bool(per_sample), scale
-    )
+    return run[backends.choose(backend, student_logits)](student_logits, teacher_logits, bool(per_sample), scale)
 
 
 def check_map(logits: object) -> None:

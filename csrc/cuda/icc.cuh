@@ -1,0 +1,662 @@
+// Inter-class correlation: P = softmax of the rows of every sample's A = z zᵀ, their mean M over the samples, and divergences.
+//
+// A team of lanes holds a piece of one row of the map and goes through the samples. Where the row is not longer than the piece,
+// exponentials that were added up for the softmax's denominator are still in registers when the entries need them: one for
+// every entry of every sample. Two more pull the loss's derivatives back, which are held for some rows of the map at a time:
+// one by rows of P, by the same teams, one by columns. Logarithms are in base 2.
+#pragma once
+
+#include "group.cuh"
+#include "logits.cuh"
+
+namespace kdkernels {
+
+constexpr int kIccThreads = 256;
+constexpr int kIccWarps = kIccThreads / kWarp;
+constexpr int kIccSamples = 4;  // that a thread of the passes by columns works on
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// Entries of the student's map below kLost have lost digits, which matters where the teacher's are not below kFaint: such an
+// entry is called cold, and known by its logarithm.
+template <typename T>
+inline constexpr T kLost = sizeof(T) == sizeof(float) ? T(0x1p-80) : T(0x1p-900);
+template <typename T>
+inline constexpr T kFaint = sizeof(T) == sizeof(float) ? T(0x1p-60) : T(0x1p-200);
+
+// Neighbours in memory that are read at once.
+template <typename T>
+struct alignas(16) Pack {
+  static constexpr int kSize = 16 / sizeof(T);
+  T at[kSize] = {};
+
+  static __device__ Pack load(const T* data) { return *reinterpret_cast<const Pack*>(data); }
+};
+
+// What a lane holds of a row.
+template <typename T>
+inline constexpr int kIccPacks = sizeof(T) == sizeof(float) ? 8 : 2;
+template <typename T>
+inline constexpr int kIccHeld = kIccPacks<T> * Pack<T>::kSize;
+
+// A sample's extreme logits, and the first classes that have them.
+template <typename T>
+struct Extremes {
+  T smallest, largest;
+  int at_smallest, at_largest;
+};
+
+// What is known of row i of one sample's P. `top` is the largest entry's derivative, `mean` that of the row above the top's;
+// before these are known, `mean` is that of the logits above the top's.
+template <typename T>
+struct alignas(16) Term {
+  T z, log_sum, top, mean;
+};
+
+template <typename T>
+struct Network {
+  const T* logits;  // batch x pitch, zeros behind the last class
+  const Extremes<T>* extremes;
+  Term<T>* terms;  // batch x classes
+  // Minus the divergence's derivatives by some rows of the map, count x pitch; null if no gradient is wanted. Those of cold
+  // entries are held as -2 minus their logarithm, others are above -1.5; `fine` is what rounding has taken from that.
+  T *derivatives, *fine;
+  T* grad;  // batch x classes; null if not wanted
+  int batch, classes, pitch;
+};
+
+// The rows of the map that a launch works on, and how: `lanes` hold `held` columns of a row, a block has `rows`.
+struct IccRows {
+  int first, count;
+  int lanes, held, rows;
+};
+
+// The lanes of a block that work on one row, and those who share its samples with them.
+struct Team {
+  int lanes, held, lane, row, group, groups;
+
+  __device__ explicit Team(const IccRows& p)
+      : lanes(p.lanes), held(p.held), lane(int(threadIdx.x) % lanes), groups(kIccThreads / lanes / p.rows) {
+    const int team = int(threadIdx.x) / lanes;
+    row = team % p.rows;
+    group = team / p.rows;
+  }
+
+  template <typename T>
+  __device__ T sum(T value) const {
+#pragma unroll
+    for (int distance = kWarp / 2; distance > 0; distance /= 2)
+      if (distance < lanes) value += __shfl_xor_sync(0xffffffff, value, distance);
+    return value;
+  }
+
+  // Calls f(place, column, a, b, valid) with the lane's columns from begin to end, which are no more than it holds, and the
+  // numbers of two rows there. Behind the end, up to a full pack for every lane, columns are not valid. Unrolled as often as
+  // there are packs, places are constants, and index registers.
+  template <int Unrolled, typename T, typename F>
+  __device__ void for_columns(const T* a, const T* b, int begin, int end, const F& f) const {
+    constexpr int size = Pack<T>::kSize;
+#pragma unroll Unrolled
+    for (int pack = 0; pack < kIccPacks<T>; ++pack) {
+      const int first = begin + pack * lanes * size, column = first + lane * size;
+      if (first >= end) break;
+      const Pack<T> of_a = Pack<T>::load(a + column), of_b = Pack<T>::load(b + column);
+      if (first + lanes * size <= end) {
+#pragma unroll
+        for (int e = 0; e < size; ++e) f(pack * size + e, column + e, of_a.at[e], of_b.at[e], true);
+      } else {
+#pragma unroll
+        for (int e = 0; e < size; ++e) f(pack * size + e, column + e, of_a.at[e], of_b.at[e], column + e < end);
+      }
+    }
+  }
+  // The same for one row.
+  template <typename T, typename F>
+  __device__ void for_columns(const T* row, int begin, int end, const F& f) const {
+    for_columns<kIccPacks<T>>(row, row, begin, end,
+                              [&](int place, int column, T z, T, bool valid) { f(place, column, z, valid); });
+  }
+
+  // Calls f(begin, end) for the pieces of a row.
+  template <typename F>
+  __device__ void for_pieces(int classes, const F& f) const {
+    for (int begin = 0; begin < classes; begin += held) f(begin, min(begin + held, classes));
+  }
+
+  // Calls f(sample, valid) for this team's samples; all teams of a warp go through as many, some twice through the last.
+  template <typename F>
+  __device__ void for_samples(int batch, const F& f) const {
+    for (int first = 0; first < batch; first += groups)
+      f(int64_t(min(first + group, batch - 1)), first + group < batch);
+  }
+};
+
+// A - max A of row i of one sample's A, by the difference of the logits: products of confident logits are in the hundreds, and
+// were they rounded first, the difference would be lost; of the largest logits it would overflow.
+template <typename T>
+struct RowOfA {
+  const T* z;
+  T own, factor, partner;
+  int top;  // where the largest entry is
+
+  __device__ RowOfA(const Network<T>& network, int64_t s, int i)
+      : z(network.logits + s * network.pitch), own(z[i]), factor(own * T(kLog2E)) {
+    const Extremes<T> extremes = network.extremes[s];
+    partner = own < 0 ? extremes.smallest : extremes.largest;
+    top = own < 0 ? extremes.at_smallest : extremes.at_largest;
+  }
+
+  __device__ T below(T z_j) const { return (z_j - partner) * factor; }
+};
+
+// log₂ of an entry of P in double: that of a cold entry may be in the thousands.
+template <typename T>
+__device__ double log_of_entry(const Term<T>& term, T partner, T z_j) {
+  return (double(z_j) - double(partner)) * (double(term.z) * kLog2E) - double(term.log_sum);
+}
+
+template <typename T>
+__device__ bool is_cold(T derivative) {
+  return derivative < T(-1.5);
+}
+
+// An entry of P times the derivative of a cold entry of the map.
+template <typename T>
+__device__ T cold_product(const Term<T>& term, T partner, T z_j, T derivative, T fine) {
+  return T(exp2(log_of_entry(term, partner, z_j) - 2 - double(derivative) - double(fine)));
+}
+
+// Logits made compact, a block per sample.
+template <typename T>
+struct Preparation {
+  Logits logits;
+  T* compact;
+  Extremes<T>* extremes;
+  int classes, pitch;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(512) prepare_icc_kernel(const __grid_constant__ Group<Preparation<T>> group) {
+  const int index = group.index();
+  const Preparation<T>& p = group.problems[index];
+  const int64_t s = group.block(index);
+  const auto logit = [&](int j) {
+    return read<T>(p.logits.data, p.logits.type, s * p.logits.row_stride + j * p.logits.stride);
+  };
+  T largest = logit(0), negative_smallest = -largest;
+  for (int j = threadIdx.x; j < p.pitch; j += blockDim.x) {
+    const T z = j < p.classes ? logit(j) : T(0);
+    p.compact[s * p.pitch + j] = z;
+    if (j >= p.classes) continue;
+    largest = Largest<T>()(largest, z);
+    negative_smallest = Largest<T>()(negative_smallest, -z);
+  }
+  largest = block_reduce(largest, Largest<T>());
+  const T smallest = -block_reduce(negative_smallest, Largest<T>());
+  int at_smallest = 1 - p.classes, at_largest = at_smallest;  // minus the classes
+  for (int j = threadIdx.x; j < p.classes; j += blockDim.x) {
+    const T z = logit(j);
+    if (z == smallest) at_smallest = max(at_smallest, -j);
+    if (z == largest) at_largest = max(at_largest, -j);
+  }
+  at_smallest = -block_reduce(at_smallest, Largest<int>());
+  at_largest = -block_reduce(at_largest, Largest<int>());
+  if (threadIdx.x == 0) p.extremes[s] = {smallest, largest, at_smallest, at_largest};
+}
+
+// The sum of a row's exponentials, and the mean of the logits, above the top's, that they give.
+template <typename T>
+struct RowSum {
+  T sum, mean;
+
+  __device__ Term<T> term(T z) const { return {z, T(log2(sum)), T(0), mean}; }
+};
+
+template <typename T>
+__device__ RowSum<T> add_up(const Team& team, const RowOfA<T>& row, int classes) {
+  T sum = 0, moment = 0;
+  team.for_pieces(classes, [&](int begin, int end) {
+    team.for_columns<1>(row.z, row.z, begin, end, [&](int, int, T z, T, bool valid) {
+      const T e = valid ? fast_exp2(row.below(z)) : T(0);
+      sum += e;
+      moment += e * (z - row.partner);
+    });
+  });
+  sum = team.sum(sum);
+  return {sum, team.sum(moment) / sum};
+}
+
+// The sums of rows i of all samples, as long as the rows are longer than what their teams hold.
+template <typename T>
+__device__ void add_up_rows(const Team& team, const Network<T>& network, int i, bool live) {
+  team.for_samples(network.batch, [&](int64_t s, bool valid) {
+    const RowOfA<T> row(network, s, i);
+    const RowSum<T> sum = add_up(team, row, network.classes);
+    if (valid && live && team.lane == 0) network.terms[s * network.classes + i] = sum.term(row.own);
+  });
+}
+
+// Adds rows i of the team's samples, columns from begin to end. Writes their terms if the rows are not longer than that.
+template <typename T>
+__device__ void add_rows(const Team& team, const Network<T>& network, int i, bool live, int begin, int end,
+                         T (&entries)[kIccHeld<T>]) {
+  const bool whole = network.classes <= team.held;
+  team.for_samples(network.batch, [&](int64_t s, bool valid_sample) {
+    const RowOfA<T> row(network, s, i);
+    if (!whole) {
+      const T log_sum = network.terms[s * network.classes + i].log_sum;
+      team.for_columns(row.z, begin, end, [&](int place, int, T z, bool) {
+        const T p = fast_exp2(row.below(z) - log_sum);
+        entries[place] += valid_sample ? p : T(0);
+      });
+      return;
+    }
+    T e[kIccHeld<T>], sum = 0, moment = 0;
+    team.for_columns(row.z, begin, end, [&](int place, int, T z, bool valid) {
+      e[place] = valid ? fast_exp2(row.below(z)) : T(0);
+      sum += e[place];
+      moment += e[place] * (z - row.partner);
+    });
+    sum = team.sum(sum);
+    const RowSum<T> of_row{sum, team.sum(moment) / sum};
+    if (valid_sample && live && team.lane == 0) network.terms[s * network.classes + i] = of_row.term(row.own);
+    const T share = valid_sample ? 1 / sum : T(0);
+    team.for_columns(row.z, begin, end, [&](int place, int, T, bool) { entries[place] += e[place] * share; });
+  });
+}
+
+// The teams' shares of some columns of their rows, in shared memory.
+template <typename T>
+struct Shares {
+  T* mine;  // this row's first
+  int next;
+  int groups;
+
+  __device__ Shares(const Team& team, const IccRows& p, int number)
+      : mine(reinterpret_cast<T*>(dynamic_shared_memory()) + (number * team.groups * p.rows + team.row) * team.held),
+        next(p.rows * team.held),
+        groups(team.groups) {}
+
+  // Rows first to first + batch of all samples, columns from begin to end.
+  __device__ void write(const Team& team, const Network<T>& network, int i, bool live, int begin, int end) const {
+    T entries[kIccHeld<T>] = {};
+    add_rows(team, network, i, live, begin, end, entries);
+    T* const out = mine + team.group * next - begin;
+    team.for_columns(network.logits, begin, end, [&](int place, int column, T, bool) { out[column] = entries[place]; });
+  }
+  __device__ T total(int column) const {
+    T sum = mine[column];
+    for (int group = 1; group < groups; ++group) sum += mine[group * next + column];
+    return sum;
+  }
+};
+
+// log₂ of an entry of the map.
+template <typename T>
+__device__ double log_of_mean(const Network<T>& network, int i, int j) {
+  double largest = -INFINITY, sum = 0;
+  for (int64_t s = 0; s < network.batch; ++s) {
+    const RowOfA<T> row(network, s, i);
+    const double log_p = log_of_entry(network.terms[s * network.classes + i], row.partner, row.z[j]);
+    const double above = log_p - largest;
+    sum = above > 0 ? sum * exp2(-above) + 1 : sum + exp2(above);
+    largest = max(largest, log_p);
+  }
+  return largest + log2(sum / double(network.batch));
+}
+
+// The pass by rows of P: means of the derivatives, and the part Σ_j dA_ij z_j of dz_i. With `cold` there are entries of which
+// the logarithm is held; what is left of the derivative t / s - 1 beside that is -1.
+template <typename T>
+__device__ void pull_back_rows(const Team& team, const Network<T>& network, const IccRows& p, int row_of_map, bool live,
+                               bool cold, T factor) {
+  const int i = p.first + row_of_map, classes = network.classes;
+  const int64_t offset = int64_t(row_of_map) * network.pitch;
+  const T *const derivatives = network.derivatives + offset, *const fine = network.fine + offset;
+  const bool whole = classes <= team.held;
+  T negative[kIccHeld<T>];
+  const auto load = [&](int begin, int end) {
+    team.for_columns(derivatives, begin, end,
+                     [&](int place, int, T value, bool) { negative[place] = cold && is_cold(value) ? T(-1) : value; });
+  };
+  if (whole) load(0, classes);
+  team.for_samples(network.batch, [&](int64_t s, bool valid_sample) {
+    const RowOfA<T> row(network, s, i);
+    Term<T>& place_of_term = network.terms[s * classes + i];
+    const Term<T> term = place_of_term;
+    const T top = derivatives[row.top], centre = row.partner + term.mean;
+    T mean = 0, product = 0;
+    team.for_pieces(classes, [&](int begin, int end) {
+      if (!whole) load(begin, end);
+      team.for_columns(row.z, begin, end, [&](int place, int, T z, bool valid) {
+        const T weighted = fast_exp2(row.below(z) - term.log_sum) * (negative[place] - top);
+        mean += valid ? weighted : T(0);
+        product += valid ? weighted * (z - centre) : T(0);
+      });
+    });
+    if (cold)
+      for (int j = team.lane; j < classes; j += team.lanes) {
+        if (!is_cold(derivatives[j])) continue;
+        const T z = row.z[j], weighted = cold_product(term, row.partner, z, derivatives[j], fine[j]);
+        mean += weighted;
+        product += weighted * (z - centre);
+      }
+    mean = team.sum(mean);
+    product = team.sum(product);
+    if (!valid_sample || !live || team.lane > 0) return;
+    place_of_term = {term.z, term.log_sum, top, mean};
+    T& grad = network.grad[s * classes + i];
+    grad = (p.first == 0 ? T(0) : grad) - factor * product;
+  });
+}
+
+// M.
+template <typename T>
+__global__ void __launch_bounds__(kIccThreads, 2) icc_map_kernel(Network<T> network, IccRows p, T* map) {
+  const Team team(p);
+  const int row = int(blockIdx.x) * p.rows + team.row, i = min(row, p.count - 1);
+  const bool live = row < p.count;
+  if (network.classes > team.held) add_up_rows(team, network, i, live);
+  const Shares<T> shares(team, p, 0);
+  team.for_pieces(network.classes, [&](int begin, int end) {
+    __syncthreads();
+    shares.write(team, network, i, live, begin, end);
+    __syncthreads();
+    if (!live) return;
+    for (int j = begin + team.group * team.lanes + team.lane; j < end; j += team.groups * team.lanes)
+      map[int64_t(i) * network.classes + j] = shares.total(j - begin) / T(network.batch);
+  });
+}
+
+// The pass by rows for a derivative by the map that is given.
+template <typename T>
+__global__ void __launch_bounds__(kIccThreads, 2)
+    icc_map_gradient_kernel(Network<T> network, IccRows p, Logits grad_map, T factor) {
+  const Team team(p);
+  const int row = int(blockIdx.x) * p.rows + team.row, last = min(row, p.count - 1), i = p.first + last;
+  const bool live = row < p.count;
+  add_up_rows(team, network, i, live);
+  T* const derivatives = network.derivatives + int64_t(last) * network.pitch;
+  if (live)
+    for (int j = team.group * team.lanes + team.lane; j < network.pitch; j += team.groups * team.lanes)
+      derivatives[j] = j < network.classes
+                           ? -read<T>(grad_map.data, grad_map.type, i * grad_map.row_stride + j * grad_map.stride)
+                           : T(0);
+  __syncthreads();
+  pull_back_rows(team, network, p, last, live, false, factor);
+}
+
+// Both networks; the flags of rows with cold entries, count of them.
+template <typename T>
+struct IccPair {
+  Network<T> networks[2];  // student and teacher
+  int* cold;
+  T factor;
+};
+
+// Σ t log(t / s) - t + s of the blocks' rows, each term not negative, and the passes by rows.
+template <typename T>
+__global__ void __launch_bounds__(kIccThreads, 2)
+    icc_compare_kernel(const __grid_constant__ IccPair<T> pair, IccRows p, double* losses) {
+  const Network<T>&student = pair.networks[0], &teacher = pair.networks[1];
+  const Team team(p);
+  const int row = int(blockIdx.x) * p.rows + team.row, last = min(row, p.count - 1), i = p.first + last;
+  const bool live = row < p.count;
+  if (student.classes > team.held)
+#pragma unroll 1
+    for (const Network<T>& network : pair.networks) add_up_rows(team, network, i, live);
+  const Shares<T> of_student(team, p, 0), of_teacher(team, p, 1);
+  const int64_t offset = int64_t(last) * student.pitch;
+  double loss = 0;
+  int any_cold = 0;
+  team.for_pieces(student.classes, [&](int begin, int end) {
+    __syncthreads();
+#pragma unroll 1
+    for (int n = 0; n < 2; ++n) Shares<T>(team, p, n).write(team, pair.networks[n], i, live, begin, end);
+    __syncthreads();
+    if (!live) return;
+    for (int j = begin + team.group * team.lanes + team.lane; j < end; j += team.groups * team.lanes) {
+      const T s = of_student.total(j - begin) / T(student.batch), t = of_teacher.total(j - begin) / T(student.batch);
+      T by_student = (t - s) / s, by_teacher = 0, fine = 0;
+      if (t < kFaint<T>) {
+        loss += double(s) - double(t);
+        if (s < kLost<T>) by_student = 0;
+      } else if (s < kLost<T>) {
+        const double log_ratio = log2(double(t)) - log_of_mean(student, i, j);
+        loss += double(t) * (log_ratio * kLn2 - 1);
+        by_student = T(-2 - log_ratio);
+        fine = T(-2 - log_ratio - double(by_student));
+        by_teacher = T(-log_ratio * kLn2);
+        any_cold = 1;
+      } else {
+        const T ratio = (s - t) / t;
+        const T d = ratio < T(0.5) && ratio > T(-0.5) ? -log1p(ratio) : log(t / s);
+        loss += double(d < T(0.5) && d > T(-0.5) ? t * exp_remainder(d) : t * d - (t - s));
+        by_teacher = -d;
+      }
+      if (student.grad) {
+        student.derivatives[offset + j] = by_student;
+        student.fine[offset + j] = fine;
+      }
+      if (teacher.grad) teacher.derivatives[offset + j] = by_teacher;
+    }
+  });
+  loss = block_reduce(loss, Sum<double>());
+  if (threadIdx.x == 0) losses[blockIdx.x] = loss;
+  any_cold = block_reduce(any_cold, Largest<int>());
+  __syncthreads();  // derivatives and terms are read by other threads than wrote them
+  if (student.grad && live && team.lane == 0 && team.group == 0) pair.cold[row] = any_cold;
+#pragma unroll 1
+  for (int n = 0; n < 2; ++n)
+    if (pair.networks[n].grad) pull_back_rows(team, pair.networks[n], p, last, live, n == 0 && any_cold, pair.factor);
+}
+
+// The loss from what the blocks have left of it.
+template <typename T>
+__device__ void add_up_losses(const double* losses, int64_t parts, double scale, T* loss) {
+  double sum = 0;
+  for (int64_t part = threadIdx.x; part < parts; part += kIccThreads) sum += losses[part];
+  sum = block_reduce(sum, Sum<double>());
+  if (threadIdx.x == 0) *loss = T(scale * sum);
+}
+
+// The pass by columns of P: what rows first to first + count give to dz_k = Σ_i dA_ik z_i.
+template <typename T>
+struct Columns {
+  Network<T> network;
+  const int* cold;  // null if there is none
+  T factor;
+  int first, count;
+  int64_t tiles;  // of samples
+};
+
+// A block for kIccSamples samples and as many columns as a warp reads at once, its warps sharing the rows; and one more
+// block, the last, that adds up the loss.
+template <typename T>
+__global__ void __launch_bounds__(kIccThreads, 2)
+    icc_columns_kernel(const __grid_constant__ Group<Columns<T>> group, const double* losses, int64_t parts,
+                       double scale, T* loss) {
+  constexpr int size = Pack<T>::kSize, width = kWarp * size;
+  SHARED_ARRAY(T, sums, kIccWarps * kIccSamples * width);
+  if (loss && blockIdx.x == gridDim.x - 1) {
+    add_up_losses(losses, parts, scale, loss);
+    return;
+  }
+  const int index = group.index();
+  const Columns<T>& p = group.problems[index];
+  const Network<T>& network = p.network;
+  const int64_t sample = group.block(index) % p.tiles * kIccSamples;
+  const int begin = int(group.block(index) / p.tiles) * width;
+  const int warp = int(threadIdx.x) / kWarp, column = begin + int(threadIdx.x) % kWarp * size;
+
+  Pack<T> z[kIccSamples], totals[kIccSamples];
+  T smallest[kIccSamples], largest[kIccSamples];
+  const Term<T>* terms[kIccSamples];
+#pragma unroll
+  for (int q = 0; q < kIccSamples; ++q) {
+    const int64_t s = min(sample + q, int64_t(network.batch - 1));
+    if (column < network.pitch) z[q] = Pack<T>::load(network.logits + s * network.pitch + column);
+    smallest[q] = network.extremes[s].smallest;
+    largest[q] = network.extremes[s].largest;
+    terms[q] = network.terms + s * network.classes + p.first;
+  }
+  for (int row = warp; row < p.count; row += kIccWarps) {
+    const int64_t offset = int64_t(row) * network.pitch + column;
+    Pack<T> negative;
+    if (column < network.pitch) negative = Pack<T>::load(network.derivatives + offset);
+#pragma unroll
+    for (int e = 0; e < size; ++e)
+      if (p.cold && is_cold(negative.at[e])) negative.at[e] = -1;
+#pragma unroll
+    for (int q = 0; q < kIccSamples; ++q) {
+      const Term<T> term = terms[q][row];
+      const T partner = term.z < 0 ? smallest[q] : largest[q], factor = term.z * T(kLog2E), mean = term.mean * term.z;
+#pragma unroll
+      for (int e = 0; e < size; ++e) {
+        const T p_e = fast_exp2((z[q].at[e] - partner) * factor - term.log_sum);
+        totals[q].at[e] += p_e * ((negative.at[e] - term.top) * term.z - mean);
+      }
+    }
+  }
+#pragma unroll
+  for (int q = 0; q < kIccSamples; ++q)
+#pragma unroll
+    for (int e = 0; e < size; ++e) sums[(warp * kIccSamples + q) * width + column - begin + e] = totals[q].at[e];
+  __syncwarp();  // what another lane has written is added to
+  if (p.cold)
+    for (int row = warp; row < p.count; row += kIccWarps) {
+      if (!p.cold[row]) continue;
+      const int64_t offset = int64_t(row) * network.pitch;
+      for (int place = int(threadIdx.x) % kWarp; place < kIccSamples * width; place += kWarp) {
+        const int64_t s = sample + place / width;
+        const int j = begin + place % width;
+        if (s >= network.batch || j >= network.classes || !is_cold(network.derivatives[offset + j])) continue;
+        const RowOfA<T> of_row(network, s, p.first + row);
+        const Term<T> term = network.terms[s * network.classes + p.first + row];
+        sums[warp * kIccSamples * width + place] +=
+            term.z *
+            cold_product(term, of_row.partner, of_row.z[j], network.derivatives[offset + j], network.fine[offset + j]);
+      }
+    }
+  __syncthreads();
+  for (int place = threadIdx.x; place < kIccSamples * width; place += kIccThreads) {
+    const int64_t s = sample + place / width;
+    const int k = begin + place % width;
+    if (s >= network.batch || k >= network.classes) continue;
+    T sum = 0;
+    for (int w = 0; w < kIccWarps; ++w) sum += sums[w * kIccSamples * width + place];
+    T& grad = network.grad[s * network.classes + k];
+    // The first rows' pass has written to their own logits only.
+    grad = (p.first == 0 && k >= p.count ? T(0) : grad) - p.factor * sum;
+  }
+}
+
+// q - p, and log(p / q), of an entry of two samples' P.
+template <typename T>
+struct Difference {
+  T p, q_less_p, log_ratio, divergence;
+
+  __device__ Difference(T log_q, T log_p) : p(fast_exp2(log_p)), log_ratio((log_p - log_q) * T(kLn2)) {
+    const bool near = log_ratio < T(0.5) && log_ratio > T(-0.5);
+    const T remainder = p * exp_remainder(near ? log_ratio : T(0)), difference = fast_exp2(log_q) - p;
+    q_less_p = near ? remainder - p * log_ratio : difference;
+    divergence = near ? remainder : p * log_ratio + difference;
+  }
+};
+
+// The divergence of every sample's own P, a team per row, with the part that the row gives to the gradients.
+template <typename T>
+__global__ void __launch_bounds__(kIccThreads, 2)
+    icc_samples_kernel(const __grid_constant__ IccPair<T> pair, IccRows p, double* losses) {
+  const Network<T>&student = pair.networks[0], &teacher = pair.networks[1];
+  const Team team(p);
+  const int classes = student.classes;
+  const int64_t teams = kIccThreads / team.lanes, count = int64_t(student.batch) * classes;
+  const int64_t item = int64_t(blockIdx.x) * teams + int(threadIdx.x) / team.lanes, last = min(item, count - 1);
+  const int64_t s = last / classes;
+  const int i = int(last % classes);
+  const RowOfA<T> of_student(student, s, i), of_teacher(teacher, s, i);
+  const RowSum<T> student_sum = add_up(team, of_student, classes), teacher_sum = add_up(team, of_teacher, classes);
+  Term<T> student_term = student_sum.term(of_student.own), teacher_term = teacher_sum.term(of_teacher.own);
+  const auto compare = [&](T z_s, T z_t) {
+    return Difference<T>(of_student.below(z_s) - student_term.log_sum, of_teacher.below(z_t) - teacher_term.log_sum);
+  };
+  const T top = compare(of_student.z[of_teacher.top], of_teacher.partner).log_ratio;
+  const T centre_s = of_student.partner + student_term.mean, centre_t = of_teacher.partner + teacher_term.mean;
+  T divergence = 0, mean = 0, by_student = 0, by_teacher = 0;
+  team.for_pieces(classes, [&](int begin, int end) {
+    team.for_columns<1>(of_student.z, of_teacher.z, begin, end, [&](int, int, T z_s, T z_t, bool valid) {
+      const Difference<T> entry = compare(z_s, z_t);
+      const T weighted = entry.p * (entry.log_ratio - top);
+      divergence += valid ? entry.divergence : T(0);
+      mean += valid ? weighted : T(0);
+      by_student += valid ? entry.q_less_p * (z_s - centre_s) : T(0);
+      by_teacher += valid ? weighted * (z_t - centre_t) : T(0);
+    });
+  });
+  divergence = team.sum(divergence);
+  mean = team.sum(mean);
+  by_student = team.sum(by_student);
+  by_teacher = team.sum(by_teacher);
+  const bool mine = item < count && team.lane == 0;
+  if (mine) {
+    student.terms[last] = student_term;
+    teacher.terms[last] = {teacher_term.z, teacher_term.log_sum, top, mean};
+    if (student.grad) student.grad[last] = pair.factor * by_student;
+    if (teacher.grad) teacher.grad[last] = pair.factor * by_teacher;
+  }
+  const double loss = block_reduce(mine ? double(divergence) : 0.0, Sum<double>());
+  if (threadIdx.x == 0) losses[blockIdx.x] = loss;
+}
+
+// What is left of the gradients: Σ_i dA_ik z_i. A block for one sample and as many columns as a warp reads at once; and one
+// more, the last, that adds up the loss.
+template <typename T>
+__global__ void __launch_bounds__(kIccThreads, 2)
+    icc_sample_columns_kernel(const __grid_constant__ IccPair<T> pair, const double* losses, int64_t parts,
+                              double scale, T* loss) {
+  constexpr int size = Pack<T>::kSize, width = kWarp * size;
+  SHARED_ARRAY(T, sums, 2 * kIccWarps * width);
+  if (blockIdx.x == gridDim.x - 1) {
+    add_up_losses(losses, parts, scale, loss);
+    return;
+  }
+  const Network<T>&student = pair.networks[0], &teacher = pair.networks[1];
+  const int classes = student.classes;
+  const int64_t s = blockIdx.x % student.batch;
+  const int begin = int(blockIdx.x / student.batch) * width;
+  const int warp = int(threadIdx.x) / kWarp, column = begin + int(threadIdx.x) % kWarp * size;
+  const Extremes<T> of_student = student.extremes[s], of_teacher = teacher.extremes[s];
+  Pack<T> z_s, z_t, by_student, by_teacher;
+  if (column < student.pitch) {
+    z_s = Pack<T>::load(student.logits + s * student.pitch + column);
+    z_t = Pack<T>::load(teacher.logits + s * teacher.pitch + column);
+  }
+  for (int i = warp; i < classes; i += kIccWarps) {
+    const Term<T> q = student.terms[s * classes + i], p = teacher.terms[s * classes + i];
+    const T partner_s = q.z < 0 ? of_student.smallest : of_student.largest, factor_s = q.z * T(kLog2E);
+    const T partner_t = p.z < 0 ? of_teacher.smallest : of_teacher.largest, factor_t = p.z * T(kLog2E);
+#pragma unroll
+    for (int e = 0; e < size; ++e) {
+      const Difference<T> entry((z_s.at[e] - partner_s) * factor_s - q.log_sum,
+                                (z_t.at[e] - partner_t) * factor_t - p.log_sum);
+      by_student.at[e] += entry.q_less_p * q.z;
+      by_teacher.at[e] += entry.p * (entry.log_ratio - p.top - p.mean) * p.z;
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < size; ++e) {
+    sums[warp * width + column - begin + e] = by_student.at[e];
+    sums[(kIccWarps + warp) * width + column - begin + e] = by_teacher.at[e];
+  }
+  __syncthreads();
+  for (int place = threadIdx.x; place < 2 * width; place += kIccThreads) {
+    const int of = place / width, k = begin + place % width;
+    T* const grad = of ? teacher.grad : student.grad;
+    if (!grad || k >= classes) continue;
+    T sum = 0;
+    for (int w = 0; w < kIccWarps; ++w) sum += sums[(of * kIccWarps + w) * width + place % width];
+    grad[s * classes + k] += pair.factor * sum;
+  }
+}
+
+}  // namespace kdkernels

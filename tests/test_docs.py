@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,15 @@ def test_tables_are_those_of_the_measurements(monkeypatch: pytest.MonkeyPatch) -
     report = importlib.import_module("report")
     for page in PAGES:
         assert report.filled(page.read_text()) == page.read_text(), f"run python bench/report.py: {page.name}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
+    assert not missing
+
+
+def test_index_has_every_page() -> None:
+    linked = set(re.findall(r"\]\((\S+\.md)\)", (ROOT / "docs" / "index.md").read_text()))
+    assert {page.name for page in ROOT.glob("docs/*.md")} - linked == {"index.md"}

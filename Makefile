@@ -5,10 +5,11 @@ PYTHON := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
 GPU_PYTHON ?= python3
 RESULTS ?= bench/results/cpu.json
+DOCUMENTED := kdkernels kdkernels.metrics kdkernels.info kdkernels.integrations.repdistiller kdkernels.integrations.mdistiller
 SOURCES := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 RUFF := $(PYTHON) -m ruff
 
-.PHONY: demo test fuzz sanitize lint bench wheel gpu-check setup clean
+.PHONY: demo test fuzz sanitize lint bench docs wheel gpu-check setup clean
 
 demo: setup
 	$(PYTHON) examples/train_lkd.py
@@ -37,6 +38,11 @@ bench: setup
 	$(PYTHON) -m pytest bench/bench_*.py --results $(RESULTS) $(BENCH)
 	$(PYTHON) bench/gpu.py --json $(dir $(RESULTS))gpu.json
 	$(PYTHON) bench/report.py
+
+# Drop-ins whose hosts are not installed cannot be imported; docs/drop-ins.md has them.
+docs: setup
+	KDKERNELS_BUILD=0 $(PYTHON) -m pip install --quiet --no-build-isolation --editable ".[docs]"
+	$(PYTHON) -m pdoc --docformat google --output-directory build/docs $(DOCUMENTED)
 
 # On a machine with a GPU, offline: the Python that has PyTorch there is used as it is.
 gpu-check:

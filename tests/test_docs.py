@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -36,3 +37,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_index_has_every_page() -> None:
     linked = set(re.findall(r"\]\((\S+\.md)\)", (ROOT / "docs" / "index.md").read_text()))
     assert {page.name for page in ROOT.glob("docs/*.md")} - linked == {"index.md"}
+
+
+@pytest.mark.parametrize("name", ["", ".functional", ".metrics", ".nn", ".samplers", ".integrations.repdistiller"])
+def test_public_names_have_docstrings(name: str) -> None:
+    module = importlib.import_module(f"kdkernels{name}")
+    own = {public: vars(module)[public].__doc__ for public in module.__all__}  # not what a class inherits
+    assert {public for public, text in own.items() if not text} == set()
+    methods = [vars(value) for value in map(vars(module).get, module.__all__) if inspect.isclass(value)]
+    public = {name: m for found in methods for name, m in found.items() if inspect.isfunction(m) and name[0] != "_"}
+    assert {name for name, method in public.items() if name != "forward" and not inspect.getdoc(method)} == set()

@@ -1,6 +1,6 @@
 """A PyTorch Lightning callback that adds a distillation loss to any LightningModule's own.
 
-One more argument of the trainer::
+One more argument of the trainer:
 
     Trainer(callbacks=[Distillation(teacher, LocalCorrelationLoss(k=4), {"layer3": "layer3"}, weight=0.01)])
 """

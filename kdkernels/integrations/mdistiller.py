@@ -1,6 +1,6 @@
 """mdistiller's distiller classes on fused kernels: the same configuration, numbers and gradients.
 
-After ``from mdistiller.distillers import distiller_dict`` in its ``tools/train.py``, add one line::
+After ``from mdistiller.distillers import distiller_dict`` in its ``tools/train.py``, add one line:
 
     from kdkernels.integrations.mdistiller import distillers; distiller_dict.update(distillers)
 """

@@ -1,6 +1,6 @@
 """The losses of RepDistiller and of SemCKD's trainer, by their names and signatures, on fused kernels.
 
-Change the line that imports them::
+Change the line that imports them:
 
     from distiller_zoo import DistillKL, HintLoss, Attention, Similarity, RKDLoss, PKT, SemCKDLoss
     from kdkernels.integrations.repdistiller import DistillKL, HintLoss, Attention, Similarity, RKDLoss, PKT, SemCKDLoss
@@ -54,6 +54,7 @@ class Attention(nn.Module):
         return [self.at_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t, strict=False)]
 
     def at_loss(self, f_s: Tensor, f_t: Tensor) -> Tensor:
+        """The loss of one stage."""
         size = min(f_s.shape[2], f_t.shape[2])
         f_s, f_t = (F.adaptive_avg_pool2d(f, size) if f.shape[2] > size else f for f in (f_s, f_t))
         if self.p == 2:
@@ -61,6 +62,7 @@ class Attention(nn.Module):
         return (self.at(f_s) - self.at(f_t)).square().mean()
 
     def at(self, f: Tensor) -> Tensor:
+        """The attention of one stage's maps, for another p than 2."""
         return F.normalize(f.pow(self.p).mean(1).flatten(1))
 
 
@@ -71,6 +73,7 @@ class Similarity(nn.Module):
         return [self.similarity_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t, strict=False)]
 
     def similarity_loss(self, f_s: Tensor, f_t: Tensor) -> Tensor:
+        """The loss of one layer."""
         return functional.similarity_preserving_loss(f_s, f_t).view(1)  # the original's shape
 
 

@@ -1,6 +1,4 @@
-"""kdkernels' losses in torchdistill's registry: import this module and name them in the configuration.
-
-.. code-block:: yaml
+"""kdkernels' losses in torchdistill's registry: import this module and name them in the configuration:
 
     dependencies:
       - name: 'kdkernels.integrations.torchdistill'

@@ -14,9 +14,7 @@ _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU)
 
 
 class FeatureCapture:
-    """The outputs of named submodules in a model's last forward pass, by forward hooks.
-
-    ::
+    """The outputs of named submodules in a model's last forward pass, by forward hooks:
 
         capture = FeatureCapture(model, ["layer1", "layer2", "layer3", "layer4"])  # a ResNet of torchvision or timm
         logits = model(images)

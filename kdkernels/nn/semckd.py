@@ -41,7 +41,7 @@ class SemanticCalibration(nn.Module):
     by the L2 norm, with e = B / 4 for batches of B. Each student layer is projected to the channels of each teacher
     layer by 1x1 - BN - ReLU - 3x3 - BN - ReLU - 1x1 convolutions of twice those channels, without biases; where its map
     is the larger, it is averaged down first, and where the teacher's is, the loss does that. Train the module with the
-    student: give its parameters to the optimiser. ::
+    student: give its parameters to the optimiser, as in
 
         calibration = SemanticCalibration((128, 256, 512, 512), (64, 128, 256), batch_size=64)
         loss = cross_entropy + kd + 400 * SemCKDLoss()(*calibration(student_maps, teacher_maps))

@@ -6,20 +6,6 @@
 
 namespace kdkernels {
 
-// Rows of tiles of which only the columns from the diagonal on are computed: which tile a block has.
-struct Place {
-  int row, column;  // of the tile's first entry
-
-  static __device__ Place in_triangle(int64_t index, int tiles_across) {
-    int line = 0;
-    for (; index >= tiles_across - line; ++line) index -= tiles_across - line;
-    return {line * kTile, int(line + index) * kTile};
-  }
-};
-
-inline int tiles(int64_t size) { return int((size + kTile - 1) / kTile); }
-inline int64_t triangle(int lines, int across) { return int64_t(lines) * across - int64_t(lines) * (lines - 1) / 2; }
-
 // Rows first to first + height of D = X Xᵀ - Y Yᵀ, from column first on; row r belongs to image r / positions and position
 // r % positions. `batch` numbers lie between one such matrix and the next.
 template <typename T>
@@ -103,7 +89,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) product_kernel(const __grid_c
                                   : Place{int(tile_index / across) * kTile, int(tile_index % across) * kTile};
   const auto term = [&](int i) {
     const int end = min(p.depth[i], begin + p.split_depth);
-    return Term<T>{p.a[i].from(batch * p.batch_a[i]), p.b[i].from(batch * p.batch_b[i]), begin, max(begin, end)};
+    return Term<Matrix<T>>{p.a[i].from(batch * p.batch_a[i]), p.b[i].from(batch * p.batch_b[i]), begin,
+                           max(begin, end)};
   };
   Tile<T> tile = multiply_tiles<T, AlongA, false>(term(0), term(1), place.row, p.rows, place.column, p.columns);
   tile.for_each([&](int r, int s, T& entry) {

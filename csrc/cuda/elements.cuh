@@ -1,4 +1,4 @@
-// Elements of any float type, read as numbers of the type computed in: one kernel serves every dtype of its inputs.
+// Elements of any float type, read as numbers of the type computed in and written from them: one kernel serves every dtype.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -10,18 +10,72 @@ namespace kdkernels {
 
 enum class Element : int { float32, float64, bfloat16, float16 };
 
-template <typename T>
-__device__ T read(const void* data, Element type, int64_t offset) {
+template <typename E>
+inline constexpr Element kElement = Element::float32;
+template <>
+inline constexpr Element kElement<double> = Element::float64;
+template <>
+inline constexpr Element kElement<torch::headeronly::BFloat16> = Element::bfloat16;
+template <>
+inline constexpr Element kElement<torch::headeronly::Half> = Element::float16;
+
+// Calls f with a number of the type.
+template <typename F>
+__device__ auto with_type(Element type, const F& f) {
   switch (type) {
     case Element::float64:
-      return T(static_cast<const double*>(data)[offset]);
+      return f(double());
     case Element::bfloat16:
-      return T(float(static_cast<const torch::headeronly::BFloat16*>(data)[offset]));
+      return f(torch::headeronly::BFloat16());
     case Element::float16:
-      return T(float(static_cast<const torch::headeronly::Half*>(data)[offset]));
+      return f(torch::headeronly::Half());
     default:
-      return T(static_cast<const float*>(data)[offset]);
+      return f(float());
   }
+}
+
+template <typename To, typename From>
+__device__ To number(From from) {
+  if constexpr (sizeof(From) == 2)
+    return To(float(from));
+  else
+    return To(from);
+}
+
+template <typename T>
+__device__ T read(const void* data, Element type, int64_t offset) {
+  return with_type(type, [&](auto element) { return number<T>(static_cast<const decltype(element)*>(data)[offset]); });
+}
+
+template <typename T>
+__device__ void write(void* data, Element type, int64_t offset, T value) {
+  with_type(type,
+            [&](auto element) { static_cast<decltype(element)*>(data)[offset] = number<decltype(element)>(value); });
+}
+
+// Neighbours that lie at a multiple of their size, or of 16 bytes.
+template <typename E, int N>
+struct alignas(N * sizeof(E) < 16 ? N * sizeof(E) : 16) Neighbours {
+  E elements[N];
+};
+
+template <typename T, int N>
+__device__ void read_together(const void* data, Element type, int64_t offset, T (&values)[N]) {
+  with_type(type, [&](auto element) {
+    using E = decltype(element);
+    const auto together = *reinterpret_cast<const Neighbours<E, N>*>(static_cast<const E*>(data) + offset);
+    for (int i = 0; i < N; ++i) values[i] = number<T>(together.elements[i]);
+  });
+}
+
+template <typename T, int N>
+__device__ void write_together(void* data, Element type, int64_t offset, const T (&values)[N]) {
+  with_type(type, [&](auto element) {
+    using E = decltype(element);
+    Neighbours<E, N> together;
+    for (int i = 0; i < N; ++i) together.elements[i] = number<E>(values[i]);
+    *reinterpret_cast<Neighbours<E, N>*>(static_cast<E*>(data) + offset) = together;
+  });
 }
 
 }  // namespace kdkernels

@@ -18,4 +18,6 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CUDA, m) {
   m.impl("correlation_congruence", TORCH_BOX(&kdkernels::correlation_congruence));
   m.impl("local_correlation", TORCH_BOX(&kdkernels::local_correlation));
   m.impl("local_correlation_backward", TORCH_BOX(&kdkernels::local_correlation_backward));
+  m.impl("gram", TORCH_BOX(&kdkernels::gram));
+  m.impl("gram_backward", TORCH_BOX(&kdkernels::gram_backward));
 }

@@ -20,22 +20,32 @@ inline constexpr int kStages = sizeof(T) == sizeof(float) ? 4 : 2;
 // Numbers that lie next to each other along one dimension, and `stride` apart along the other.
 template <typename T>
 struct Matrix {
+  using Number = T;
   const T* data;
   int64_t stride;
   bool vectors;  // 16 bytes may be read at a time: pointers, strides and sizes are all multiples of it
 
   __host__ __device__ Matrix from(int64_t offset) const { return {data + offset, stride, vectors}; }
+
+  // Begin to copy `Width` numbers, or zeros, to shared memory. Along says which dimension the neighbours have.
+  template <bool Along, int Width>
+  __device__ void copy(T* shared, int row, int k, bool valid) const {
+    const int64_t offset = Along ? row * stride + k : k * stride + row;
+    copy_async<Width * sizeof(T)>(shared, valid ? data + offset : data, valid);
+  }
 };
 
 // A panel of one operand, 64 x 16. Its neighbours in memory lie along the depth or across it, and so they do in shared memory,
 // where lines are padded such that the lanes of a warp read from different banks.
 template <typename T, bool Along>
 struct Panel {
-  static constexpr int kPitch = Along ? kDepth + 4 : kTile + 32 / int(sizeof(T));
+  static constexpr int kTogether = 16 / int(sizeof(T));
+  static constexpr int kPitch = Along ? kDepth + (kTogether > 4 ? kTogether : 4) : kTile + 32 / int(sizeof(T));
   static constexpr int kSize = (Along ? kTile : kDepth) * kPitch;
 
   // Begin to copy; zeros where there is no row or no depth any more.
-  static __device__ void load(T* panel, const Matrix<T>& matrix, int row, int rows, int begin, int end) {
+  template <typename Source>
+  static __device__ void load(T* panel, const Source& source, int row, int rows, int begin, int end) {
     const auto copy = [&](auto together) {
       constexpr int width = decltype(together)::value;
       constexpr int length = Along ? kDepth : kTile, lines = Along ? kTile : kDepth, pieces = length / width;
@@ -43,14 +53,11 @@ struct Panel {
       for (int i = threadIdx.x; i < lines * pieces; i += kTileThreads) {
         const int line = i / pieces, column = i % pieces * width;
         const int r = row + (Along ? line : column), k = begin + (Along ? column : line);
-        const int64_t offset = Along ? r * matrix.stride + k : k * matrix.stride + r;
-        const bool valid = r < rows && k < end;
-        copy_async<width * sizeof(T)>(panel + line * kPitch + column, valid ? matrix.data + offset : matrix.data,
-                                      valid);
+        source.template copy<Along, width>(panel + line * kPitch + column, r, k, r < rows && k < end);
       }
     };
-    if (matrix.vectors)
-      copy(std::integral_constant<int, 16 / int(sizeof(T))>());
+    if (source.vectors)
+      copy(std::integral_constant<int, kTogether>());
     else
       copy(std::integral_constant<int, 1>());
   }
@@ -63,31 +70,40 @@ struct Panel {
 // The first 11 bits of the mantissa, rounded: what remains of x is exact and has no more than 12.
 __device__ inline float upper_half(float x) { return __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u); }
 
-template <int M, int N>
+// The types that the numbers in a and b come from, A and B, may be such that the upper half is all of them.
+template <typename A, typename B, int M, int N>
 __device__ void multiply_accurately(float (&c)[M][N][4], const float (&a)[M][4], const float (&b)[N][2]) {
+  constexpr bool whole_a = sizeof(A) == 2, whole_b = sizeof(B) == 2;
   float a_upper[M][4], a_lower[M][4], b_upper[N][2], b_lower[N][2];
 #pragma unroll
   for (int i = 0; i < M; ++i)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) a_upper[i][e] = upper_half(a[i][e]), a_lower[i][e] = a[i][e] - a_upper[i][e];
+    for (int e = 0; e < 4; ++e) {
+      a_upper[i][e] = whole_a ? a[i][e] : upper_half(a[i][e]);
+      a_lower[i][e] = a[i][e] - a_upper[i][e];
+    }
 #pragma unroll
   for (int j = 0; j < N; ++j)
 #pragma unroll
-    for (int e = 0; e < 2; ++e) b_upper[j][e] = upper_half(b[j][e]), b_lower[j][e] = b[j][e] - b_upper[j][e];
-  multiply(c, a_lower, b_upper);
-  multiply(c, a_upper, b_lower);
+    for (int e = 0; e < 2; ++e) {
+      b_upper[j][e] = whole_b ? b[j][e] : upper_half(b[j][e]);
+      b_lower[j][e] = b[j][e] - b_upper[j][e];
+    }
+  if constexpr (!whole_a) multiply(c, a_lower, b_upper);
+  if constexpr (!whole_b) multiply(c, a_upper, b_lower);
   multiply(c, a_upper, b_upper);
 }
 
-template <int M, int N>
+template <typename A, typename B, int M, int N>
 __device__ void multiply_accurately(double (&c)[M][N][4], const double (&a)[M][4], const double (&b)[N][2]) {
   multiply(c, a, b);
 }
 
 // Of one product, the depths from begin to end.
-template <typename T>
+template <typename A, typename B = A>
 struct Term {
-  Matrix<T> a, b;
+  A a;
+  B b;
   int begin, end;
 
   __device__ int panels() const { return (end - begin + kDepth - 1) / kDepth; }
@@ -114,27 +130,52 @@ struct Tile {
   }
 };
 
-template <typename T, bool AlongA, bool AlongB>
-inline constexpr int kTileBytes = kStages<T> * (Panel<T, AlongA>::kSize + Panel<T, AlongB>::kSize) * int(sizeof(T));
+// Rows of tiles of which only the columns from the diagonal on are computed: which tile a block has.
+struct Place {
+  int row, column;  // of the tile's first entry
+
+  static __device__ Place in_triangle(int64_t index, int tiles_across) {
+    int line = 0;
+    for (; index >= tiles_across - line; ++line) index -= tiles_across - line;
+    return {line * kTile, int(line + index) * kTile};
+  }
+};
+
+inline int tiles(int64_t size) { return int((size + kTile - 1) / kTile); }
+inline int64_t triangle(int lines, int across) { return int64_t(lines) * across - int64_t(lines) * (lines - 1) / 2; }
+
+// Panels of both operands, of numbers A and B.
+template <bool AlongA, bool AlongB, typename A, typename B>
+inline constexpr int kStageBytes = Panel<A, AlongA>::kSize * int(sizeof(A)) + Panel<B, AlongB>::kSize * int(sizeof(B));
+
+// Shared memory for products that are computed in T.
+template <typename T, bool AlongA, bool AlongB, typename A = T, typename B = A>
+inline constexpr int kTileBytes = kStages<T> * kStageBytes<AlongA, AlongB, A, B>;
 
 // The tile at (row, column) of plus.a plus.b - minus.a minus.b, which has so many rows and columns. Sums are carried on from
-// panel to panel by additions that round, since those in the tensor cores do not.
-template <typename T, bool AlongA, bool AlongB>
-__device__ Tile<T> multiply_tiles(const Term<T>& plus, const Term<T>& minus, int row, int rows, int column,
-                                  int columns) {
-  using A = Panel<T, AlongA>;
-  using B = Panel<T, AlongB>;
-  static_assert(kTileBytes<T, AlongA, AlongB> <= 48 * 1024);
-  T* const memory = reinterpret_cast<T*>(dynamic_shared_memory());
-  const auto stage = [&](int panel) { return memory + panel % kStages<T> * (A::kSize + B::kSize); };
+// panel to panel by additions that round, since those in the tensor cores do not. `mirrored`: a and b are the same, and so are
+// row and column, such that one panel serves for both.
+template <typename T, bool AlongA, bool AlongB, typename SourceA = Matrix<T>, typename SourceB = SourceA>
+__device__ Tile<T> multiply_tiles(const Term<SourceA, SourceB>& plus, const Term<SourceA, SourceB>& minus, int row,
+                                  int rows, int column, int columns, bool mirrored = false) {
+  using NumberA = typename SourceA::Number;
+  using NumberB = typename SourceB::Number;
+  using A = Panel<NumberA, AlongA>;
+  using B = Panel<NumberB, AlongB>;
+  static_assert(kTileBytes<T, AlongA, AlongB, NumberA, NumberB> <= 48 * 1024);
+  char* const memory = dynamic_shared_memory();
+  const auto a_at = [&](int panel) {
+    return reinterpret_cast<NumberA*>(memory + panel % kStages<T> * kStageBytes<AlongA, AlongB, NumberA, NumberB>);
+  };
+  const auto b_at = [&](int panel) { return reinterpret_cast<NumberB*>(a_at(panel) + (mirrored ? 0 : A::kSize)); };
   const int first = plus.panels(), count = first + minus.panels();
 
   const auto load = [&](int panel) {
     if (panel < count) {
-      const Term<T> term = panel < first ? plus : minus;
+      const Term<SourceA, SourceB> term = panel < first ? plus : minus;
       const int begin = term.begin + (panel < first ? panel : panel - first) * kDepth;
-      A::load(stage(panel), term.a, row, rows, begin, term.end);
-      B::load(stage(panel) + A::kSize, term.b, column, columns, begin, term.end);
+      A::load(a_at(panel), term.a, row, rows, begin, term.end);
+      if (!mirrored) B::load(b_at(panel), term.b, column, columns, begin, term.end);
     }
     close_copies();
   };
@@ -142,12 +183,16 @@ __device__ Tile<T> multiply_tiles(const Term<T>& plus, const Term<T>& minus, int
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const int my_row = warp / 2 * 32 + lane / 4, my_column = warp % 2 * 32 + lane / 4, my_depth = lane % 4;
   Tile<T> tile;
-  for (int panel = 0; panel < kStages<T> - 1; ++panel) load(panel);
-  for (int panel = 0; panel < count; ++panel) {
-    wait_copies<kStages<T> - 2>();
-    __syncthreads();
+#pragma unroll 1
+  for (int panel = 1 - kStages<T>; panel < count; ++panel) {
+    if (panel >= 0) {
+      wait_copies<kStages<T> - 2>();
+      __syncthreads();
+    }
     load(panel + kStages<T> - 1);  // in the place of the panel before this one
-    const T *a_panel = stage(panel), *b_panel = a_panel + A::kSize;
+    if (panel < 0) continue;
+    const NumberA* const a_panel = a_at(panel);
+    const NumberB* const b_panel = b_at(panel);
     T sums[kLines][kColumns][4] = {};
 #pragma unroll
     for (int k = 0; k < kDepth; k += 8) {
@@ -155,12 +200,12 @@ __device__ Tile<T> multiply_tiles(const Term<T>& plus, const Term<T>& minus, int
 #pragma unroll
       for (int i = 0; i < kLines; ++i)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) a[i][e] = A::at(a_panel, my_row + 16 * i + e % 2 * 8, k + my_depth + e / 2 * 4);
+        for (int e = 0; e < 4; ++e) a[i][e] = T(A::at(a_panel, my_row + 16 * i + e % 2 * 8, k + my_depth + e / 2 * 4));
 #pragma unroll
       for (int j = 0; j < kColumns; ++j)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) b[j][e] = B::at(b_panel, my_column + 8 * j, k + my_depth + e * 4);
-      multiply_accurately(sums, a, b);
+        for (int e = 0; e < 2; ++e) b[j][e] = T(B::at(b_panel, my_column + 8 * j, k + my_depth + e * 4));
+      multiply_accurately<NumberA, NumberB>(sums, a, b);
     }
     const T sign = panel < first ? T(1) : T(-1);
 #pragma unroll

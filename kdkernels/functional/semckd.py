@@ -31,8 +31,9 @@ def similarity_matrices(features: Sequence[Tensor], *, backend: str = "auto", gr
         TypeError, ValueError: naming the argument, what was expected and what it got.
         RuntimeError: when a backend asked for by name cannot run.
 
-    Memory: the matrices; per thread one b x b and scratch of at most 1 MiB + b x 2 KiB; for the gradients one tensor
-        of each layer that receives one. Saved for backward: the features themselves.
+    Memory: the matrices; on the CPU, per thread, one b x b and scratch of at most 1 MiB + b x 2 KiB; in CUDA 512
+        tiles of 64 x 64 and at most the matrices once more; for the gradients one tensor of each layer that receives
+        one and, in CUDA, the matrices once more. Saved for backward: the features themselves.
     """
     if group is not None:
         from ..ops.gram.distributed import gram as over_ranks

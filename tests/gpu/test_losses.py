@@ -66,6 +66,10 @@ def icct_maps(student: Tensor, teacher: Tensor, **options: str) -> Tensor:
     return (one * other).sum()
 
 
+def similarities(student: Tensor, teacher: Tensor, **options: object) -> Tensor:
+    return kdkernels.similarity_matrices([student, teacher, student], **options).square().mean()
+
+
 def in_form(loss: Loss, form: str) -> Loss:
     def run(*inputs: Tensor, **options: object) -> Tensor:
         return loss(*inputs, form=form, **options)
@@ -88,6 +92,7 @@ LOSSES: dict[str, Loss] = {
     "icct": icct,
     "icct, per sample": functools.partial(icct, per_sample=True),
     "icct, maps": icct_maps,
+    "similarities": similarities,
 }
 SHAPES = [((1, 3, 2, 2), (1, 4, 4, 4)), ((33, 6, 8, 8), (33, 17, 4, 4)), ((70, 16, 4, 4), (70, 40, 8, 8))]
 

@@ -15,9 +15,7 @@ from . import reference
 def gram(features: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
     """The L x b x b dot products of L layers; see ``kdkernels.similarity_matrices``."""
     features = check(features)
-    run = {"reference": _reference, "native": _native, "triton": _triton}[
-        backends.choose(backend, features[0], native_on=("cpu",))
-    ]
+    run = {"reference": _reference, "native": _native, "triton": _triton}[backends.choose(backend, features[0])]
     return run(features)
 
 

@@ -1,0 +1,155 @@
+// Similarity matrices of many layers: products of every pair of a batch's samples, each layer's depth cut into parts.
+#pragma once
+
+#include "elements.cuh"
+#include "group.cuh"
+#include "tile.cuh"
+
+namespace kdkernels {
+
+// A layer's features as an operand: samples x depth. Number k of a sample lies where the digits of k, of which the last two count
+// to `middle_size` and `inner_size`, lead.
+template <typename E>
+struct Features {
+  using Number = E;
+  const void* data;
+  Element type;
+  bool vectors;  // numbers E, next to each other, of which 16 bytes may be read at a time
+  int depth, middle_size, inner_size;
+  int64_t sample, outer, middle, inner;  // strides
+
+  __device__ int64_t offset(int row, int k) const {
+    if (inner_size == depth) return row * sample + k * inner;
+    const int rest = k / inner_size;
+    return row * sample + rest / middle_size * outer + rest % middle_size * middle + k % inner_size * inner;
+  }
+
+  template <bool Along, int Width>
+  __device__ void copy(E* shared, int row, int k, bool valid) const {
+    if (!Along) {
+      const int column = row;
+      row = k;
+      k = column;
+    }
+    if constexpr (Width > 1)
+      copy_async<Width * sizeof(E)>(shared, static_cast<const E*>(data) + (valid ? row * sample + k : 0), valid);
+    else
+      *shared = valid ? read<E>(data, type, offset(row, k)) : E(0);
+  }
+};
+
+// What products of numbers E are computed in.
+template <typename E>
+using Computed = std::conditional_t<std::is_same_v<E, double>, double, float>;
+
+// An entry on the diagonal or to the right of it, of a symmetric matrix of so many rows.
+template <typename T>
+__device__ void write_mirrored(T* matrix, int rows, int row, int column, T entry) {
+  if (row > column || column >= rows) return;
+  matrix[int64_t(row) * rows + column] = entry;
+  matrix[int64_t(column) * rows + row] = entry;
+}
+
+template <typename E>
+struct Similarity {
+  Features<E> features;
+  int parts, part_depth;
+  Computed<E>* out;  // the matrix or, where there are several parts, their tiles
+};
+
+// A block per part and tile, of those from the diagonal on.
+template <typename E>
+__global__ void __launch_bounds__(kTileThreads, 2)
+    similarity_kernel(const __grid_constant__ Group<Similarity<E>> group, int batch) {
+  using T = Computed<E>;
+  const int index = group.index();
+  const Similarity<E>& p = group.problems[index];
+  const int across = (batch + kTile - 1) / kTile;
+  const int64_t block = group.block(index), in_a_part = int64_t(across) * (across + 1) / 2;
+  const Place place = Place::in_triangle(block % in_a_part, across);
+  const int begin = int(block / in_a_part) * p.part_depth;
+  const int end = begin + min(p.part_depth, p.features.depth - begin);
+  Tile<T> tile =
+      multiply_tiles<T, true, true, Features<E>>({p.features, p.features, begin, end}, {p.features, p.features, 0, 0},
+                                                 place.row, batch, place.column, batch, place.row == place.column);
+  tile.for_each([&](int r, int s, T& entry) {
+    if (p.parts == 1)
+      write_mirrored(p.out, batch, place.row + r, place.column + s, entry);
+    else
+      p.out[block * kTile * kTile + r * kTile + s] = entry;
+  });
+}
+
+constexpr int kPartEntries = 32, kPartLines = 8;
+
+// The tiles of a matrix's parts, and where it goes.
+template <typename T>
+struct Parts {
+  const T* tiles;
+  int64_t count;
+  T* matrix;
+};
+
+// A block per 32 entries of a tile; a warp of it takes every eighth part.
+template <typename T>
+__global__ void __launch_bounds__(kPartEntries* kPartLines)
+    add_parts_kernel(const __grid_constant__ Group<Parts<T>> group, int batch) {
+  SHARED_ARRAY(T, sums, kPartEntries * kPartLines);
+  const int index = group.index();
+  const Parts<T>& p = group.problems[index];
+  const int across = (batch + kTile - 1) / kTile;
+  const int64_t in_a_part = int64_t(across) * (across + 1) / 2, first = group.block(index) * kPartEntries;
+  const int lane = int(threadIdx.x) % kPartEntries, line = int(threadIdx.x) / kPartEntries;
+  T sum = 0;
+#pragma unroll 4
+  for (int64_t part = line; part < p.count; part += kPartLines)
+    sum += p.tiles[part * in_a_part * kTile * kTile + first + lane];
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (line > 0) return;
+  for (int other = 1; other < kPartLines; ++other) sum += sums[other * kPartEntries + lane];
+  const Place place = Place::in_triangle(first / (kTile * kTile), across);
+  const int entry = int(first % (kTile * kTile)) + lane;
+  write_mirrored(p.matrix, batch, place.row + entry / kTile, place.column + entry % kTile, sum);
+}
+
+constexpr int kSlopeThreads = 256;
+
+// sums = slopes + slopesᵀ, matrix by matrix. The slopes may have any strides.
+template <typename T>
+__global__ void __launch_bounds__(kSlopeThreads)
+    add_transposed_kernel(const T* slopes, int64_t matrix, int64_t row, int64_t column, int64_t batch, int64_t count,
+                          T* sums) {
+  const int64_t place = int64_t(blockIdx.x) * kSlopeThreads + threadIdx.x;
+  if (place >= count * batch * batch) return;
+  const int64_t i = place / batch % batch, j = place % batch;
+  slopes += place / (batch * batch) * matrix;
+  sums[place] = slopes[i * row + j * column] + slopes[j * row + i * column];
+}
+
+template <typename E>
+struct FeatureGradient {
+  Matrix<Computed<E>> sums;
+  Features<E> features;
+  void* out;  // batch x depth, of the features' type
+};
+
+// A block per tile of S F.
+template <typename E>
+__global__ void __launch_bounds__(kTileThreads, 2)
+    feature_gradient_kernel(const __grid_constant__ Group<FeatureGradient<E>> group, int batch) {
+  using T = Computed<E>;
+  const int index = group.index();
+  const FeatureGradient<E>& p = group.problems[index];
+  const int depth = p.features.depth, lines = (batch + kTile - 1) / kTile;
+  const int row = int(group.block(index) % lines) * kTile, column = int(group.block(index) / lines) * kTile;
+  Tile<T> tile = multiply_tiles<T, true, false, Matrix<T>, Features<E>>(
+      {p.sums, p.features, 0, batch}, {p.sums, p.features, 0, 0}, row, batch, column, depth);
+  tile.for_each([&](int r, int s, T& entry) {
+    r += row;
+    s += column;
+    if (r < batch && s < depth) write(p.out, p.features.type, int64_t(r) * depth + s, entry);
+  });
+}
+
+}  // namespace kdkernels

@@ -1,0 +1,136 @@
+"""``gram`` in CUDA, emulated, against the definition in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import DTYPES, HALF_DTYPES, assert_as_good_as, assert_close
+from torch import Tensor
+
+import kdkernels
+
+from . import build
+
+
+def draw(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+
+
+def run(features: list[Tensor], upstream: Tensor, backend: str = "native") -> tuple[Tensor, list[Tensor | None]]:
+    leaves = [layer.detach().requires_grad_(layer.requires_grad) for layer in features]
+    matrices = kdkernels.similarity_matrices(leaves, backend=backend)
+    matrices.backward(upstream.to(matrices.dtype))
+    return matrices.detach(), [leaf.grad for leaf in leaves]
+
+
+def check(features: list[Tensor]) -> None:
+    batch = len(features[0])
+    upstream = torch.randn(batch, len(features), batch).transpose(0, 1)  # neither symmetric nor compact
+    matrices, gradients = run(features, upstream)
+    doubles = [layer.detach().double().requires_grad_(layer.requires_grad) for layer in features]
+    exact, exact_gradients = run(doubles, upstream, "reference")
+    assert torch.equal(matrices, matrices.mT)
+    for matrix, correct in zip(matrices, exact, strict=True):
+        assert_close(matrix, correct, "matrix")
+    for layer, gradient, correct in zip(features, gradients, exact_gradients, strict=True):
+        assert (gradient is None) == (correct is None)
+        if gradient is None:
+            continue
+        assert gradient.dtype == layer.dtype
+        if layer.dtype in HALF_DTYPES:
+            assert_as_good_as(gradient, correct.to(layer.dtype), correct, "gradient")
+        else:
+            assert_close(gradient, correct, "gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(1, 1)],
+        [(2, 3, 2, 2), (2, 5)],
+        [(9, 6, 5, 3), (9, 40), (9, 2, 4, 4)],
+        [(65, 24), (65, 5, 3, 3)],
+        [(4, 600), (4, 8, 8, 8), (4, 33)],
+    ],
+    ids=str,
+)
+def test_sizes(order: str, dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> None:
+    """Batches of one tile and of more, depths of one part and of more, read in whole vectors and number by number."""
+    check(draw(*shapes, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.to(memory_format=torch.channels_last),
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: x[..., 1:3],
+        lambda x: x[:, ::2, 1:, ::2],
+        lambda x: x[:1].expand(x.shape),
+        lambda x: x[:, :1].expand(x.shape),
+        lambda x: x.reshape(5, 2, 2, 2, 2, 2, 3)[:, 1:, :1, :, 1:, :, ::2],
+        lambda x: x.reshape(5, 4, 2, 2, 2, 3)[:, ::2, :, ::2, :, ::2],
+        lambda x: x.reshape(5, 2, 2, 2, 4, 3)[:, :, :1, :, ::2, ::2],
+    ],
+    ids=["channels_last", "batch inside", "columns", "steps", "one row", "one channel", "six", "four strides", "five"],
+)
+def test_strides(dtype: torch.dtype, view: Callable[[Tensor], Tensor]) -> None:
+    check([view(x.detach()).requires_grad_() for x in draw((5, 4, 4, 6), (5, 16, 2, 3), dtype=dtype)])
+
+
+def test_mixed_dtypes() -> None:
+    mixed = [x for dtype in DTYPES for x in draw((6, 4, 4, 3), (6, 7), dtype=dtype)]
+    check(mixed)
+    check([x for x in mixed if x.dtype != torch.float64])
+
+
+def test_gradients_where_wanted() -> None:
+    features = draw((5, 8), (5, 3, 2, 2), (5, 9))
+    check([features[0].detach(), features[1], features[2].detach()])
+
+
+def test_large_half_precision() -> None:
+    """Products of such norms overflow float16."""
+    for dtype in HALF_DTYPES:
+        check([(300 * torch.nn.functional.normalize(torch.rand(6, 400))).to(dtype).requires_grad_()])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_inf(dtype: torch.dtype, value: float) -> None:
+    """A broken sample breaks its row and column, and no other."""
+    features = [torch.rand(70, 40).to(dtype), torch.rand(70, 3, 3, 3).to(dtype)]
+    features[0][66, 17] = value
+    matrices = kdkernels.similarity_matrices(features, backend="native")
+    broken = ~matrices[0].isfinite()
+    assert broken[66].all()
+    assert broken[:, 66].all()
+    assert broken.sum() == 2 * 70 - 1
+    assert matrices[1].isfinite().all()
+
+
+def test_launches() -> None:
+    """All layers together take as many as one."""
+    matrices = kdkernels.similarity_matrices(draw((4, 600), (4, 8, 8, 8), (4, 33)), backend="native")
+    assert build.launches() == 2
+    matrices.sum().backward()
+    assert build.launches() == 2
+
+
+def test_many_layers() -> None:
+    check(draw(*[(3, 4 + width) for width in range(35)]))
+
+
+def test_reruns_are_bitwise_equal_whatever_the_order() -> None:
+    features, upstream = draw((70, 700), (70, 8, 3, 3)), torch.randn(2, 70, 70)
+    results = []
+    for order in build.ORDERS:
+        build.set_order(order)
+        results.append(run(features, upstream))
+    for matrices, gradients in results[1:]:
+        assert torch.equal(matrices, results[0][0])
+        assert all(map(torch.equal, gradients, results[0][1]))

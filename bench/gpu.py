@@ -55,7 +55,11 @@ def on(backend: str, loss: Loss) -> Loss:
 
 
 def to_gpu(inputs: tuple) -> tuple:
-    return tree_map_only(Tensor, lambda x: x.detach().cuda().requires_grad_(x.requires_grad), inputs)
+    """A tensor that is there more than once, as a teacher's maps in SemCKD are, stays one."""
+    moved = {
+        id(x): x.detach().cuda().requires_grad_(x.requires_grad) for x in tree_leaves(inputs) if isinstance(x, Tensor)
+    }
+    return tree_map_only(Tensor, lambda x: moved[id(x)], inputs)
 
 
 def step(loss: Loss, inputs: tuple) -> None:

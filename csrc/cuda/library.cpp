@@ -20,4 +20,6 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CUDA, m) {
   m.impl("local_correlation_backward", TORCH_BOX(&kdkernels::local_correlation_backward));
   m.impl("gram", TORCH_BOX(&kdkernels::gram));
   m.impl("gram_backward", TORCH_BOX(&kdkernels::gram_backward));
+  m.impl("feature_mse", TORCH_BOX(&kdkernels::feature_mse));
+  m.impl("feature_mse_backward", TORCH_BOX(&kdkernels::feature_mse_backward));
 }

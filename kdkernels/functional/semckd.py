@@ -31,7 +31,7 @@ def similarity_matrices(features: Sequence[Tensor], *, backend: str = "auto", gr
         TypeError, ValueError: naming the argument, what was expected and what it got.
         RuntimeError: when a backend asked for by name cannot run.
 
-    Memory: the matrices; on the CPU, per thread, one b x b and scratch of at most 1 MiB + b x 2 KiB; in CUDA 512
+    Memory: the matrices; on the CPU, per thread, one b x b and scratch of at most 1 MiB + b x 2 KiB; in CUDA 400
         tiles of 64 x 64 and at most the matrices once more; for the gradients one tensor of each layer that receives
         one and, in CUDA, the matrices once more. Saved for backward: the features themselves.
     """
@@ -74,8 +74,9 @@ def cross_layer_mse(
         TypeError, ValueError: naming the argument, what was expected and what it got.
         RuntimeError: when a backend asked for by name cannot run.
 
-    Memory: b·s_L·t_L numbers, and per thread two maps of one sample; for the gradients one tensor of each map that
-        receives one. Saved for backward: the maps themselves, nothing of their size besides.
+    Memory: b·s_L·t_L numbers and, on the CPU, per thread two maps of one sample; for the gradients one tensor of each
+        map that receives one and, in CUDA, one of the smaller map's size where it is the larger that does. Saved for
+        backward: the maps themselves, nothing of their size besides.
     """
     if group is not None:
         from ..ops.feature_mse.distributed import feature_mse as over_ranks

@@ -28,6 +28,10 @@ def main() -> None:
             kdkernels.correlation_congruence_loss(draw(70, 9), draw(70, 20), **settings).backward()
     layers = [draw(70, 9), draw(70, 40, 4, 4), draw(70, 3, 5, 5).to(torch.float16), draw(70, 8, 6, 6)[..., 1:]]
     kdkernels.similarity_matrices(layers, backend="native").sum().backward()
+    student, teacher = [draw(5, 3, 6, 6), draw(5, 7, 4, 4)], [draw(5, 3, 4, 9), draw(5, 7, 4, 4)[:, :, 1:]]
+    weights = torch.rand(5, 2, 1, device="cuda", requires_grad=True)
+    pairs = [[[own] for own in maps] for maps in (student, teacher)]
+    kdkernels.cross_layer_mse(*pairs, weights, backend="native").backward()
     for form in ("gram", "feature"):
         student, teacher = [draw(5, 3, 6, 6), draw(5, 7, 4, 4)], [draw(5, 4, 6, 3), draw(5, 2, 5, 7)]
         masks = [torch.rand(5, *maps.shape[-2:], device="cuda") for maps in teacher]

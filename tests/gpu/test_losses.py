@@ -70,6 +70,15 @@ def similarities(student: Tensor, teacher: Tensor, **options: object) -> Tensor:
     return kdkernels.similarity_matrices([student, teacher, student], **options).square().mean()
 
 
+def cross_layer_mse(student: Tensor, teacher: Tensor, **options: object) -> Tensor:
+    if options["backend"] == "reference":
+        student, teacher = student.cpu(), teacher.cpu()  # on a GPU, averaging has no deterministic gradient
+    channels = min(student.shape[1], teacher.shape[1])
+    student, teacher = student[:, :channels], teacher[:, :channels]
+    weights = torch.linspace(0, 1, 2 * len(student), device=student.device).view(-1, 1, 2)
+    return kdkernels.cross_layer_mse([[student, student]], [[teacher, student.flip(1)]], weights, **options)
+
+
 def in_form(loss: Loss, form: str) -> Loss:
     def run(*inputs: Tensor, **options: object) -> Tensor:
         return loss(*inputs, form=form, **options)
@@ -93,6 +102,7 @@ LOSSES: dict[str, Loss] = {
     "icct, per sample": functools.partial(icct, per_sample=True),
     "icct, maps": icct_maps,
     "similarities": similarities,
+    "cross_layer_mse": cross_layer_mse,
 }
 SHAPES = [((1, 3, 2, 2), (1, 4, 4, 4)), ((33, 6, 8, 8), (33, 17, 4, 4)), ((70, 16, 4, 4), (70, 40, 8, 8))]
 

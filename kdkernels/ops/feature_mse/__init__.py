@@ -25,9 +25,7 @@ def feature_mse(
     """Weighted sum of every pair's per-sample errors; see ``kdkernels.cross_layer_mse``."""
     projected, targets = check(projected, targets, weights, reduction)
     scale = 1.0 if reduction == "sum" else 1.0 / (weights.shape[0] * weights.shape[1])
-    run = {"reference": _reference, "native": _native, "triton": _triton}[
-        backends.choose(backend, projected[0], native_on=("cpu",))
-    ]
+    run = {"reference": _reference, "native": _native, "triton": _triton}[backends.choose(backend, projected[0])]
     return run(projected, targets, weights, scale)
 
 

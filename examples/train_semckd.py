@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import figures, networks, options, results, training
+from common import figures, networks, options, parallel, results, training
 from common.data import Dataset
 from common.experiment import Experiment, conduct
 from common.networks import StagedNetwork
@@ -216,7 +216,8 @@ class CrossLayer(Experiment):
         for seed in range(self.recipe.seeds):
             for setting in dict.fromkeys(setting for study in settings.values() for setting in study):
                 histories.setdefault(setting, []).append(self.student(setting, seed, teacher))
-        self.report(teacher, {study: [Runs(s, histories[s]) for s in chosen] for study, chosen in settings.items()})
+        if parallel.rank() == 0:
+            self.report(teacher, {study: [Runs(s, histories[s]) for s in chosen] for study, chosen in settings.items()})
 
     def settings(self, study: str) -> list[Setting]:
         """The students of a study."""
@@ -315,7 +316,7 @@ class CrossLayer(Experiment):
             at, count = AttentionTransferLoss(), min(layers, targets)
             return Transfer(at, lambda s, t: at(s[:count], t[:count]), [(i, i) for i in range(count)])
         if method.transfer == "similarities":
-            sp = SimilarityPreservingLoss(backend=self.backend)
+            sp = SimilarityPreservingLoss(backend=self.backend, group=parallel.group())
             return Transfer(sp, lambda s, t: sp(s[-1], t[-1]), [(layers - 1, targets - 1)])
         if method.transfer == "embeddings":
             compare = self.embedding_loss(method)
@@ -330,7 +331,7 @@ class CrossLayer(Experiment):
             backend=self.backend,
             **dict(method.without),
         ).to(self.device)
-        compare = SemCKDLoss(backend=self.backend)
+        compare = SemCKDLoss(backend=self.backend, group=parallel.group())
         pairs = [(i, j) for i in range(layers) for j in range(targets)]
         return Transfer(calibration, lambda s, t: compare(*calibration(s, t)), pairs)
 

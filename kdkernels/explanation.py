@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends, functional
-from .ops import correlation_congruence, feature_mse, gram, icc, kd, local_correlation, similarity_preserving
+from .ops import correlation_congruence, feature_mse, gram, icc, kd, local_correlation, rkd, similarity_preserving
 from .ops.congruence.plan import FEATURE, GRAM, TILE_ENTRY, Form, candidates, multiply_adds
 from .ops.local_correlation import Stage
 
@@ -71,6 +71,7 @@ def explain(name: str, *args: object, **settings: object) -> Explanation:
         "inter_class_correlation": _map_stages,
         "inter_class_correlation_loss": _inter_class_stages,
         "kd_loss": _kd_stages,
+        "relational_kd_loss": _rkd_stages,
         "similarity_matrices": _gram_stages,
         "cross_layer_mse": _feature_mse_stages,
     }
@@ -79,15 +80,27 @@ def explain(name: str, *args: object, **settings: object) -> Explanation:
     bound = inspect.signature(getattr(functional, name)).bind(*args, **settings)
     bound.apply_defaults()
     tensor, stages = explainers[name](**bound.arguments)
-    choose = similarity_preserving.choose_backend if name == "similarity_preserving_loss" else backends.choose
-    backend = choose(bound.arguments["backend"], tensor)
+    choosers = {
+        "relational_kd_loss": rkd.choose_backend,
+        "similarity_preserving_loss": similarity_preserving.choose_backend,
+    }
+    backend = choosers.get(name, backends.choose)(bound.arguments["backend"], tensor)
     reasons = {other: backends.why_not(other, tensor) for other in backends.BACKENDS[1:]}
+    if name == "relational_kd_loss" and reasons["triton"] is None:
+        reasons["triton"] = rkd.NO_TRITON
     return Explanation(name, backend, {b: reason for b, reason in reasons.items() if reason is not None}, stages)
 
 
 def _kd_stages(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, **_) -> tuple[Tensor, list]:
     kd.check(student_logits, teacher_logits, temperature)
     return student_logits, []
+
+
+def _rkd_stages(
+    student: Tensor, teacher: Tensor, *, distance_weight: float, angle_weight: float, **_
+) -> tuple[Tensor, list]:
+    rkd.check(student, teacher, distance_weight, angle_weight)
+    return student, []
 
 
 def _gram_stages(features, **_) -> tuple[Tensor, list]:

@@ -205,6 +205,19 @@ def _extra_memory() -> int:
     return peak_growth(lambda: kdkernels.relational_kd_loss(student, teacher, backend="native").backward())
 
 
+def test_explain_names_the_backend():
+    student, teacher = draw(5, 4), draw(5, 3)
+    told = kdkernels.explain("relational_kd_loss", student, teacher)
+    assert (told.backend == "native") == ("native" not in told.obstacles)
+    assert "triton" in told.obstacles
+    told = kdkernels.explain("relational_kd_loss", student, teacher, backend="reference")
+    assert str(told).startswith("relational_kd_loss: reference backend")
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run here"):
+        kdkernels.explain("relational_kd_loss", student, teacher, backend="triton")
+    with pytest.raises(ValueError, match="teacher must have student's batch size 5, got 4"):
+        kdkernels.explain("relational_kd_loss", student, teacher[:4])
+
+
 def test_module():
     student, teacher = draw(6, 5), draw(6, 4)
     loss = kdkernels.nn.RelationalKDLoss(distance_weight=2.0, angle_weight=3.0)(student, teacher)

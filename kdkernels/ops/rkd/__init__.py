@@ -9,23 +9,25 @@ from ... import backends, checks, native
 from ..autograd import scaled
 from . import reference
 
+NO_TRITON = "there is no Triton kernel for rkd"
+
 
 def rkd(
     student: Tensor, teacher: Tensor, *, distance_weight: float, angle_weight: float, backend: str = "auto"
 ) -> Tensor:
     """Weighted distance and angle terms; see ``kdkernels.relational_kd_loss``."""
     check(student, teacher, distance_weight, angle_weight)
-    run = {"reference": _reference, "native": _native}[_backend(backend, student)]
+    run = {"reference": _reference, "native": _native}[choose_backend(backend, student)]
     return run(student, teacher, float(distance_weight), float(angle_weight))
 
 
-def _backend(backend: str, student: Tensor) -> str:
-    """There are no Triton kernels: the reference holds no large tensor either, and is what a GPU runs."""
+def choose_backend(backend: str, student: Tensor) -> str:
+    """Never "triton": the reference holds no large tensor either, and is what a GPU runs."""
     chosen = backends.choose(backend, student, native_on=("cpu",))
     if chosen != "triton":
         return chosen
     if backend == "triton":
-        raise RuntimeError("backend='triton' cannot run here: there is no Triton kernel for rkd")
+        raise RuntimeError(f"backend='triton' cannot run here: {NO_TRITON}")
     return "reference"
 
 

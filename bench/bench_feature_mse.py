@@ -37,14 +37,14 @@ def fused(projected: Maps, targets: Maps, weights: Tensor) -> Tensor:
 
 def textbook(projected: Maps, targets: Maps, weights: Tensor) -> Tensor:
     errors = [
-        [_error(own, target) for own, target in zip(*layers, strict=True)]
+        [sample_errors(own, target) for own, target in zip(*layers, strict=True)]
         for layers in zip(projected, targets, strict=True)
     ]
     batch, students, _ = weights.shape
     return (weights * torch.stack([torch.stack(row, 1) for row in errors], 1)).sum() / (batch * students)
 
 
-def _error(own: Tensor, target: Tensor) -> Tensor:
+def sample_errors(own: Tensor, target: Tensor) -> Tensor:
     side = min(own.shape[2], target.shape[2])
     own, target = (m if m.shape[2] == side else F.adaptive_avg_pool2d(m, side) for m in (own, target))
     return F.mse_loss(own, target, reduction="none").flatten(1).mean(1)

@@ -59,6 +59,7 @@ class Case(NamedTuple):
     work: Callable[..., Work] | None = None
     uncompiled: dict[str, Loss] = {}  # noqa: RUF012 what torch.compile cannot take, or takes minutes for
     headline: bool = False
+    agreement: float = AGREEMENT
 
     def __str__(self) -> str:
         return f"{self.loss}, batch {self.batch}"
@@ -159,7 +160,7 @@ def agree(case: Case, variants: dict[str, Loss], inputs: tuple) -> None:
     for name, loss in variants.items():
         other, slopes = _result(loss, inputs)
         errors = [_difference(value, other), *map(_difference, gradients, slopes)]
-        if not max(errors) < AGREEMENT:
+        if not max(errors) < case.agreement:
             raise AssertionError(f"{case}: {name} differs from fused by {max(errors):.1e} of its norm")
 
 

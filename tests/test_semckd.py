@@ -391,3 +391,80 @@ def test_parameters_lie_in_the_published_order_and_start_as_published():
     torch.manual_seed(3)
     own = SemanticCalibration(STUDENT, TEACHER, BATCH).state_dict().values()
     assert all(torch.equal(a, b) for a, b in zip(own, published, strict=True))
+
+
+# Projections that keep less for the backward pass
+
+
+def saved_bytes(step) -> int:
+    """What the graph of a scalar keeps."""
+    saved = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        graph = step()
+    assert graph.requires_grad
+    return sum(saved.values())
+
+
+def test_half_as_much_is_kept_as_by_the_layers_themselves():
+    calibration = SemanticCalibration((64,), (16,), BATCH)
+    student, teacher = (maps([(c, 16, 16)], dtype=torch.float32) for c in (64, 16))
+    inner = BATCH * 32 * 16 * 16 * 4
+    there = saved_bytes(lambda: calibration.projections[0][0](student[0]).sum())
+    assert there >= 4 * inner
+    assert saved_bytes(lambda: calibration(student, teacher).projected[0][0].sum()) <= there - 1.9 * inner
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (1, 4), (0, 1, 3, 4), (3, 6)], ids=str)
+@pytest.mark.parametrize("learns", [False, True])
+def test_projections_are_those_of_their_layers(frozen, learns):
+    """Running statistics and every gradient, whatever is frozen."""
+    calibration = SemanticCalibration((3,), (4,), BATCH).double()
+    layers = calibration.projections[0][0]
+    for index in frozen:
+        layers[index].requires_grad_(False)
+    plain = copy.deepcopy(layers)
+    student = torch.randn(BATCH, 3, 5, 4, dtype=torch.float64, requires_grad=learns)
+    projected = calibration([student], [torch.randn(BATCH, 4, 5, 4).double()]).projected[0][0]
+    exact = plain(student)
+    slopes = torch.randn_like(exact)
+    learning = [[student] * learns + [p for p in m.parameters() if p.requires_grad] for m in (layers, plain)]
+    assert_close(projected, exact)
+    results = [torch.autograd.grad(y, inputs, slopes) for y, inputs in zip((projected, exact), learning, strict=True)]
+    for ours, expected in zip(*results, strict=True):
+        assert_close(ours, expected)
+    for ours, expected in zip(layers.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_projections_under_autocast():
+    calibration = SemanticCalibration((16,), (8,), BATCH)
+    plain = copy.deepcopy(calibration.projections[0][0])
+    student, teacher = torch.randn(BATCH, 16, 6, 6), torch.randn(BATCH, 8, 6, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        projected, like = calibration([student], [teacher]).projected[0][0], plain(student)
+    exact = copy.deepcopy(plain).double()(student.double())
+    assert projected.dtype == like.dtype
+    assert_as_good_as(projected, like, exact, "projection")
+    gradients = [
+        torch.autograd.grad(y.float().square().sum(), list(m.parameters()))
+        for y, m in ((projected, calibration.projections[0][0]), (like, plain))
+    ]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() <= 0.05 * theirs.norm()
+
+
+def test_projections_of_one_number_and_a_second_derivative_raise():
+    calibration = SemanticCalibration((3,), (4,), BATCH)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        calibration([torch.randn(1, 3, 1, 1)], [torch.randn(1, 4, 1, 1)])
+    student = torch.randn(BATCH, 3, 4, 4, requires_grad=True)
+    projected = calibration([student], [torch.randn(BATCH, 4, 4, 4)]).projected[0][0]
+    (gradient,) = torch.autograd.grad(projected.square().sum(), student, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from .. import checks, functional
+from .. import backends, checks, functional
 from ..native import accumulation_dtype
 
 __all__ = ["Calibration", "SemCKDLoss", "SemanticCalibration"]
@@ -67,7 +68,8 @@ class SemanticCalibration(nn.Module):
     and projected maps are theirs. Two departures: a query or key of norm 0 is the zero vector, which attends to all
     layers alike, where theirs is NaN; and they skip batches smaller than B.
 
-    Memory: (s_L + t_L)·b² similarities; for each pair of layers the projection keeps four maps of 2·c_j channels.
+    Memory: (s_L + t_L)·b² similarities; for each pair of layers the projection keeps two maps of 2·c_j channels, since
+    what the normalisations give is computed again in the backward pass, which cannot be differentiated itself.
     """
 
     def __init__(
@@ -181,7 +183,7 @@ class SemanticCalibration(nn.Module):
             features = features.to(projections[0][0].weight.dtype)
         sizes = [tuple(map(min, features.shape[2:], target.shape[2:])) for target in teacher]
         pooled = {size: _averaged(features, size) for size in sizes}
-        return [projection(pooled[size]) for projection, size in zip(projections, sizes, strict=True)]
+        return [_project(projection, pooled[size]) for projection, size in zip(projections, sizes, strict=True)]
 
 
 class SemCKDLoss(nn.Module):
@@ -251,6 +253,54 @@ def _projection(inputs: int, outputs: int) -> nn.Sequential:
         nn.ReLU(inplace=True),
         nn.Conv2d(inner, outputs, 1, bias=False),
     )
+
+
+def _project(projection: nn.Sequential, features: Tensor) -> Tensor:
+    """``projection(features)``, which in training keeps half as much for the backward pass."""
+    first, *rest = projection
+    plain = torch.compiler.is_compiling() or backends.transformed() or not torch.is_grad_enabled()
+    single = features[:, 0].numel() == 1  # which has no variance, as the layers say
+    if plain or single or not all(type(layer) is nn.BatchNorm2d and layer.training for layer in rest[::3]):
+        return projection(features)
+    features = first(features)
+    for norm, _, convolution in zip(*[iter(rest)] * 3, strict=True):
+        features = _NormConv.apply(features, norm, norm.weight, norm.bias, convolution.weight)
+        norm.num_batches_tracked.add_(1)
+    return features
+
+
+class _NormConv(torch.autograd.Function):
+    """Batch normalisation in training, ReLU and convolution, whose input is not kept but computed again."""
+
+    @staticmethod
+    def forward(ctx, x, norm, scale, shift, weight):
+        running = norm.running_mean, norm.running_var
+        rectified = torch.native_batch_norm(x, scale, shift, *running, True, norm.momentum, norm.eps)[0].relu_()
+        weight = weight.to(x.dtype)  # under autocast
+        ctx.save_for_backward(x, scale, shift, weight)
+        ctx.eps = norm.eps
+        return F.conv2d(rectified, weight, padding=weight.shape[-1] // 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, scale, shift, weight = ctx.saved_tensors
+        aten, eps, padding = torch.ops.aten, ctx.eps, weight.shape[-1] // 2
+        of_x, _, of_scale, of_shift, of_weight = ctx.needs_input_grad
+        normal, mean, inverse = torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, eps)
+        rectified = normal.relu_()
+        geometry = [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1
+        grad, weight_grad, _ = aten.convolution_backward(
+            grad, rectified, weight, None, *geometry, [of_x or of_scale or of_shift, of_weight, False]
+        )
+        if grad is None:
+            return None, None, None, None, weight_grad
+        grad = aten.threshold_backward(grad, rectified, 0)
+        wanted = [of_x, of_scale, of_shift]
+        x_grad, *norm_grads = aten.native_batch_norm_backward(
+            grad, x, scale, None, None, mean, inverse, True, eps, wanted
+        )
+        return x_grad, None, *norm_grads, weight_grad
 
 
 def _averaged(features: Tensor, size: tuple[int, int]) -> Tensor:

@@ -312,32 +312,6 @@ def test_every_instruction_set(level, amx):
     assert "skipped" not in report
 
 
-@needs_native
-@pytest.mark.parametrize("form", ["auto", "gram", "feature"])
-def test_memory(form):
-    """At N = 8192, where N² numbers are 256 MiB: forward and backward take at most 64 MiB beside the inputs."""
-    script = f"""
-import re, torch, kdkernels
-
-def mebibytes(name):
-    with open("/proc/self/status") as status:
-        return int(re.search(name + r":\\s+(\\d+)", status.read())[1]) / 1024
-
-def run(n):
-    student, teacher = torch.randn(n, 64, 8, 8, requires_grad=True), torch.randn(n, 64, 8, 8)
-    with open("/proc/self/clear_refs", "w") as reset:
-        reset.write("5")
-    before = mebibytes("VmRSS")
-    kdkernels.local_correlation_loss(student, teacher, 4, form={form!r}, backend="native").backward()
-    assert student.grad.abs().sum() > 0
-    return mebibytes("VmHWM") - before
-
-run(2)
-print(run(512))
-"""
-    assert float(child("-c", script)) <= 64
-
-
 def test_offsets_beyond_32_bits(backend, tmp_path):
     """Images more than 2³¹ elements apart, in a sparse file of which only they exist."""
     apart = 2**31 + 64

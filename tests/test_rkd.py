@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from helpers import (
     assert_close,
     exactly,
     loss_and_gradients,
-    peak_growth,
 )
 from torch import Tensor
 
@@ -190,19 +188,6 @@ def test_compiles_into_one_graph():
     expected, correct = loss_and_gradients(definition, *exactly(student, teacher))
     assert_close(loss, expected)
     assert all(assert_close(a, b) is None for a, b in zip(gradients, correct, strict=True))
-
-
-@needs_native
-def test_peak_memory():
-    """At b = 256, where b³ numbers are 64 MiB, a fraction of that."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(_extra_memory) < 16 * 2**20
-
-
-def _extra_memory() -> int:
-    student, teacher = torch.rand(256, 512, requires_grad=True), torch.rand(256, 512)
-    kdkernels.relational_kd_loss(student[:2], teacher[:2], backend="native").backward()
-    return peak_growth(lambda: kdkernels.relational_kd_loss(student, teacher, backend="native").backward())
 
 
 def test_explain_names_the_backend():

@@ -56,7 +56,9 @@ def correlation_congruence_loss(
         TypeError, ValueError: naming the argument, what was expected and what it got.
         RuntimeError: when a backend asked for by name cannot run.
 
-    Memory: one packed n x d matrix per network, the gradients, and two strips of at most 512 x n; never n x n.
+    Memory: n (3·d_S + d_T) numbers, which are a packed matrix of each network and the gradient before and after it is
+    scaled, and two strips of min(n, 512) x n (Gram form) or the largest d x d sum (feature form). A teacher that learns
+    takes 2·n·d_T more.
     """
     if group is not None:
         from ..ops.correlation_congruence.distributed import correlation_congruence as over_ranks
@@ -96,6 +98,6 @@ def kernel_matrix(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what it got.
 
-    Memory: the result is what the loss avoids holding, and a few matrices of its size for the gradient.
+    Memory: the result is what the loss avoids holding, and with the gradient up to six matrices of its size.
     """
     return _congruence.kernel_matrix(x, y, kernel=Kernel(kernel, gamma, order), normalize=normalize)

@@ -51,7 +51,7 @@ def kd_loss(
         TypeError, ValueError: naming the argument, what was expected and what it got.
         RuntimeError: when a backend asked for by name cannot run.
 
-    Memory: the gradient, b x K.
+    Memory: the gradient, b x K, before and after it is scaled.
     """
     return kd(student_logits, teacher_logits, temperature=temperature, scale=scale, backend=backend)
 
@@ -86,7 +86,7 @@ def teacher_free_kd_loss(
         TypeError, ValueError: naming the argument, what was expected and what it got.
         RuntimeError: when a backend asked for by name cannot run.
 
-    Memory: two gradients, b x K each.
+    Memory: four times b x K.
     """
     checks.fraction("alpha", alpha)
     soft = kd(student_logits, own_logits, temperature=temperature, scale=scale, backend=backend)
@@ -107,7 +107,7 @@ def logit_mse_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what it got.
 
-    Memory: the difference, b x K.
+    Memory: the gradient, b x K; of half precision float32 copies besides.
     """
     checks.logits(student_logits, teacher_logits)
     dtype = accumulation_dtype(student_logits, teacher_logits)
@@ -143,7 +143,7 @@ def attention_transfer_loss(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what it got.
 
-    Memory: the maps of attention, n x h x w, and the gradient.
+    Memory: the gradient twice, and a few maps of attention, n x h x w.
     """
     checks.one_of("reduction", reduction, ("mean", "sum"))
     checks.non_negative("eps", eps)
@@ -188,9 +188,10 @@ def similarity_preserving_loss(
         TypeError, ValueError: naming the argument, what was expected and what it got.
         RuntimeError: when a backend asked for by name cannot run.
 
-    Memory: the gradient, a packed copy of features that are not dense float32 or float64 rows, and two n x n matrices
-    (Gram form; Triton's reads the features as they are, and adds up parts of small matrices in at most 8 MiB) or three
-    d x d sums and their products with the features (feature form).
+    Memory: 2·n·d_S numbers, the gradient before and after it is scaled, and two strips of min(n, 512) x n (Gram form);
+    or n (3·d_S + 2·d_T) numbers and three d x d sums (feature form). A teacher that learns takes 2·n·d_T more; a packed
+    copy is made of features that are not dense float32 or float64 rows. Triton's Gram form holds two n x n matrices,
+    reads the features as they are, and adds up parts of small matrices in at most 8 MiB.
     """
     if group is not None:
         from ..ops.similarity_preserving.distributed import similarity_preserving as over_ranks
@@ -285,7 +286,8 @@ def relational_kd_loss(
         TypeError, ValueError: naming the argument, what was expected and what it got.
         RuntimeError: when a backend asked for by name cannot run.
 
-    Memory: a few b x b and b x d matrices in float64; never b³, nor b x b x d.
+    Memory: five b x b matrices and b (2·d_S + d_T) numbers in float64, and the gradient before and after it is scaled;
+    never b³, nor b x b x d. A teacher that learns takes one matrix more.
     """
     return rkd(student, teacher, distance_weight=distance_weight, angle_weight=angle_weight, backend=backend)
 
@@ -308,7 +310,7 @@ def probabilistic_transfer_loss(student: Tensor, teacher: Tensor, *, eps: float 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what it got.
 
-    Memory: a few b x b and b x d matrices.
+    Memory: eight b x b matrices and one b x d.
     """
     checks.embeddings(student, teacher)
     checks.non_negative("eps", eps)

@@ -25,7 +25,7 @@ def inter_class_correlation(logits: Tensor, *, backend: str = "auto") -> Tensor:
         TypeError, ValueError: naming the argument, what was expected and what it got.
         RuntimeError: when a backend asked for by name cannot run.
 
-    Memory: the map; the gradient takes b x K more.
+    Memory: the map, K²; with the gradient a few times b x K more.
     """
     return icc.icc_map(logits, backend=backend)
 
@@ -59,7 +59,8 @@ def inter_class_correlation_loss(
         TypeError, ValueError: naming the argument, what was expected and what it got.
         RuntimeError: when a backend asked for by name cannot run.
 
-    Memory: a few times b x K per thread; never b·K², nor K².
+    Memory: 4 + t times b x K on t threads: the logits of both networks, t partial gradients, and the gradient before
+    and after it is scaled. A teacher that learns takes 2 + t more. Never b·K², nor K².
     """
     if group is not None:
         from ..ops.icc.distributed import icc_loss as over_ranks

@@ -59,7 +59,9 @@ def local_correlation_loss(
         TypeError, ValueError: naming the argument, what was expected and what it got.
         RuntimeError: when a backend asked for by name cannot run.
 
-    Memory: one packed N x d matrix per network, the gradient, and tiles; never N².
+    Memory: 2·N·d_S numbers of every stage, the gradient before and after it is scaled; of one stage at a time a packed
+    matrix of each network, N (d_S + d_T), and min(N, 512)·N (Gram form) or the largest d x d sum (feature form); never
+    N². A teacher that learns takes 2·N·d_T more.
     """
     settings = _local_correlation.Settings(threshold, partition, eps, form)
     stages = _local_correlation.check(student, teacher, k, weights, mask, reduction, settings)
@@ -91,7 +93,7 @@ def local_correlation(
     Returns:
         The matrix or matrices in float32 (float64 for float64 features), differentiable.
 
-    Memory: the result is what the loss avoids holding: N² numbers for "full" and "inter_diff".
+    Memory: the result is what the loss avoids holding: N² numbers for "full", and a few times as many for "inter_diff".
     """
     checks.one_of("relation", relation, RELATIONS)
     rows = patches(features, k, partition=partition, eps=eps, backend=backend)

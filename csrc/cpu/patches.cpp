@@ -39,11 +39,12 @@ struct Tap {
 template <typename T>
 std::vector<Tap<T>> stretch(int64_t begin, int64_t end, int64_t size) {
   std::vector<Tap<T>> taps(size);
-  const T scale = T(end - begin) / T(size);
+  const int64_t length = end - begin;
   for (int64_t o = 0; o < size; ++o) {
-    const T source = std::max(T(0), (T(o) + T(0.5)) * scale - T(0.5));
-    const int64_t low = std::min(int64_t(source), end - begin - 1);
-    taps[o] = {begin + low, begin + std::min(low + 1, end - begin - 1), source - T(low)};
+    // (o + 1/2) * length / size - 1/2 in whole numbers: an output that lies on an input must get nothing of the next one,
+    // which may be larger by any factor.
+    const int64_t source = std::max<int64_t>(0, (2 * o + 1) * length - size), low = source / (2 * size);
+    taps[o] = {begin + low, begin + std::min(low + 1, length - 1), T(source % (2 * size)) / T(2 * size)};
   }
   return taps;
 }

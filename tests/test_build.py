@@ -1,11 +1,14 @@
-"""What building says where there is no compiler for CUDA."""
+"""What building says where there is no compiler for CUDA, and what a source distribution holds."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import stat
+import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import ModuleType
 
@@ -65,3 +68,18 @@ def test_architectures(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> No
     content = setup.cuda_ninja_file("nvcc", Path("torch"))
     assert "code=compute_86" in content
     assert "sm_90" not in content
+
+
+def test_source_distribution_is_complete(tmp_path: Path) -> None:
+    """It builds, tests, measures and documents the package: everything but what is made from it."""
+    copy, dist = tmp_path / "copy", tmp_path / "dist"
+    made = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", "*.pyc")
+    shutil.copytree(ROOT, copy, ignore=made)
+    files = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(dist)]
+    subprocess.run(command, cwd=copy, env=os.environ | {"KDKERNELS_BUILD": "0"}, check=True)
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"setup.py", "csrc/library.cpp", "tests/test_build.py", "bench/results/cpu.json", "docs/index.md"} <= files
+    assert files - held == set()
+    assert not [name for name in held if name.endswith(".so")]

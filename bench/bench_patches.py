@@ -9,7 +9,6 @@ import bench_local_correlation
 import pytest
 import torch
 from measure import Case, Work
-from textbook import full_gram
 from torch import Tensor
 
 import kdkernels
@@ -33,7 +32,7 @@ def fused(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 def textbook(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     vertical, horizontal = (resampling((mask > THRESHOLD).any(dim)) for dim in (2, 1))
     maps = [vertical @ (mask[:, None] * features) @ horizontal.mT for features in (student, teacher)]
-    return full_gram(maps[:1], maps[1:], K)
+    return bench_local_correlation.full_gram(maps[:1], maps[1:], K)
 
 
 def resampling(inside: Tensor) -> Tensor:

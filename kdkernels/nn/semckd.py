@@ -182,8 +182,13 @@ class SemanticCalibration(nn.Module):
         if features.element_size() == 2 and not torch.is_autocast_enabled(features.device.type):
             features = features.to(projections[0][0].weight.dtype)
         sizes = [tuple(map(min, features.shape[2:], target.shape[2:])) for target in teacher]
+        # On a CPU, convolutions are a sixth faster with channels last; the loss is, with maps in their targets' order.
+        turned = features.device.type == "cpu" and features.is_contiguous() and not torch.compiler.is_compiling()
         pooled = {size: _averaged(features, size) for size in sizes}
-        return [_project(projection, pooled[size]) for projection, size in zip(projections, sizes, strict=True)]
+        if turned:
+            pooled = {size: maps.contiguous(memory_format=torch.channels_last) for size, maps in pooled.items()}
+        projected = [_project(projection, pooled[size]) for projection, size in zip(projections, sizes, strict=True)]
+        return [maps.contiguous() for maps in projected] if turned else projected
 
 
 class SemCKDLoss(nn.Module):
@@ -275,20 +280,20 @@ class _NormConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm, scale, shift, weight):
         running = norm.running_mean, norm.running_var
-        rectified = torch.native_batch_norm(x, scale, shift, *running, True, norm.momentum, norm.eps)[0].relu_()
+        normal, mean, inverse = torch.native_batch_norm(x, scale, shift, *running, True, norm.momentum, norm.eps)
         weight = weight.to(x.dtype)  # under autocast
-        ctx.save_for_backward(x, scale, shift, weight)
+        ctx.save_for_backward(x, scale, shift, weight, mean, inverse)
         ctx.eps = norm.eps
-        return F.conv2d(rectified, weight, padding=weight.shape[-1] // 2)
+        return F.conv2d(normal.relu_(), weight, padding=weight.shape[-1] // 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, scale, shift, weight = ctx.saved_tensors
+        x, scale, shift, weight, mean, inverse = ctx.saved_tensors
         aten, eps, padding = torch.ops.aten, ctx.eps, weight.shape[-1] // 2
         of_x, _, of_scale, of_shift, of_weight = ctx.needs_input_grad
-        normal, mean, inverse = torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, eps)
-        rectified = normal.relu_()
+        variance = inverse.square().reciprocal() - eps
+        rectified = torch.native_batch_norm(x, scale, shift, mean, variance, False, 0.0, eps)[0].relu_()
         geometry = [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1
         grad, weight_grad, _ = aten.convolution_backward(
             grad, rectified, weight, None, *geometry, [of_x or of_scale or of_shift, of_weight, False]

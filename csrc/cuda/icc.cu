@@ -5,7 +5,12 @@
 namespace kdkernels {
 namespace {
 
-constexpr int64_t kDerivatives = 1 << 22;  // entries of the map whose derivatives are held at a time
+// Entries of the map whose derivatives are held at a time; where threads are emulated, so few that small maps take turns.
+#ifdef KDKERNELS_EMULATED
+constexpr int64_t kDerivatives = 1 << 13;
+#else
+constexpr int64_t kDerivatives = 1 << 22;
+#endif
 
 int64_t divided(int64_t count, int64_t by) { return (count + by - 1) / by; }
 

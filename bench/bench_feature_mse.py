@@ -58,7 +58,9 @@ def work(projected: Maps, targets: Maps, weights: Tensor) -> Work:
 def case(batch: int, memory_format: str, pooled_before: bool) -> Case:
     loss = f"SemCKD MSE, {memory_format}, pooled {'before' if pooled_before else 'by the loss'}"
     arguments = batch, memory_format, pooled_before
-    return Case(loss, batch, inputs, arguments, fused, {"textbook": textbook}, work, headline=batch == 64)
+    return Case(
+        loss, batch, inputs, arguments, fused, {"textbook": textbook}, work, headline=batch == 64 and pooled_before
+    )
 
 
 CASES = (

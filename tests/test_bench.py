@@ -35,7 +35,7 @@ def test_variants_agree(operator: str) -> None:
     case = min((case for case in cases if case.baselines), key=lambda case: case.batch)
     inputs = case.inputs(*case.arguments)
     measure.agree(case, case.baselines, inputs)
-    wrong = {"wrong": lambda *inputs: 1.01 * case.fused(*inputs)}
+    wrong = {"wrong": lambda *inputs: 1.05 * case.fused(*inputs)}
     with pytest.raises(AssertionError, match="wrong differs from fused"):
         measure.agree(case, wrong, inputs)
 

@@ -89,6 +89,22 @@ def test_a_corrupt_label_is_named(tmp_path: Path, column: int, what: str, value:
         data.read_cifar100(tmp_path / "train.bin")
 
 
+def test_class_names_that_are_not_a_hundred_are_named(tmp_path: Path) -> None:
+    for name in data.CIFAR100_COUNTS:
+        write_cifar100(tmp_path, name, 3)
+    names = tmp_path / "fine_label_names.txt"
+    names.write_bytes(b"apple\nbear\n\xff")
+    official = "where the official file holds"
+    with (
+        pytest.warns(UserWarning, match=official),
+        pytest.raises(ValueError, match=r"names\.txt is .* expected 100 names, got 3"),
+    ):
+        data.load("cifar100", tmp_path)
+    names.write_text("\n".join(f"class{i}" for i in range(100)))
+    with pytest.warns(UserWarning, match=official):
+        assert data.load("cifar100", tmp_path).class_names[99] == "class99"
+
+
 def test_data_errors_are_told_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         ([], "needs --root"),
@@ -387,6 +403,30 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(training.CheckpointError, match=r"tiny\.pt cannot be read as a checkpoint"):
         fit_tiny(path)
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.pt"
+    fit_tiny(path)
+    content = bytearray(path.read_bytes())
+    weight = training.read(path)["module"]["classifier.weight"].numpy().tobytes()
+    content[content.index(weight) + len(weight) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(training.CheckpointError, match=r"tiny\.pt cannot be read as a checkpoint: .* checksum"):
+        fit_tiny(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"module": {}}, r"is no checkpoint of this training: it has no history, optimizer, rng, scheduler, settings"),
+        ([1, 2], "must hold a dictionary, got list"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "tiny.pt")
+    with pytest.raises(training.CheckpointError, match=rf"tiny\.pt {message}"):
+        fit_tiny(tmp_path / "tiny.pt")
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:

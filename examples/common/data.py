@@ -254,8 +254,13 @@ def read_cifar100(path: Path) -> Images:
 
 
 def _fine_names(path: Path) -> tuple[str, ...]:
-    names = tuple(path.read_text().split()) if path.is_file() else ()
-    return names if len(names) == FINE_CLASSES else tuple(map(str, range(FINE_CLASSES)))
+    """The classes' names; their numbers where the file is not there."""
+    if not path.is_file():
+        return tuple(map(str, range(FINE_CLASSES)))
+    names = tuple(path.read_text(errors="replace").split())
+    if len(names) != FINE_CLASSES:
+        raise ValueError(f"{path} is truncated or corrupt: expected {FINE_CLASSES} names, got {len(names)}")
+    return names
 
 
 def _dataset(train: Images, test: Images, class_names: tuple[str, ...], *, padding: int, flip: bool) -> Dataset:

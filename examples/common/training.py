@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -151,6 +152,9 @@ def restore(checkpoint: Path, state: dict[str, object], settings: dict[str, obje
         CheckpointError: if it cannot be read or belongs to other settings.
     """
     content = read(checkpoint)
+    missing = {*state, "settings", "history", "rng"} - content.keys()
+    if missing:
+        raise CheckpointError(f"{checkpoint} is no checkpoint of this training: it has no {', '.join(sorted(missing))}")
     differences = [
         f"{key}={content['settings'].get(key)!r} (now {settings.get(key)!r})"
         for key in sorted(content["settings"].keys() | settings.keys())
@@ -169,11 +173,23 @@ def restore(checkpoint: Path, state: dict[str, object], settings: dict[str, obje
 
 
 def read(path: Path) -> dict:
-    """A checkpoint's content: tensors and plain values, nothing that runs."""
+    """A checkpoint's content by name: tensors and plain values, nothing that runs.
+
+    Raises:
+        CheckpointError: if it is truncated or corrupt, or holds anything else.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # PyTorch writes checksums, but does not read them
+            if damaged is not None:
+                raise ValueError(f"{damaged} does not have the checksum it was written with")
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a dictionary, got {type(content).__name__}")
+    return content
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

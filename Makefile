@@ -9,7 +9,7 @@ DOCUMENTED := kdkernels kdkernels.metrics kdkernels.info kdkernels.integrations.
 SOURCES := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 RUFF := $(PYTHON) -m ruff
 
-.PHONY: demo test fuzz sanitize lint bench docs wheel gpu-check setup clean
+.PHONY: demo test fuzz sanitize soak lint bench docs wheel gpu-check setup clean
 
 demo: setup
 	$(PYTHON) examples/train_lkd.py
@@ -23,6 +23,10 @@ test: setup
 # Thousands of hostile inputs for every operator.
 fuzz: setup
 	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-2000} $(PYTHON) -m pytest tests/test_hostile.py
+
+# Thousands of steps of ever-changing sizes, that must leave no memory and no file behind.
+soak: setup
+	$(PYTHON) tests/soak.py
 
 # The CPU kernels compiled with AddressSanitizer and UndefinedBehaviorSanitizer, under a sample of the tests.
 sanitize: setup

@@ -3,6 +3,8 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
+# The release that goes with it: builds of PyTorch for the CPU bring none, and 3.9 takes 1.5 times as long to compile.
+TRITON ?= triton==3.7.1; sys_platform == 'linux'
 GPU_PYTHON ?= python3
 RESULTS ?= bench/results/cpu.json
 DOCUMENTED := kdkernels kdkernels.metrics kdkernels.info kdkernels.integrations.repdistiller kdkernels.integrations.mdistiller
@@ -62,7 +64,7 @@ setup: $(VENV)/.built
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --upgrade "setuptools>=77" ninja wheel "$(TORCH)"
+	$(PYTHON) -m pip install --quiet --upgrade "setuptools>=77" ninja wheel "$(TORCH)" "$(TRITON)"
 	KDKERNELS_BUILD=0 $(PYTHON) -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 

@@ -5,11 +5,11 @@ The operators are called on CPU tensors, so that the kernels are specialised as 
 
 from __future__ import annotations
 
+import io
 import re
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from importlib import import_module
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -20,7 +20,6 @@ if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1 is set: there is nothing to compile", allow_module_level=True)
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
@@ -68,6 +67,7 @@ KERNELS = {
 }
 # Bytes of shared memory that one block may have.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
+Stage = Callable[[object, dict], object]
 # A register or two that ptxas stores around a loop: no loss that could be seen, and no telling when.
 SPILL_BYTES = 8
 
@@ -87,23 +87,62 @@ class Driver(NamedTuple):
         return 0
 
 
-@pytest.fixture(
-    params=[
-        GPUTarget("cuda", 80, 32),
-        GPUTarget("cuda", 90, 32),
-        GPUTarget("cuda", 100, 32),
-        GPUTarget("hip", "gfx942", 64),
-    ],
-    ids=["sm_80", "sm_90", "sm_100", "gfx942"],
-)
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+def in_dtypes(*everywhere: torch.dtype, once: tuple[torch.dtype, ...] = ()) -> pytest.MarkDecorator:
+    """Some dtypes on every target, others on one of each maker."""
+    cases = [(name, dtype) for dtype in everywhere for name in TARGETS]
+    cases += [(name, dtype) for dtype in once for name in ("sm_90", "gfx942")]
+    params = [pytest.param(TARGETS[name], dtype, id=f"{name}-{dtype}".replace("torch.", "")) for name, dtype in cases]
+    return pytest.mark.parametrize(("target", "dtype"), params, indirect=["target"])
+
+
+@pytest.fixture(params=TARGETS.values(), ids=TARGETS.keys())
 def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> GPUTarget:
     monkeypatch.setattr(torch.version, "hip", "6.4" if request.param.backend == "hip" else None)
     return request.param
 
 
+def report_of_ptxas(_: object = None, stages: dict[str, Stage] | None = None, *__: object) -> tuple[str, str]:
+    """Keep what ptxas says of a kernel in the place of its machine code.
+
+    Triton asks with the stages of its pipeline, to have them changed, and without for a name in its caches.
+    """
+    if stages and "cubin" in stages:
+        assemble = stages["cubin"]
+
+        def report(source: str, metadata: dict) -> bytes:
+            with redirect_stdout(io.StringIO()) as log:
+                assemble(source, metadata)
+            return log.getvalue().encode()
+
+        stages["cubin"] = report
+    return "report of ptxas", "report of ptxas"
+
+
+def front_end(_: object = None, stages: dict[str, Stage] | None = None, *__: object) -> tuple[str, str]:
+    """Leave out every stage but the first, which makes Triton's intermediate language of Python."""
+
+    def nothing(source: object, metadata: dict) -> str:
+        metadata.update(name="", shared=0)
+        return ""
+
+    for name in list(stages or ())[1:]:
+        stages[name] = nothing
+    return "front end", "front end"
+
+
 @pytest.fixture
 def compiled(target: GPUTarget, monkeypatch: pytest.MonkeyPatch) -> list[CompiledKernel]:
     """The kernels that were compiled, where they would have been launched."""
+    monkeypatch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", report_of_ptxas)
+    monkeypatch.setattr(triton.knobs.nvidia, "dump_ptxas_log", True)
     kernels: list[CompiledKernel] = []
     run = JITFunction.run
 
@@ -123,40 +162,41 @@ def permit_tf32() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
+def names(kernels: list[CompiledKernel]) -> set[str]:
+    return {kernel.src.name for kernel in kernels}
+
+
 def distinct(kernels: list[CompiledKernel]) -> list[CompiledKernel]:
     return list({kernel.hash: kernel for kernel in kernels}.values())
 
 
-def spilled_bytes(kernel: CompiledKernel, target: GPUTarget, folder: Path) -> int:
-    if target.backend == "hip":
+def spilled_bytes(kernel: CompiledKernel) -> int:
+    if "amdgcn" in kernel.asm:
         return 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])[1])
-    source = folder / "kernel.ptx"
-    source.write_text(kernel.asm["ptx"])
-    arch = sm_arch_from_capability(target.arch)
-    command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={arch}", source, "-o", folder / "kernel.cubin"]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return sum(map(int, re.findall(r"(\d+) bytes spill stores", report)))
+    found = re.findall(r"(\d+) bytes spill stores", kernel.asm["cubin"].decode())
+    assert found, "ptxas says nothing of spills"
+    return sum(map(int, found))
 
 
-def check(kernels: list[CompiledKernel], target: GPUTarget, folder: Path, expected: set[str]) -> None:
-    assert {kernel.metadata.name for kernel in kernels} == expected
+def check(kernels: list[CompiledKernel], target: GPUTarget, expected: set[str]) -> None:
+    assert names(kernels) == expected
     for kernel in distinct(kernels):
-        assert kernel.metadata.shared <= SHARED_MEMORY[target.arch], kernel.metadata
-        assert spilled_bytes(kernel, target, folder) <= SPILL_BYTES, kernel.metadata
+        assert kernel.metadata.shared <= SHARED_MEMORY[target.arch], (kernel.src.name, kernel.metadata)
+        assert spilled_bytes(kernel) <= SPILL_BYTES, (kernel.src.name, kernel.metadata)
 
 
-def test_kd(compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path) -> None:
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        logits = torch.zeros(8, 1000, dtype=dtype)
-        ops.kd(logits, logits, 4.0, 16.0, True, True)
-    check(compiled, target, tmp_path, {"_kd_kernel"})
+@in_dtypes(torch.float32, once=(torch.float64, torch.bfloat16))
+def test_kd(compiled: list[CompiledKernel], target: GPUTarget, dtype: torch.dtype) -> None:
+    logits = torch.zeros(8, 1000, dtype=dtype)
+    ops.kd(logits, logits, 4.0, 16.0, True, True)
+    check(compiled, target, {"_kd_kernel"})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_icc(compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, dtype: torch.dtype) -> None:
+@in_dtypes(torch.float32, once=(torch.float64,))
+def test_icc(compiled: list[CompiledKernel], target: GPUTarget, dtype: torch.dtype) -> None:
     logits = torch.zeros(64, 100, dtype=dtype)
     correlate(logits)
-    check(compiled, target, tmp_path, ICC_KERNELS)
+    check(compiled, target, ICC_KERNELS)
 
 
 def correlate(logits: torch.Tensor) -> None:
@@ -165,41 +205,39 @@ def correlate(logits: torch.Tensor) -> None:
         ops.icc_loss(logits, logits, per_sample, 1.0, True, True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_gram(compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, dtype: torch.dtype) -> None:
+@in_dtypes(torch.float32, torch.bfloat16, once=(torch.float64,))
+def test_gram(compiled: list[CompiledKernel], target: GPUTarget, dtype: torch.dtype) -> None:
     """The layers of VGG-8 and ResNet-32x4, evenly spaced, and one that is not."""
     shapes = [(512, 4, 4), (128, 16, 16), (64, 32, 32)]
     layers = [torch.zeros(64, *shape, dtype=dtype) for shape in shapes]
     multiply(layers)
     multiply([layers[0], layers[1][:, :, :, 1:], layers[2].permute(0, 2, 3, 1)])
-    check(compiled, target, tmp_path, GRAM_KERNELS)
+    check(compiled, target, GRAM_KERNELS)
 
 
 def multiply(layers: list[torch.Tensor]) -> None:
     ops.gram_backward(ops.gram(layers), layers)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_similarity_preserving(
-    compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, dtype: torch.dtype
-) -> None:
+@in_dtypes(torch.float32, once=(torch.float64,))
+def test_similarity_preserving(compiled: list[CompiledKernel], target: GPUTarget, dtype: torch.dtype) -> None:
     x, y = torch.zeros(512, 128, dtype=dtype), torch.zeros(512, 64, dtype=dtype)
     ops.similarity_preserving(x, y, 1.0, False, True, True)
     ops.similarity_preserving(x, y, 1.0, True, True, False)
     others = {"_gram_kernel", "_fold_parts_kernel", "_gram_backward_kernel", "_product_kernel", "_fold_kernel"}
-    check(compiled, target, tmp_path, {*SP_KERNELS, *others})
+    check(compiled, target, {*SP_KERNELS, *others})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_feature_mse(compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, dtype: torch.dtype) -> None:
+@in_dtypes(torch.float32, once=(torch.float64, torch.bfloat16))
+def test_feature_mse(compiled: list[CompiledKernel], target: GPUTarget, dtype: torch.dtype) -> None:
     projected = [torch.zeros(64, c, h, h, dtype=dtype) for c, h in ((64, 16), (128, 16), (256, 16), (64, 4))]
     targets = [torch.zeros(64, c, h, h, dtype=dtype) for c, h in ((64, 32), (128, 16), (256, 8), (64, 32))]
     associate(projected, targets)
     if dtype == torch.float64:
         # Its division is a subroutine, around whose calls ptxas stores registers although most are free.
-        assert {kernel.metadata.name for kernel in compiled} == FEATURE_MSE_KERNELS
+        assert names(compiled) == FEATURE_MSE_KERNELS
     else:
-        check(compiled, target, tmp_path, FEATURE_MSE_KERNELS)
+        check(compiled, target, FEATURE_MSE_KERNELS)
 
 
 def associate(projected: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
@@ -209,15 +247,15 @@ def associate(projected: list[torch.Tensor], targets: list[torch.Tensor]) -> Non
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
-def test_patches(compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, channels_last: bool) -> None:
+def test_patches(compiled: list[CompiledKernel], target: GPUTarget, channels_last: bool) -> None:
     dtype = torch.bfloat16 if channels_last else torch.float32
     mask, bounds = torch.zeros(4, 7, 7), ops.bounding_boxes(torch.zeros(4, 7, 7), 0.5, 7, 7)
     expected = {"_bounds_kernel", "_pack_kernel", "_project_kernel"}
     pack_and_back(torch.zeros(4, 16, 32, 32, dtype=dtype), 4, channels_last, None, None, False)
     pack_and_back(torch.zeros(4, 16, 8, 8, dtype=dtype), 2, channels_last, torch.zeros(4, 8, 8), None, False)
-    check(compiled, target, tmp_path, expected)
+    check(compiled, target, expected)
     pack_and_back(torch.zeros(4, 64, 7, 7, dtype=dtype), 3, channels_last, mask, bounds, True)
-    check(compiled, target, tmp_path, {*expected, "_resample_backward_kernel"})
+    check(compiled, target, {*expected, "_resample_backward_kernel"})
 
 
 def pack_and_back(
@@ -236,21 +274,19 @@ def compare(dtype: torch.dtype, feature: bool) -> None:
         ops.congruence(x, y, 16, [1.0, 0.5, 0.5, 1.0], [feature] * 3, grad, False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_congruence(compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, dtype: torch.dtype) -> None:
+@in_dtypes(torch.float32, once=(torch.float64,))
+def test_congruence(compiled: list[CompiledKernel], target: GPUTarget, dtype: torch.dtype) -> None:
     compare(dtype, feature=False)
-    check(compiled, target, tmp_path, {"_product_kernel"})
+    check(compiled, target, {"_product_kernel"})
     compare(dtype, feature=True)
-    check(compiled, target, tmp_path, {"_product_kernel", "_fold_kernel", "_diagonal_kernel"})
+    check(compiled, target, {"_product_kernel", "_fold_kernel", "_diagonal_kernel"})
     assert not any("tf32" in code(kernel, target) for kernel in compiled), "float32 products must not be rounded"
 
 
-def test_congruence_on_tensor_cores(
-    compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, permit_tf32: None
-) -> None:
+def test_congruence_on_tensor_cores(compiled: list[CompiledKernel], target: GPUTarget, permit_tf32: None) -> None:
     compare(torch.float32, feature=False)
     compare(torch.float32, feature=True)
-    check(compiled, target, tmp_path, {"_product_kernel", "_fold_kernel", "_diagonal_kernel"})
+    check(compiled, target, {"_product_kernel", "_fold_kernel", "_diagonal_kernel"})
     instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(target.arch)
     if instruction:
         whole = [kernel for kernel in distinct(compiled) if kernel.metadata.shared >= 32 * 1024]
@@ -258,32 +294,31 @@ def test_congruence_on_tensor_cores(
         assert all(instruction in code(kernel, target) for kernel in whole)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_correlation_congruence(
-    compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, dtype: torch.dtype
-) -> None:
+@in_dtypes(torch.float32, once=(torch.float64,))
+def test_correlation_congruence(compiled: list[CompiledKernel], target: GPUTarget, dtype: torch.dtype) -> None:
     x, y = torch.zeros(256, 128, dtype=dtype), torch.zeros(256, 64, dtype=dtype)
     for kernel in (0, 1, 3):
         for wanted in ((True, False), (True, True), (False, False)):
             ops.kernel_congruence(x, y, kernel, 0.4, 2, 1.0, *wanted)
-    check(compiled, target, tmp_path, {"_kernels_kernel", "_product_kernel"})
+    check(compiled, target, {"_kernels_kernel", "_product_kernel"})
 
 
 def test_correlation_congruence_on_tensor_cores(
-    compiled: list[CompiledKernel], target: GPUTarget, tmp_path: Path, permit_tf32: None
+    compiled: list[CompiledKernel], target: GPUTarget, permit_tf32: None
 ) -> None:
     x = torch.zeros(256, 128)
     for kernel in (0, 1):
         ops.kernel_congruence(x, x, kernel, 0.4, 2, 1.0, True, True)
-    check(compiled, target, tmp_path, {"_kernels_kernel", "_product_kernel"})
+    check(compiled, target, {"_kernels_kernel", "_product_kernel"})
     instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(target.arch)
-    comparisons = [kernel for kernel in distinct(compiled) if kernel.metadata.name == "_kernels_kernel"]
+    comparisons = [kernel for kernel in distinct(compiled) if kernel.src.name == "_kernels_kernel"]
     assert not instruction or all(instruction in code(kernel, target) for kernel in comparisons)
 
 
-@pytest.mark.parametrize("target", [GPUTarget("cuda", 90, 32)], ids=["sm_90"], indirect=True)
-def test_sizes_of_one(compiled: list[CompiledKernel], target: GPUTarget) -> None:
+@pytest.mark.parametrize("target", [TARGETS["sm_90"]], ids=["sm_90"], indirect=True)
+def test_sizes_of_one(compiled: list[CompiledKernel], target: GPUTarget, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled kernels, unlike interpreted ones, take an integer argument of 1 as a constant."""
+    monkeypatch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", front_end)
     for shape in ((1, 1, 1, 1), (3, 1, 1, 5), (1, 2, 5, 1)):
         maps, mask = torch.zeros(shape), torch.zeros(shape[0], *shape[2:])
         bounds = ops.bounding_boxes(mask, 0.5, *shape[2:])
@@ -301,7 +336,7 @@ def test_sizes_of_one(compiled: list[CompiledKernel], target: GPUTarget) -> None
             ops.similarity_preserving(x, y, 1.0, feature, True, True)
         for kernel in (0, 1, 3):
             ops.kernel_congruence(x, y, kernel, 0.4, 1, 1.0, True, True)
-    assert {kernel.metadata.name for kernel in compiled} == KERNELS - {"_fold_kernel"}
+    assert names(compiled) == KERNELS - {"_fold_kernel"}
 
 
 def test_no_kernel_is_left_out() -> None:

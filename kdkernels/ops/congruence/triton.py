@@ -330,7 +330,7 @@ def _product(
         BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=block_columns,
         BLOCK_DEPTH=block_depth,
-        num_warps=max(1, min(block_rows * block_columns // 1024, 8)),
+        num_warps=max(1, min(block_rows * block_columns * a1.element_size() // 4096, 8)),
     )
     return partials
 

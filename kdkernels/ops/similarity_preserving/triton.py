@@ -97,9 +97,9 @@ def _feature_form(x: Tensor, y: Tensor, scale: float, gradients: Gradients) -> T
         if gradient is None:
             continue
         own = cosines * inverse**2
-        torch.mul(own * of_a - cross * _times(b, b_to_a), 2 * scale, out=gradient)
         sums = (part[None] for part in (a, _inner(a, own * a), b, _inner(b, cross * a)))
-        _product(*sums, out=gradient[None], scale=2 * scale, accumulate=True, precision=_precision(x, feature=True))
+        _product(*sums, out=gradient[None], scale=2 * scale, precision=_precision(x, feature=True))
+        gradient.add_(own * of_a - cross * _times(b, b_to_a), alpha=2 * scale)
     return scale * terms.sum()
 
 

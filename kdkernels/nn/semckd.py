@@ -60,6 +60,9 @@ class SemanticCalibration(nn.Module):
         projection: False compares MLP embeddings of the similarity rows, e numbers per layer, in place of feature maps
             (Table 6, "w/o Projection").
         backend: what computes the similarity matrices, "auto", "reference", "native" or "triton".
+        group: a torch.distributed process group over which the batch is spread: samples are compared with those of all
+            processes, whose number together ``batch_size`` bounds. Give it to ``SemCKDLoss`` as well, and convert the
+            module by ``SyncBatchNorm.convert_sync_batchnorm`` to have the projections' statistics of the whole batch.
 
     Queries, keys and attention are computed in float32 (float64 for float64 features) whatever the module's dtype and
     under autocast, for similarities overflow in half precision.
@@ -84,11 +87,14 @@ class SemanticCalibration(nn.Module):
         similarity: bool = True,
         projection: bool = True,
         backend: str = "auto",
+        group: object | None = None,
     ) -> None:
         super().__init__()
         checks.positive_int("batch_size", batch_size)
         checks.positive("temperature", temperature)
         checks.one_of("allocation", allocation, ALLOCATIONS)
+        if group is not None and allocation == "shared":
+            raise ValueError("group must be None for allocation='shared', whose mean is that of one process's samples")
         self.student_shapes = _shapes("student_shapes", student_shapes, whole=not similarity)
         self.teacher_shapes = _shapes("teacher_shapes", teacher_shapes, whole=not similarity)
         self.batch_size = batch_size
@@ -98,6 +104,7 @@ class SemanticCalibration(nn.Module):
         self.similarity = similarity
         self.projection = projection
         self.backend = backend
+        self.group = group
 
         def embeddings(shapes: list[tuple[int, ...]], mlp: bool) -> nn.ModuleList:
             outputs = max(batch_size // 4, 1)
@@ -156,17 +163,22 @@ class SemanticCalibration(nn.Module):
             for index, layer in enumerate(layers):
                 checks.same_batch(f"{name}[{index}]", layer, "student[0]", student[0])
                 checks.same_device(f"{name}[{index}]", layer, "student[0]", student[0])
-        if len(student[0]) > self.batch_size:
-            raise ValueError(f"student must have at most batch_size={self.batch_size} samples, got {len(student[0])}")
+        if self.group is None:  # or all processes learn together whether there are too many
+            self._check_batch(len(student[0]))
         return student, teacher
+
+    def _check_batch(self, samples: int) -> None:
+        if samples > self.batch_size:
+            raise ValueError(f"student must have at most batch_size={self.batch_size} samples, got {samples}")
 
     def _rows(self, student: list[Tensor], teacher: list[Tensor]) -> list[Tensor]:
         """What is embedded of each sample, layer by layer (Eq. 8)."""
         features = [*student, *teacher]
         if not self.similarity:
             return [layer.flatten(1).to(accumulation_dtype(*features)) for layer in features]
-        matrices = functional.similarity_matrices(features, backend=self.backend)
-        return list(F.pad(matrices, (0, self.batch_size - matrices.shape[1])).unbind())
+        matrices = functional.similarity_matrices(features, backend=self.backend, group=self.group)
+        self._check_batch(matrices.shape[2])
+        return list(F.pad(matrices, (0, self.batch_size - matrices.shape[2])).unbind())
 
     def _attention(self, of_student: list[Tensor], of_teacher: list[Tensor], like: Tensor) -> Tensor:
         shape = (len(like), len(self.student_shapes), len(self.teacher_shapes))

@@ -108,6 +108,38 @@ def cross_layer(dtype: torch.dtype, reduction: str) -> None:
     agree(loss, *(x.requires_grad_() for x in maps), whole_batch(2, 1, dtype=dtype).requires_grad_())
 
 
+def calibration() -> None:
+    """SemCKD as modules: samples attend by their similarities to those of all ranks."""
+    world = dist.group.WORLD
+    parallel, alone = (
+        kdkernels.nn.SemanticCalibration((3, 5), (4, 2), sum(shares()) + 2, group=group).double().eval()
+        for group in (world, None)
+    )
+    alone.load_state_dict(parallel.state_dict())
+
+    def loss(*maps: Tensor, group: object = None) -> Tensor:
+        found = (parallel if group else alone)(maps[:2], maps[2:])
+        return kdkernels.nn.SemCKDLoss(group=group)(*found)
+
+    maps = ((3, 4, 4), (5, 2, 2), (4, 4, 2), (2, 2, 2))
+    agree(loss, *(whole_batch(*shape).requires_grad_() for shape in maps))
+    of_ranks = [parameter.grad for parameter in parallel.parameters()]
+    for gradient in of_ranks:
+        dist.all_reduce(gradient)
+    flat, exact = (
+        torch.cat([g.flatten() for g in found]) for found in (of_ranks, [p.grad for p in alone.parameters()])
+    )
+    assert_close(flat / dist.get_world_size(), exact, "gradient of the parameters")
+    narrow = kdkernels.nn.SemanticCalibration((3,), (4,), max(shares()), group=world)
+    if dist.get_world_size() > 1:
+        few = [torch.randn(len(own(whole_batch(1))), channels, 2, 2) for channels in (3, 4)]
+        raises(
+            ValueError,
+            f"at most batch_size={max(shares())} samples, got {sum(shares())}",
+            lambda: narrow(few[:1], few[1:]),
+        )
+
+
 def similarities(dtype: torch.dtype) -> None:
     """Rows of the matrices on every rank; a loss that depends on the rank's own rows alone."""
     weight = whole_batch(2, sum(shares()))
@@ -270,6 +302,7 @@ def collect() -> None:
         second_backward,
         nan_anywhere,
         subgroup,
+        calibration,
     ):
         case(function)
     case(disagreement)

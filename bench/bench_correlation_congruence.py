@@ -96,6 +96,19 @@ CASES = (
 )
 
 
+GRID = tuple(
+    case(batch, width, kernel)
+    for kernel in ("taylor_rbf", "rbf", "bilinear", "mmd")
+    for width in (32, 128, 512)
+    for batch in (2, 16, 64, 256, 1024, 4096)
+)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_correlation_congruence(compare, case):
     compare(case)
+
+
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_grid(compare, case):
+    compare(case, memory=False)

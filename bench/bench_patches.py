@@ -5,7 +5,7 @@ The limit is the products alone, so what is missing to it is the cost of masking
 
 from __future__ import annotations
 
-import bench_local_correlation
+import bench_congruence
 import pytest
 import torch
 from measure import Case, Work
@@ -32,7 +32,7 @@ def fused(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 def textbook(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     vertical, horizontal = (resampling((mask > THRESHOLD).any(dim)) for dim in (2, 1))
     maps = [vertical @ (mask[:, None] * features) @ horizontal.mT for features in (student, teacher)]
-    return bench_local_correlation.full_gram(maps[:1], maps[1:], K)
+    return bench_congruence.full_gram(maps[:1], maps[1:], K)
 
 
 def resampling(inside: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def resampling(inside: Tensor) -> Tensor:
 
 
 def work(student: Tensor, teacher: Tensor, mask: Tensor) -> Work:
-    return bench_local_correlation.work([student], [teacher], K)
+    return bench_congruence.work([student], [teacher], K)
 
 
 def case(n: int, channels: int, side: int, headline: bool = False) -> Case:

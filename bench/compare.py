@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from bench_local_correlation import PAPER
+from bench_congruence import PAPER
 from measure import SECONDS, medians, peaks, table
 from tqdm import tqdm
 

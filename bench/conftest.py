@@ -15,6 +15,13 @@ from measure import SECONDS, compare, provenance, table
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="put what was measured, with machine and versions, into this file")
     parser.addoption("--seconds", type=float, default=SECONDS, help="time for the measurement of each case")
+    parser.addoption("--grid", action="store_true", help="measure the time on the grids of sizes, too: half an hour")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The grids show that no size is slower than PyTorch; the other cases are what tables and figures are made of."""
+    if not config.getoption("--grid"):
+        items[:] = [item for item in items if item.originalname != "test_grid"]
 
 
 @pytest.fixture(autouse=True)

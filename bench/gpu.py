@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import bench_congruence
 import bench_correlation_congruence
 import bench_feature_mse
 import bench_gram
 import bench_icc
 import bench_kd
-import bench_local_correlation
 import bench_patches
 import bench_rkd
 import bench_similarity_preserving
@@ -37,7 +37,7 @@ SECONDS = 1.0  # for one case, launched or replayed
 
 def cases() -> list[Case]:
     """Sizes that only a GPU is given, those that tables show, and the rest for the plots."""
-    lkd, cckd = bench_local_correlation, bench_correlation_congruence
+    lkd, cckd = bench_congruence, bench_correlation_congruence
     others = bench_icc, bench_kd, bench_similarity_preserving, bench_rkd, bench_gram, bench_feature_mse, bench_patches
     large = [lkd.case(1024, 4, (64, 8), headline=True), cckd.case(8192, 512, headline=True)]
     shared = [case for module in (lkd, cckd, *others) for case in module.CASES]

@@ -118,11 +118,11 @@ def medians(variants: dict[str, Loss], inputs: tuple, seconds: float = SECONDS) 
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def compare(benchmark, case: Case, seconds: float = SECONDS) -> None:
+def compare(benchmark, case: Case, seconds: float = SECONDS, memory: bool = True) -> None:
     """Time the fused variant by pytest-benchmark, every other one in turn before each of its rounds.
 
-    Before, every variant has to agree with the fused one. Notes the ratio to the best of the others; the bytes each
-    variant needs at its peak; and the fraction reached of the limit that the machine's measured rates set.
+    Before, every variant has to agree with the fused one. Notes the ratio to the best of the others, the fraction
+    reached of the limit that the machine's measured rates set and, on demand, the bytes each variant needs at its peak.
     """
     torch.compiler.reset()
     inputs = case.inputs(*case.arguments)
@@ -142,15 +142,17 @@ def compare(benchmark, case: Case, seconds: float = SECONDS) -> None:
     benchmark.pedantic(own_step, setup=step_the_others, rounds=rounds)
     own = benchmark.stats.stats.median
     measured = first | {name: statistics.median(values) for name, values in times.items()}
-    memory = peaks({"fused": case.fused} | case.others(), case.inputs, *case.arguments)
     note: dict[str, object] = {"fused ms": own * 1e3}
     if measured:
         best = min(measured, key=measured.__getitem__)
         note |= {"best of the others": best, "its ms": measured[best] * 1e3, "ratio": measured[best] / own}
     if case.work is not None:
         note["share of the limit"] = limit(case, inputs, machine_rates()) / own
-    note |= {"fused MiB": memory["fused"] / 2**20, "largest MiB": max(memory.values()) / 2**20}
-    note |= case.record() | {"seconds": {"fused": own} | measured, "peak extra bytes": memory}
+    note |= case.record() | {"seconds": {"fused": own} | measured}
+    if memory:
+        needed = peaks({"fused": case.fused} | case.others(), case.inputs, *case.arguments)
+        note |= {"fused MiB": needed["fused"] / 2**20, "largest MiB": max(needed.values()) / 2**20}
+        note["peak extra bytes"] = needed
     benchmark.extra_info.update(note)
 
 

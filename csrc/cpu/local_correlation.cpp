@@ -38,10 +38,15 @@ Result run_stage(const Tensor& student, const Tensor& teacher, const Partition& 
   Congruence<T> problem{{x, line_x, 1}, {y, line_y, 1},    rows,         cut_x.length(),
                         cut_y.length(), cut_x.positions(), coefficients, plan};
   // D_rr of unit rows is 0, or ±1 where one network's patch is dead and the other's is not; its gradient is radial.
+  double own = coefficients.diagonal;
   problem.coefficients.diagonal = 0;
+  if (rows == 1) {
+    own += coefficients.full + coefficients.intra + coefficients.inter_same;
+    problem.coefficients = {0, 0, 0, 0};
+  }
   double loss = problem.run(grad_x, grad_y);
   for (int64_t r = 0; r < rows; ++r) {
-    if ((norms_x[r] == 0) != (norms_y[r] == 0)) loss += coefficients.diagonal;
+    if ((norms_x[r] == 0) != (norms_y[r] == 0)) loss += own;
     loss += 0.0 * norms_x[r] * norms_y[r];  // NaN for NaN even where every pair has the weight 0
   }
   if (grad_x) cut_x.denormalise(grad_x, x, line_x, norms_x, grad_x);

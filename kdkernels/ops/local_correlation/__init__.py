@@ -109,7 +109,7 @@ def _native(stages: Sequence[Stage], settings: Settings) -> Tensor:
         settings.eps,
     )
     if torch.is_grad_enabled() and any(f.requires_grad for f in features):
-        return _Native.apply(arguments, *features)[0]
+        return _Native.apply(arguments, *features)
     return _call(arguments, features, [0] * len(features))[0]
 
 
@@ -125,24 +125,27 @@ class _Native(torch.autograd.Function):
     def forward(ctx, arguments, *features):
         loss, grads = _call(arguments, features, [int(want) for want in ctx.needs_input_grad[1:]])
         masks, k, _, _, threshold, resize, _ = arguments
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*grads, *masks)
-        shapes = [number for f in features for number in native.map_shape(f)]
-        ctx.settings = shapes, k, threshold, resize
+        ctx.save_for_backward(loss, *grads, *masks)  # the loss: by it the graph goes on, see FirstDerivative
+        ctx.settings = [number for f in features for number in native.map_shape(f)], k, threshold, resize
         ctx.dtypes = [f.dtype for f in features]
-        return loss, *grads
+        return loss
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):
-        count = len(ctx.dtypes)
-        rows, masks = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        shapes, k, threshold, resize = ctx.settings
+    def backward(ctx, grad_loss):
+        if not torch.is_grad_enabled():  # as in every backward pass that does not ask for a graph
+            return None, *_Native._gradients(ctx, grad_loss, ctx.saved_tensors)
         with torch.no_grad():
-            grads = native.ops.local_correlation_backward(grad_loss, rows, shapes, masks, k, threshold, resize)
-            grads = [grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
-        wanted = ctx.needs_input_grad[1:]
-        anchored = zip(grads, rows, wanted, strict=True)
-        return None, *(once(grad, anchor) if want else None for grad, anchor, want in anchored)
+            grads = _Native._gradients(ctx, grad_loss, ctx.saved_tensors)
+        return None, *(None if grad is None else once(grad, ctx.saved_tensors[0]) for grad in grads)
+
+    @staticmethod
+    def _gradients(ctx, grad_loss, saved):
+        count = len(ctx.dtypes)
+        shapes, k, threshold, resize = ctx.settings
+        rows, masks = saved[1 : count + 1], saved[count + 1 :]
+        grads = native.ops.local_correlation_backward(grad_loss, rows, shapes, masks, k, threshold, resize)
+        wanted = zip(grads, ctx.dtypes, ctx.needs_input_grad[1:], strict=True)
+        return [grad.to(dtype) if want else None for grad, dtype, want in wanted]
 
 
 def patches_of(stage: Stage, features: Tensor, settings: Settings, backend: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""LKD's loss: ``pytest bench/bench_local_correlation.py``. The limit is the products of the form that is chosen."""
+"""LKD's loss: ``pytest bench/bench_congruence.py``. The limit is the products of the form that is chosen."""
 
 from __future__ import annotations
 
@@ -106,6 +106,19 @@ CASES = (
 )
 
 
+GRID = tuple(
+    case(n, k, stage)
+    for stage in ((16, 32), (64, 8), (256, 8), (512, 7))
+    for k in (1, 2, 4)
+    for n in (1, 8, 64, 256, 512)
+)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_local_correlation(compare, case):
     compare(case)
+
+
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_grid(compare, case):
+    compare(case, memory=False)

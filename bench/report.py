@@ -23,9 +23,9 @@ from results import Result
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 PLACE = re.compile(r"(<!-- results: (?P<file>\S+)(?P<operators>[^>]*) -->\n).*?(<!-- end -->)", re.DOTALL)
-OPERATORS = ("local_correlation", "patches", "correlation_congruence", "icc", "gram", "feature_mse", "semckd")
+OPERATORS = ("congruence", "patches", "correlation_congruence", "icc", "gram", "feature_mse", "semckd")
 OPERATORS += ("similarity_preserving", "rkd", "kd")
-OVERVIEW = ("local_correlation", "correlation_congruence", "icc", "rkd")  # whose first curves the overview shows
+OVERVIEW = ("congruence", "correlation_congruence", "icc", "rkd")  # whose first curves the overview shows
 FUSED, EAGER, COMPILED, STREAMED = "fused", "eager", ", compiled", "KeOps"
 KINDS = {  # of variants, with what figures call them and their colour
     EAGER: ("best eager", "tab:orange"),

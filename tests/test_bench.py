@@ -71,7 +71,7 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         record("KD, batch 9", "kd", {"textbook": 1e-3}),  # whose fused version failed
         record("KD, batch 8", "kd", {"fused": 3e-4, "textbook": 1.5e-4}),
         record(
-            "LKD, batch 8", "local_correlation", seconds, **{"peak extra bytes": peaks, "share of the limit": 0.456}
+            "LKD, batch 8", "congruence", seconds, **{"peak extra bytes": peaks, "share of the limit": 0.456}
         ),
     ]
     results.add(tmp_path / "x.json", ORIGIN, measured)

@@ -70,9 +70,7 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         record("KD, batch 64", "kd", {"fused": 4e-6}, headline=False),
         record("KD, batch 9", "kd", {"textbook": 1e-3}),  # whose fused version failed
         record("KD, batch 8", "kd", {"fused": 3e-4, "textbook": 1.5e-4}),
-        record(
-            "LKD, batch 8", "congruence", seconds, **{"peak extra bytes": peaks, "share of the limit": 0.456}
-        ),
+        record("LKD, batch 8", "congruence", seconds, **{"peak extra bytes": peaks, "share of the limit": 0.456}),
     ]
     results.add(tmp_path / "x.json", ORIGIN, measured)
     page = "before\n<!-- results: x.json -->\nstale\n<!-- end -->\n<!-- results: x.json kd -->\n<!-- end -->\nafter\n"

@@ -127,7 +127,8 @@ def test_mixed_precision_with_a_scaler(name):
         for parameter, expected in zip(step.student.parameters(), plain, strict=True):
             assert parameter.grad.isfinite().all()
             difference = (parameter.grad - expected).norm()
-            assert difference <= 4 * torch.finfo(dtype).eps * expected.norm() + 1e-5  # half precision is spaced by 6e-8
+            # The numbers that one of a parameter sums, a few for each of 6 x 4 x 4 positions, are spaced by 6e-8.
+            assert difference <= 4 * torch.finfo(dtype).eps * expected.norm() + 5 * images[:, 0].numel() * 6e-8
 
 
 @needs_native

@@ -195,7 +195,8 @@ class SemanticCalibration(nn.Module):
             features = features.to(projections[0][0].weight.dtype)
         sizes = [tuple(map(min, features.shape[2:], target.shape[2:])) for target in teacher]
         # On a CPU, convolutions are a sixth faster with channels last; the loss is, with maps in their targets' order.
-        turned = features.device.type == "cpu" and features.is_contiguous() and not torch.compiler.is_compiling()
+        traced = torch.compiler.is_compiling() or backends.transformed()  # neither follows memory formats
+        turned = features.device.type == "cpu" and features.is_contiguous() and not traced
         pooled = {size: _averaged(features, size) for size in sizes}
         if turned:
             pooled = {size: maps.contiguous(memory_format=torch.channels_last) for size, maps in pooled.items()}

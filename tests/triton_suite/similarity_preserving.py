@@ -22,8 +22,8 @@ def loss_of(form: str, backend: str = "triton", reduction: str = "mean"):
 
 
 def different(device: str, student: tuple, teacher: tuple) -> list[Tensor]:
-    """Features whose similarities are not alike by chance, as those of two samples may be: then the norms of the feature
-    form cancel. One sample is always like another."""
+    """Features whose similarities are not alike by chance, as those of two samples may be: then the norms of the
+    feature form cancel. One sample is always like another."""
     while True:
         features = [draw(*shape, device=device).requires_grad_() for shape in (student, teacher)]
         if student[0] == 1 or loss_of("gram", "reference", "sum")(*exactly(*features)) > 0.03:

@@ -51,11 +51,9 @@ def pair(*shape: int, dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32,)
     """Logits of two networks whose maps differ and are not those of classes that are sure of themselves: there the
     loss or a gradient is a small difference, of which eager float32 code loses the digits."""
     while True:
-        # Classes that a network likes in all samples, or the averages of many would hardly differ.
-        biased = (torch.randn(shape) + torch.randn(shape[1]) for _ in range(2))
-        networks = tuple(z.to(dtype).requires_grad_() for z, dtype in zip(biased, dtypes, strict=True))
+        networks = tuple(logits(*shape, dtype=dtype) for dtype in dtypes)
         loss, gradients = loss_and_gradients(definition, *exactly(*networks))
-        if shape[1] == 1 or (loss > 0.03 and all(g.norm() > 0.02 / shape[0] ** 0.5 for g in gradients)):
+        if shape[1] == 1 or (loss > 0.01 and all(g.norm() > 0.02 / shape[0] ** 0.5 for g in gradients)):
             return networks
 
 

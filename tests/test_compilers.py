@@ -106,29 +106,27 @@ def test_exported(name):
 
 @every_loss
 def test_mixed_precision_with_a_scaler(name):
-    """Gradients of a loss scaled by 2^8 are those of the loss once they are unscaled."""
+    """Gradients do not depend on the scale, once they are unscaled."""
     step = LOSSES[name]()
     images = torch.randn(6, 3, 4, 4)
     for dtype in (torch.bfloat16, torch.float16):
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
         optimizer = torch.optim.SGD(step.student.parameters(), 0.0)
 
-        def backward(scale: Callable[[Tensor], Tensor], dtype: torch.dtype = dtype) -> list[Tensor]:
+        def gradients(scale: float, dtype: torch.dtype = dtype, optimizer: torch.optim.SGD = optimizer) -> list[Tensor]:
+            scaler = torch.amp.GradScaler("cpu", init_scale=scale)
             step.zero_grad()
             with torch.autocast("cpu", dtype):
                 loss = step(images)
             assert loss.dtype == torch.float32
-            scale(loss).backward()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
             return [parameter.grad.clone() for parameter in step.student.parameters()]
 
-        plain = backward(lambda loss: loss)
-        backward(scaler.scale)
-        scaler.unscale_(optimizer)
-        for parameter, expected in zip(step.student.parameters(), plain, strict=True):
-            assert parameter.grad.isfinite().all()
-            difference = (parameter.grad - expected).norm()
-            # The numbers that one of a parameter sums, a few for each of 6 x 4 x 4 positions, are spaced by 6e-8.
-            assert difference <= 4 * torch.finfo(dtype).eps * expected.norm() + 5 * images[:, 0].numel() * 6e-8
+        # Without a scale half precision would lose the smallest gradients: its numbers are spaced by 6e-8.
+        for found, expected in zip(gradients(2.0**8), gradients(2.0**4), strict=True):
+            assert found.isfinite().all()
+            difference = (found - expected).norm()
+            assert difference <= 4 * torch.finfo(dtype).eps * expected.norm() + 1e-5
 
 
 @needs_native

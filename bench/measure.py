@@ -255,7 +255,7 @@ def bandwidth() -> float:
 def exp_rate() -> float:
     """Exponentials per second of csrc/cpu/exp.h over numbers in the first cache, all threads together."""
     flags = {"avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma", "avx2": "-mavx2 -mfma", "default": ""}
-    level = native.library().stem.removeprefix("_native_cpu_")
+    level = native.cpu_library().stem.removeprefix("_native_cpu_")
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "exp_rate.so")
         compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math"]

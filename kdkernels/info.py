@@ -21,7 +21,7 @@ def rows() -> Iterator[tuple[str, str]]:
     yield "Triton", _version("triton")
     yield "processor", f"{_processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     yield "native libraries", ", ".join(path.name for path in native.built()) or "none"
-    yield "  in use", "none" if native.why_not(torch.device("cpu")) else native.library().name
+    yield "  in use", "none" if native.why_not(torch.device("cpu")) else native.cpu_library().name
     yield "  compiler", ", ".join(sorted({_compiler(path) for path in native.built()})) or "none"
     yield "  CUDA architectures", ", ".join(_architectures(native.cuda_library())) or "none"
     devices = [torch.device("cpu")]

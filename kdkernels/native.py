@@ -32,7 +32,7 @@ def built() -> list[Path]:
     return sorted(_FOLDER.glob("_native_*.so"))
 
 
-def library() -> Path:
+def cpu_library() -> Path:
     """The library for this processor; ATEN_CPU_CAPABILITY moves the choice as it does in PyTorch."""
     level = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default")
     return _FOLDER / f"_native_cpu_{level}.so"
@@ -44,7 +44,7 @@ def cuda_library() -> Path:
 
 @functools.cache
 def _load() -> str | None:
-    path = library()
+    path = cpu_library()
     if not path.exists():
         return "the native library was not built (KDKERNELS_BUILD=1 when installing turns the reason into an error)"
     try:

@@ -167,7 +167,7 @@ x = torch.randn(2, 3, 4, 4)
 for content in (None, b"not a library"):
     native._load.cache_clear()
     if content:
-        native.library().write_bytes(content)
+        native.cpu_library().write_bytes(content)
     kdkernels.local_correlation_loss(x, x, 2)
     try:
         kdkernels.local_correlation_loss(x, x, 2, backend="native")
@@ -291,7 +291,7 @@ def test_every_instruction_set(level, amx):
     """The library of each: built, chosen as PyTorch chooses its own, and right."""
     if level == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("this processor has no AVX-512")
-    script = "from kdkernels import native; print(native.library().name, native.library().exists())"
+    script = "from kdkernels import native; print(native.cpu_library().name, native.cpu_library().exists())"
     chosen = child("-c", script, ATEN_CPU_CAPABILITY=level).split()
     assert chosen == [f"_native_cpu_{level}.so", "True"]
     tests = ["tests/test_local_correlation.py", "tests/test_patches.py", "tests/test_congruence.py"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -31,6 +31,21 @@ def assert_close(actual: Tensor, expected: Tensor, what: str = "result") -> None
 def assert_as_good_as(actual: Tensor, eager: Tensor, expected: Tensor, what: str = "result") -> None:
     """A result from half-precision inputs is at most twice as wrong as that of eager code on inputs cast to float32."""
     _assert_error(relative_error(actual, expected), max(2 * relative_error(eager, expected), FLOAT32_TOLERANCE), what)
+
+
+def assert_gradients(
+    leaves: Iterable[Tensor], gradients: Iterable[Tensor | None], exact: Iterable[Tensor | None]
+) -> None:
+    """Every gradient has its leaf's dtype and is as exact as that allows; the same ones are missing."""
+    for leaf, gradient, correct in zip(leaves, gradients, exact, strict=True):
+        assert (gradient is None) == (correct is None)
+        if gradient is None:
+            continue
+        assert gradient.dtype == leaf.dtype
+        if leaf.dtype in HALF_DTYPES:
+            assert_as_good_as(gradient, correct.to(leaf.dtype), correct, "gradient")
+        else:
+            assert_close(gradient, correct, "gradient")
 
 
 def _assert_error(error: float, tolerance: float, what: str) -> None:

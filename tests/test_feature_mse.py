@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import DTYPES, HALF_DTYPES, assert_as_good_as, assert_close, peak_growth
+from helpers import DTYPES, HALF_DTYPES, assert_close, assert_gradients, peak_growth
 from torch import Tensor
 
 import kdkernels
@@ -97,15 +97,7 @@ def check(backend: str, problem: Problem, reduction: str = "mean") -> None:
     assert loss.dtype == (torch.float64 if any(m.dtype == torch.float64 for m in maps) else torch.float32)
     if problem.weights.dtype == loss.dtype or problem.weights.dtype == torch.float32:
         assert_close(loss.to(torch.promote_types(loss.dtype, torch.float32)), expected, "loss")
-    for leaf, grad, exact in zip(problem.leaves, grads, correct, strict=True):
-        assert (grad is None) == (exact is None)
-        if grad is None:
-            continue
-        assert grad.dtype == leaf.dtype
-        if leaf.dtype in HALF_DTYPES:
-            assert_as_good_as(grad, exact.to(leaf.dtype), exact, "gradient")
-        else:
-            assert_close(grad, exact, "gradient")
+    assert_gradients(problem.leaves, grads, correct)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

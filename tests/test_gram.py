@@ -6,7 +6,7 @@ import multiprocessing
 
 import pytest
 import torch
-from helpers import DTYPES, HALF_DTYPES, assert_as_good_as, assert_close, peak_growth, relative_error
+from helpers import DTYPES, HALF_DTYPES, assert_close, assert_gradients, peak_growth, relative_error
 from torch import Tensor
 
 import kdkernels
@@ -55,15 +55,7 @@ def check(backend: str, features: list[Tensor]) -> None:
         assert torch.equal(matrices, matrices.mT)
     for matrix, exact in zip(matrices, expected, strict=True):
         assert_close(matrix, exact, "matrix")
-    for leaf, grad, exact in zip(features, grads, correct, strict=True):
-        assert (grad is None) == (exact is None)
-        if grad is None:
-            continue
-        assert grad.dtype == leaf.dtype
-        if leaf.dtype in HALF_DTYPES:
-            assert_as_good_as(grad, exact.to(leaf.dtype), exact, "gradient")
-        else:
-            assert_close(grad, exact, "gradient")
+    assert_gradients(features, grads, correct)
 
 
 def draw(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from helpers import DTYPES, HALF_DTYPES, assert_as_good_as, assert_close, exactly, loss_and_gradients
+from helpers import DTYPES, assert_close, assert_gradients, exactly, loss_and_gradients
 from torch import Tensor
 
 import kdkernels
@@ -34,15 +34,7 @@ def check(projected: list[Tensor], targets: list[Tensor], weights: Tensor | None
     exact, exact_gradients = loss_and_gradients(lambda *x: run(*x, backend="reference"), *exactly(*leaves))
     assert loss.dtype == (torch.float64 if any(x.dtype == torch.float64 for x in leaves[:-1]) else torch.float32)
     assert_close(loss, exact, "loss")
-    for leaf, gradient, correct in zip(leaves, gradients, exact_gradients, strict=True):
-        assert (gradient is None) == (correct is None)
-        if gradient is None:
-            continue
-        assert gradient.dtype == leaf.dtype
-        if leaf.dtype in HALF_DTYPES:
-            assert_as_good_as(gradient, correct.to(leaf.dtype), correct, "gradient")
-        else:
-            assert_close(gradient, correct, "gradient")
+    assert_gradients(leaves, gradients, exact_gradients)
 
 
 def nest(maps: Sequence[Tensor], rows: int) -> list[list[Tensor]]:

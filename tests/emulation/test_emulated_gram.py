@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import DTYPES, HALF_DTYPES, assert_as_good_as, assert_close
+from helpers import DTYPES, HALF_DTYPES, assert_close, assert_gradients
 from torch import Tensor
 
 import kdkernels
@@ -34,15 +34,7 @@ def check(features: list[Tensor]) -> None:
     assert torch.equal(matrices, matrices.mT)
     for matrix, correct in zip(matrices, exact, strict=True):
         assert_close(matrix, correct, "matrix")
-    for layer, gradient, correct in zip(features, gradients, exact_gradients, strict=True):
-        assert (gradient is None) == (correct is None)
-        if gradient is None:
-            continue
-        assert gradient.dtype == layer.dtype
-        if layer.dtype in HALF_DTYPES:
-            assert_as_good_as(gradient, correct.to(layer.dtype), correct, "gradient")
-        else:
-            assert_close(gradient, correct, "gradient")
+    assert_gradients(features, gradients, exact_gradients)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,6 +12,7 @@ import importlib.util
 import math
 import multiprocessing
 import os
+import random
 import statistics
 import subprocess
 import tempfile
@@ -87,12 +88,16 @@ def compiled(variants: dict[str, Loss]) -> dict[str, Loss]:
 
 def step(loss: Loss, *inputs: object) -> float:
     """Seconds of one forward and backward pass."""
-    for leaf in tree_leaves(inputs):
-        if isinstance(leaf, Tensor):
-            leaf.grad = None
+    forget_gradients(inputs)
     begin = time.perf_counter()
     loss(*inputs).backward()
     return time.perf_counter() - begin
+
+
+def forget_gradients(inputs: tuple) -> None:
+    for leaf in tree_leaves(inputs):
+        if isinstance(leaf, Tensor):
+            leaf.grad = None
 
 
 def interleaved(steps: dict[str, Callable[[], float]], seconds: float, least: int = 5) -> Iterator[dict[str, float]]:
@@ -120,9 +125,10 @@ def medians(variants: dict[str, Loss], inputs: tuple, seconds: float = SECONDS) 
 
 
 def compare(benchmark, case: Case, seconds: float = SECONDS, memory: bool = True) -> None:
-    """Time the fused variant by pytest-benchmark, every other one in turn before each of its rounds.
+    """Time the fused variant by pytest-benchmark, every other one before each of its rounds.
 
-    Before, every variant has to agree with the fused one. Notes the ratio to the best of the others, the fraction
+    Their order changes from round to round: the smallest losses are faster after one that left the same code in the
+    caches, as compiled variants do for each other. Before, every variant has to agree with the fused one. Notes the ratio to the best of the others, the fraction
     reached of the limit that the machine's measured rates set and, on demand, the bytes each variant needs at its peak.
     """
     torch.compiler.reset()
@@ -135,12 +141,13 @@ def compare(benchmark, case: Case, seconds: float = SECONDS, memory: bool = True
     times: dict[str, list[float]] = {name: [] for name in others}
 
     def step_the_others() -> None:
-        for name, run in others.items():
-            times[name].append(run())
+        for name in random.sample(list(others), len(others)):
+            times[name].append(others[name]())
+        forget_gradients(inputs)
 
-    own_step = functools.partial(step, case.fused, *inputs)
-    rounds = max(5, min(300, int(seconds / (own_step() + sum(first[name] for name in others)))))
-    benchmark.pedantic(own_step, setup=step_the_others, rounds=rounds)
+    round_of_all = step(case.fused, *inputs) + sum(first[name] for name in others)
+    rounds = max(5, min(300, int(seconds / round_of_all)))
+    benchmark.pedantic(lambda: case.fused(*inputs).backward(), setup=step_the_others, rounds=rounds)
     own = benchmark.stats.stats.median
     measured = first | {name: statistics.median(values) for name, values in times.items()}
     note: dict[str, object] = {"fused ms": own * 1e3}

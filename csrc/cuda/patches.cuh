@@ -40,9 +40,11 @@ struct Tap {
 template <typename T>
 __device__ Tap<T> stretch(int begin, int end, int size, int o) {
   const int length = end - begin;
-  const T source = Largest<T>()(T(0), (T(o) + T(0.5)) * (T(length) / T(size)) - T(0.5));
-  const int low = min(int(source), length - 1);
-  return {begin + low, begin + min(low + 1, length - 1), source - T(low)};
+  // (o + 1/2) * length / size - 1/2 in whole numbers: an output that lies on an input must get nothing of the next one, which may
+  // be larger by any factor.
+  const int64_t source = Largest<int64_t>()(0, (2 * int64_t(o) + 1) * length - size), whole = 2 * int64_t(size);
+  const int low = int(source / whole);
+  return {begin + low, begin + min(low + 1, length - 1), T(source % whole) / T(whole)};
 }
 
 // The outputs of `stretch` that may tap the inputs first to last.

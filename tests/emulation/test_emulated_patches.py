@@ -91,6 +91,14 @@ def test_resizing_alone() -> None:
     check(torch.randn(2, 3, 7, 4), 3, partition="resize")
 
 
+def test_pixels_on_pixels_take_nothing_of_their_neighbours() -> None:
+    """A crop of 7 pixels over 13: the middle one is the crop's middle one, whatever lies beside it."""
+    maps, mask = 1e6 * torch.randn(2, 1, 13, 13), torch.zeros(2, 13, 13)
+    mask[:, 2:9, 5:12] = 1
+    maps[0, :, 5, 8] = 0
+    check(maps, 13, mask=mask, threshold=0.5)
+
+
 def test_dead_tiny_and_huge_patches() -> None:
     maps = torch.randn(1, 2, 4, 4)
     maps[..., :2, :2] = 0

@@ -117,6 +117,15 @@ def test_patches_in_half_precision(device: str, dtype: torch.dtype) -> None:
     assert_as_good_as(gradient, eager_gradient.to(dtype), correct, "gradient")
 
 
+def test_pixels_on_pixels_take_nothing_of_their_neighbours(device: str) -> None:
+    """A crop of 7 pixels over 13: the middle one is the crop's middle one, whatever lies beside it."""
+    features, mask = draw(1, 1, 13, 13, device=device) * 1e6, torch.zeros(1, 13, 13, device=device)
+    mask[:, 2:9, 5:12] = 1
+    features[:, :, 5, 8] = 0
+    rows = patches(features, 13, mask=mask, threshold=0.5, backend="triton")
+    assert_close(rows, patches(features.double(), 13, mask=mask, threshold=0.5, backend="reference"), "rows")
+
+
 def test_rows_longer_than_a_block(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patches_triton, "ROW_BLOCK", 32)
     monkeypatch.setattr(patches_triton, "RESAMPLED_BLOCK", 32)

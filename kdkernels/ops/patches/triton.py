@@ -273,9 +273,12 @@ def _bounds(bounds_ptr, image, n, h, w, CROP: tl.constexpr):
 @triton.jit
 def _stretch(position, length, size, dtype: tl.constexpr):
     """The two taps of a pixel, and their weights, when ``length`` pixels are stretched over ``size`` bilinearly."""
-    source = tl.maximum((position.to(dtype) + 0.5) * (tl.cast(length, dtype) / tl.cast(size, dtype)) - 0.5, 0)
-    low = source.to(tl.int32)
-    fraction = source - low.to(dtype)
+    # (position + 1/2) * length / size - 1/2 in whole numbers: where it is one, nothing may come from the next pixel, which may
+    # be larger by any factor.
+    whole = 2 * tl.cast(size, tl.int64)
+    source = tl.maximum((2 * position.to(tl.int64) + 1) * length - size, 0)
+    low = (source // whole).to(tl.int32)
+    fraction = (source % whole).to(dtype) / whole.to(dtype)
     return low, tl.minimum(low + 1, length - 1), 1 - fraction, fraction
 
 

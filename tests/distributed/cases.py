@@ -105,7 +105,9 @@ def cross_layer(dtype: torch.dtype, reduction: str) -> None:
         return kdkernels.cross_layer_mse([[a], [b]], [[t], [t]], weights, reduction=reduction, group=group)
 
     maps = (whole_batch(3, 4, 4, dtype=dtype), whole_batch(3, 2, 2, dtype=dtype), whole_batch(3, 4, 2, dtype=dtype))
-    agree(loss, *(x.requires_grad_() for x in maps), whole_batch(2, 1, dtype=dtype).requires_grad_())
+    # Attention is never negative: errors weighed by either sign may add up to next to nothing.
+    weights = whole_batch(2, 1, dtype=dtype).abs()
+    agree(loss, *(x.requires_grad_() for x in maps), weights.requires_grad_())
 
 
 def calibration() -> None:
@@ -141,12 +143,15 @@ def calibration() -> None:
 
 
 def similarities(dtype: torch.dtype) -> None:
-    """Rows of the matrices on every rank; a loss that depends on the rank's own rows alone."""
-    weight = whole_batch(2, sum(shares()))
+    """Rows of the matrices on every rank; a loss that depends on the rank's own rows alone.
+
+    Its terms are of one sign, lest they add up to next to nothing.
+    """
+    weight = whole_batch(2, sum(shares())).abs()
 
     def loss(*features: Tensor, group: object = None) -> Tensor:
         matrices = kdkernels.similarity_matrices(features, group=group)
-        terms = (matrices.transpose(0, 1) * (own(weight) if group else weight).to(matrices)).sum()
+        terms = (matrices.transpose(0, 1).square() * (own(weight) if group else weight).to(matrices)).sum()
         return distributed.sum_over(distributed.meet(group, 1, terms.device), terms) if group else terms
 
     agree(loss, whole_batch(3, 2, 2, dtype=dtype).requires_grad_(), whole_batch(5, dtype=dtype).requires_grad_())

@@ -84,7 +84,7 @@ CASES = {
     "rkd": Case(
         kdkernels.relational_kd_loss, ((768, 512), (768, 256)), 2 * (5 * 768**2 + 768 * (1024 + 256)) + 2 * 768 * 512
     ),
-    "pkt": Case(kdkernels.probabilistic_transfer_loss, ((1024, 512),) * 2, 8 * 1024**2 + 1024 * 512),
+    "pkt": Case(kdkernels.probabilistic_transfer_loss, ((1024, 512),) * 2, 2 * (8 * 1024**2 + 1024 * 512)),
     "attention_transfer": Case(kdkernels.attention_transfer_loss, ((64, 64, 32, 32),) * 2, 2 * 64 * 64 * 1024),
     "kernel_matrix": Case(lambda x: kdkernels.kernel_matrix(x).sum(), ((1024, 64),), 6 * 1024**2),
     "local_correlation matrices": Case(lambda x: kdkernels.local_correlation(x, 4).sum(), ((128, 4, 8, 8),), 2048**2),

@@ -102,8 +102,10 @@ class PKT(nn.Module):
 
     @staticmethod
     def cosine_similarity_loss(output_net: Tensor, target_net: Tensor, eps: float = 1e-7) -> Tensor:
-        q, p = (_affinities(rows, eps) for rows in (output_net, target_net))
-        return (p * torch.log((p + eps) / (q + eps))).mean()
+        # In float32 nothing would be left of the difference of networks that nearly agree.
+        q, p = (_affinities(rows.double(), eps) for rows in (output_net, target_net))
+        loss = (p * torch.log((p + eps) / (q + eps))).mean()
+        return loss.to(torch.promote_types(output_net.dtype, target_net.dtype))
 
 
 def _affinities(rows: Tensor, eps: float) -> Tensor:

@@ -300,6 +300,12 @@ def unit(kernel):
             lambda s, t: 7 * original_kl(s, t, 2.0),
             (7, 9),
         ),
+        (
+            "FusedKDLoss",
+            {**PLACES, "temperature": 2.0, "reduction": "mean"},
+            lambda s, t: original_kl(s, t, 2.0) / 9,
+            (7, 9),
+        ),
         ("FusedATLoss", PAIR, original_attention, (5, 6, 4, 4)),
         (
             "FusedATLoss",
@@ -321,8 +327,20 @@ def unit(kernel):
             (7, 9),
         ),
         (
+            "FusedRKDLoss",
+            {**OUTPUTS, "dist_factor": 1.0, "angle_factor": 2.0, "reduction": "sum"},
+            lambda s, t: original_relations(s, t, 7**2, 2 * 7**3),
+            (7, 9),
+        ),
+        (
             "FusedCCKDLoss",
             {**LINEAR, "kernel_config": {"type": "gaussian", "gamma": 0.4, "max_p": 2}, "reduction": "batchmean"},
+            lambda s, t: original_congruence(s, t, taylor(0.4, 2)),
+            (7, 9),
+        ),
+        (  # as torchdistill's configurations write it
+            "FusedCCKDLoss",
+            {**LINEAR, "kernel_params": {"key": "gaussian", "gamma": 0.4, "max_p": 2}, "reduction": "batchmean"},
             lambda s, t: original_congruence(s, t, taylor(0.4, 2)),
             (7, 9),
         ),

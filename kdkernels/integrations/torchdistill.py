@@ -62,22 +62,22 @@ class FusedKDLoss(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        if reduction not in ("batchmean", "sum"):
-            raise ValueError(f"reduction must be 'batchmean' or 'sum', got {reduction!r}")
+        if reduction not in ("batchmean", "mean", "sum"):
+            raise ValueError(f"reduction must be 'batchmean', 'mean' or 'sum', got {reduction!r}")
         self.student = student_module_path, student_module_io
         self.teacher = teacher_module_path, teacher_module_io
         self.temperature = temperature
         self.alpha = alpha
         self.beta = beta if beta is not None or alpha is None else 1 - alpha
         self.reduction = reduction
-        self.cross_entropy = nn.CrossEntropyLoss(reduction="mean" if reduction == "batchmean" else "sum", **kwargs)
+        self.cross_entropy = nn.CrossEntropyLoss(reduction="sum" if reduction == "sum" else "mean", **kwargs)
 
     def forward(
         self, student_io_dict: IO, teacher_io_dict: IO, targets: Tensor | None = None, *_: Any, **__: Any
     ) -> Tensor:
         student, teacher = _read(student_io_dict, self.student), _read(teacher_io_dict, self.teacher)
         soft = functional.kd_loss(student, teacher, temperature=self.temperature, scale=False)
-        soft = soft * len(student) if self.reduction == "sum" else soft
+        soft = soft * {"batchmean": 1, "mean": 1 / student.shape[1], "sum": len(student)}[self.reduction]
         if not self.alpha or targets is None:
             return soft
         return self.alpha * self.cross_entropy(student, targets) + self.beta * self.temperature**2 * soft
@@ -162,37 +162,50 @@ class FusedRKDLoss(_OutputLoss):
         **_: Any,
     ) -> None:
         super().__init__(student_output_path, teacher_output_path)
-        if reduction != "mean":
-            raise ValueError(f"reduction must be 'mean', got {reduction!r}")
-        self.weights = {"distance_weight": dist_factor or 0.0, "angle_weight": angle_factor or 0.0}
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        self.factors = dist_factor or 0.0, angle_factor or 0.0
+        self.reduction = reduction
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return functional.relational_kd_loss(student.flatten(1), teacher.detach().flatten(1), **self.weights)
+        batch = len(student)
+        pairs, triples = (batch**2, batch**3) if self.reduction == "sum" else (1, 1)
+        distance, angle = self.factors
+        return functional.relational_kd_loss(
+            student.flatten(1),
+            teacher.detach().flatten(1),
+            distance_weight=distance * pairs,
+            angle_weight=angle * triples,
+        )
 
 
 @register_mid_level_loss
 class FusedCCKDLoss(_OutputLoss):
     """torchdistill's CCKDLoss: the Frobenius norm of the difference over b², of rows as they are.
 
-    ``paper=True`` is Eq. 6 instead: the squared norm over b², of normalised rows.
+    ``paper=True`` is Eq. 6 instead: the squared norm over b², of normalised rows. ``kernel_params`` with a ``key`` is
+    how torchdistill's configurations write what its class calls ``kernel_config`` with a ``type``.
     """
 
     def __init__(
         self,
         student_linear_path: str,
         teacher_linear_path: str,
-        kernel_config: Mapping[str, Any],
-        reduction: str,
+        kernel_config: Mapping[str, Any] | None = None,
+        reduction: str = "batchmean",
         paper: bool = False,
+        kernel_params: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> None:
         super().__init__(student_linear_path, teacher_linear_path)
+        config = kernel_config or kernel_params or {}
+        kind = config.get("type", config.get("key"))
         kernels = {"gaussian": "taylor_rbf", "bilinear": "bilinear"}
-        if kernel_config["type"] not in kernels:
-            raise ValueError(f"kernel_config['type'] must be one of {tuple(kernels)}, got {kernel_config['type']!r}")
-        self.kernel = {"kernel": kernels[kernel_config["type"]]}
-        if kernel_config["type"] == "gaussian":
-            self.kernel |= {"gamma": kernel_config["gamma"], "order": kernel_config["max_p"]}
+        if kind not in kernels:
+            raise ValueError(f"kernel_config['type'] must be one of {tuple(kernels)}, got {kind!r}")
+        self.kernel = {"kernel": kernels[kind]}
+        if kind == "gaussian":
+            self.kernel |= {"gamma": config["gamma"], "order": config["max_p"]}
         self.reduction = reduction
         self.paper = paper
 

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import DTYPES, HALF_DTYPES, assert_as_good_as, assert_close, exactly, loss_and_gradients
 from torch import Tensor
 
@@ -82,7 +83,11 @@ def check(backend: str, student: Tensor, teacher: Tensor, form: str = "auto", **
 @every_kernel
 def test_matches_the_definition(backend, kernel, shape, normalize):
     n, width_s, width_t = shape
-    check(backend, embeddings(n, width_s), embeddings(n, width_t), kernel=kernel, normalize=normalize)
+    student, teacher = embeddings(n, width_s), embeddings(n, width_t)
+    # Two samples have one cosine: where the networks agree on it, float32 has few digits of their difference.
+    while abs(F.cosine_similarity(*student[:2], dim=0) - F.cosine_similarity(*teacher[:2], dim=0)) < 0.1:
+        teacher = embeddings(n, width_t)
+    check(backend, student, teacher, kernel=kernel, normalize=normalize)
 
 
 @pytest.mark.parametrize("normalize", [True, False], ids=["unit rows", "raw rows"])
@@ -145,12 +150,21 @@ def test_strides(backend, view, normalize):
     check(backend, embeddings(8, 21), teacher.requires_grad_(), normalize=normalize)
 
 
+def apart(rows: Tensor, normalize: bool) -> Tensor:
+    """The rows whose means are not next to equal: there the derivative of mmd's |difference of means| jumps."""
+    means = (F.normalize(rows.double()) if normalize else rows.double()).mean(1)
+    by_mean = means.argsort()
+    near = by_mean[1:][means[by_mean].diff() < 1e-7]
+    return rows[~torch.isin(torch.arange(len(rows)), near)]
+
+
 @pytest.mark.parametrize("normalize", [True, False], ids=["unit rows", "raw rows"])
 @pytest.mark.parametrize("rows", [65, 700, 1100])
 @every_kernel
 def test_many_rows(kernel, rows, normalize):
     """More than one strip, the last one short."""
-    x, y = embeddings(rows, 24), embeddings(rows, 40)
+    x, y = (apart(embeddings(rows + 40, width), normalize)[:rows] for width in (24, 40))
+    x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
 
     def loss_of(backend: str):
         return lambda s, t: kdkernels.correlation_congruence_loss(

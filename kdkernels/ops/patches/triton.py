@@ -273,8 +273,8 @@ def _bounds(bounds_ptr, image, n, h, w, CROP: tl.constexpr):
 @triton.jit
 def _stretch(position, length, size, dtype: tl.constexpr):
     """The two taps of a pixel, and their weights, when ``length`` pixels are stretched over ``size`` bilinearly."""
-    # (position + 1/2) * length / size - 1/2 in whole numbers: where it is one, nothing may come from the next pixel, which may
-    # be larger by any factor.
+    # (position + 1/2) * length / size - 1/2 in whole numbers: where it is one, nothing may come from the next pixel,
+    # which may be larger by any factor.
     whole = 2 * tl.cast(size, tl.int64)
     source = tl.maximum((2 * position.to(tl.int64) + 1) * length - size, 0)
     low = (source // whole).to(tl.int32)

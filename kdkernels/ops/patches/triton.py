@@ -31,6 +31,8 @@ def patches(
         if mask.shape[-2:] != features.shape[-2:]:
             mask = F.interpolate(mask[:, None], size=(height, width), mode="bilinear")[:, 0]
     resize = partition == "resize" and any(side % k for side in features.shape[-2:])
+    if (resize or bounds is not None) and max(features.shape[-2:]) + k >= 2**15:  # the kernels find taps in int32
+        raise ValueError(f"Triton resamples maps of sides below {2**15} - k, got {tuple(features.shape[-2:])}")
     return _Patches.apply(features, k, mask, bounds, resize, eps)
 
 
@@ -275,9 +277,9 @@ def _stretch(position, length, size, dtype: tl.constexpr):
     """The two taps of a pixel, and their weights, when ``length`` pixels are stretched over ``size`` bilinearly."""
     # (position + 1/2) * length / size - 1/2 in whole numbers: where it is one, nothing may come from the next pixel,
     # which may be larger by any factor.
-    whole = 2 * tl.cast(size, tl.int64)
-    source = tl.maximum((2 * position.to(tl.int64) + 1) * length - size, 0)
-    low = (source // whole).to(tl.int32)
+    whole = 2 * tl.cast(size, tl.int32)
+    source = tl.maximum((2 * position + 1) * length - size, 0)
+    low = source // whole
     fraction = (source % whole).to(dtype) / whole.to(dtype)
     return low, tl.minimum(low + 1, length - 1), 1 - fraction, fraction
 

@@ -32,7 +32,7 @@ from kdkernels import info, native
 Loss = Callable[..., Tensor]
 HOPELESS = 10  # a variant this many times slower than another is not measured again
 SECONDS = 3.0
-SHORT = 5e-3  # a loss that takes less is slower after another, whose code and data fill the caches: by up to a half
+SHORT = 5e-3  # a loss that takes less is slower after another, whose code and data fill the caches
 AGREEMENT = 1e-3  # of a norm: float32 textbook versions lose digits that the fused ones keep
 
 torch._dynamo.config.recompile_limit = 64  # beyond it torch.compile silently runs eager code

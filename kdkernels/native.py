@@ -10,7 +10,7 @@ import functools
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 ops = torch.ops.kdkernels
 
@@ -93,27 +93,27 @@ _cuda_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _register_fakes() -> None:
-    @torch.library.register_fake("kdkernels::kd")
+    @library.register_fake("kdkernels::kd")
     def kd(
         student: Tensor, teacher: Tensor, temperature: float, scale: float, grad_student: bool, grad_teacher: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         return _loss_of_logits(student, teacher, grad_student, grad_teacher)
 
-    @torch.library.register_fake("kdkernels::icc_map")
+    @library.register_fake("kdkernels::icc_map")
     def icc_map(logits: Tensor) -> Tensor:
         return logits.new_empty((logits.shape[1], logits.shape[1]), dtype=accumulation_dtype(logits))
 
-    @torch.library.register_fake("kdkernels::icc_map_backward")
+    @library.register_fake("kdkernels::icc_map_backward")
     def icc_map_backward(grad_map: Tensor, logits: Tensor) -> Tensor:
         return logits.new_empty(logits.shape, dtype=accumulation_dtype(logits))
 
-    @torch.library.register_fake("kdkernels::icc_loss")
+    @library.register_fake("kdkernels::icc_loss")
     def icc_loss(
         student: Tensor, teacher: Tensor, per_sample: bool, scale: float, grad_student: bool, grad_teacher: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         return _loss_of_logits(student, teacher, grad_student, grad_teacher)
 
-    @torch.library.register_fake("kdkernels::patches")
+    @library.register_fake("kdkernels::patches")
     def patches(
         features: Tensor, k: int, mask: Tensor | None, threshold: float | None, resize: bool, eps: float
     ) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ def _register_fakes() -> None:
         rows = features.new_empty((n * k * k, c * -(-h // k) * -(-w // k)), dtype=dtype)
         return rows, features.new_empty((n * k * k,), dtype=dtype)
 
-    @torch.library.register_fake("kdkernels::patches_backward")
+    @library.register_fake("kdkernels::patches_backward")
     def patches_backward(
         grad_rows: Tensor,
         rows: Tensor,
@@ -135,7 +135,7 @@ def _register_fakes() -> None:
     ) -> Tensor:
         return _new_maps(rows, shape, k)
 
-    @torch.library.register_fake("kdkernels::congruence")
+    @library.register_fake("kdkernels::congruence")
     def congruence(
         x: Tensor,
         y: Tensor,
@@ -148,16 +148,16 @@ def _register_fakes() -> None:
         shapes = (x.shape if grad_x else (0,), y.shape if grad_y else (0,))
         return x.new_empty(()), x.new_empty(shapes[0]), x.new_empty(shapes[1])
 
-    @torch.library.register_fake("kdkernels::gram")
+    @library.register_fake("kdkernels::gram")
     def gram(features: list[Tensor]) -> Tensor:
         batch = features[0].shape[0]
         return features[0].new_empty((len(features), batch, batch), dtype=accumulation_dtype(*features))
 
-    @torch.library.register_fake("kdkernels::gram_backward")
+    @library.register_fake("kdkernels::gram_backward")
     def gram_backward(grad_matrices: Tensor, features: list[Tensor]) -> list[Tensor]:
         return [layer.new_empty((layer.shape[0], layer.shape[1:].numel())) for layer in features]
 
-    @torch.library.register_fake("kdkernels::correlation_congruence")
+    @library.register_fake("kdkernels::correlation_congruence")
     def correlation_congruence(
         student: Tensor,
         teacher: Tensor,
@@ -178,7 +178,7 @@ def _register_fakes() -> None:
             student.new_empty(shapes[1], dtype=dtype),
         )
 
-    @torch.library.register_fake("kdkernels::similarity_preserving")
+    @library.register_fake("kdkernels::similarity_preserving")
     def similarity_preserving(
         student: Tensor, teacher: Tensor, scale: float, feature: bool, grad_student: bool, grad_teacher: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,14 +189,14 @@ def _register_fakes() -> None:
             _new_samples(teacher, dtype) if grad_teacher else student.new_empty((0,), dtype=dtype),
         )
 
-    @torch.library.register_fake("kdkernels::feature_mse")
+    @library.register_fake("kdkernels::feature_mse")
     def feature_mse(
         projected: list[Tensor], targets: list[Tensor], weights: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(*projected, *targets)
         return weights.new_empty((), dtype=dtype), weights.new_empty(weights.shape, dtype=dtype)
 
-    @torch.library.register_fake("kdkernels::feature_mse_backward")
+    @library.register_fake("kdkernels::feature_mse_backward")
     def feature_mse_backward(
         grad_loss: Tensor,
         projected: list[Tensor],
@@ -211,7 +211,7 @@ def _register_fakes() -> None:
             for maps, channels_last, want in zip([*projected, *targets], [*orders, *orders], wanted, strict=True)
         ]
 
-    @torch.library.register_fake("kdkernels::rkd")
+    @library.register_fake("kdkernels::rkd")
     def rkd(
         student: Tensor,
         teacher: Tensor,
@@ -222,7 +222,7 @@ def _register_fakes() -> None:
     ) -> tuple[Tensor, Tensor, Tensor]:
         return _loss_of_logits(student, teacher, grad_student, grad_teacher)
 
-    @torch.library.register_fake("kdkernels::local_correlation")
+    @library.register_fake("kdkernels::local_correlation")
     def local_correlation(
         students: list[Tensor],
         teachers: list[Tensor],
@@ -244,7 +244,7 @@ def _register_fakes() -> None:
             grads.append(features.new_empty(shape, dtype=dtypes[i % len(k)]))
         return students[0].new_empty((), dtype=accumulation_dtype(*students, *teachers)), grads
 
-    @torch.library.register_fake("kdkernels::local_correlation_backward")
+    @library.register_fake("kdkernels::local_correlation_backward")
     def local_correlation_backward(
         grad_loss: Tensor,
         grad_rows: list[Tensor],

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     DTYPES,
-    HALF_DTYPES,
-    assert_as_good_as,
     assert_close,
+    assert_gradients,
     exactly,
     loss_and_gradients,
 )
@@ -61,15 +60,7 @@ def check(backend: str, student: Tensor, teacher: Tensor, **settings: float) -> 
     expected, correct = loss_and_gradients(lambda s, t: definition(s, t, **settings), *exactly(student, teacher))
     assert loss.dtype == (torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32)
     assert_close(loss, expected, "loss")
-    for leaf, gradient, exact in zip((student, teacher), gradients, correct, strict=True):
-        assert (gradient is None) == (exact is None)
-        if gradient is None:
-            continue
-        assert gradient.dtype == leaf.dtype
-        if leaf.dtype in HALF_DTYPES:
-            assert_as_good_as(gradient, exact.to(leaf.dtype), exact, "gradient")
-        else:
-            assert_close(gradient.float() if loss.dtype == torch.float32 else gradient, exact, "gradient")
+    assert_gradients((student, teacher), gradients, correct)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_as_good_as, assert_close
+from helpers import assert_close, assert_gradients
 from torch import Tensor
 
 import kdkernels
@@ -26,15 +26,7 @@ def check_gram(features: list[Tensor], wanted: list[bool]) -> None:
     matrices, grads = run(lambda f: kdkernels.similarity_matrices(f, backend="triton"), features)
     expected, correct = run(gram_reference.gram, [f.double() for f in features])
     assert_close(matrices, expected, "matrices")
-    for layer, grad, exact in zip(features, grads, correct, strict=True):
-        assert (grad is None) == (exact is None)
-        if grad is None:
-            continue
-        assert grad.dtype == layer.dtype
-        if layer.dtype in FULL_PRECISION:
-            assert_close(grad, exact, "gradient")
-        else:
-            assert_as_good_as(grad, exact.to(layer.dtype), exact, "gradient")
+    assert_gradients(features, grads, correct)
 
 
 @pytest.mark.parametrize("dtype", [*FULL_PRECISION, torch.bfloat16, torch.float16])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from helpers import assert_as_good_as, assert_close
 from torch import Tensor, nn
 
 import kdkernels
+from kdkernels.integrations import repdistiller
 from kdkernels.nn import SemanticCalibration, SemCKDLoss
 
 STUDENT = ((3, 8, 8), (5, 4, 4), (6, 2, 2), (6, 2, 2))
@@ -146,6 +149,37 @@ def test_temperature_softens():
     assert (soft.std(2) < sharp.std(2)).all()
     for attention in (sharp, soft):
         assert_close(attention.sum(2), torch.ones(BATCH, len(STUDENT), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dropped_in", [False, True])
+def test_what_the_authors_code_computed(dtype, dropped_in):
+    """Their numbers and where they come from: tests/recorded/semckd.py."""
+    with np.load(Path(__file__).with_name("recorded") / "semckd.npz", allow_pickle=False) as file:
+        recorded = {name: torch.from_numpy(file[name]) for name in file}
+    student, teacher = (
+        [recorded[f"{network}{i}"].to(dtype).requires_grad_() for i in range(layers)]
+        for network, layers in (("student", 2), ("teacher", 3))
+    )
+    channels = [[layer.shape[1] for layer in layers] for layers in (student, teacher)]
+    if dropped_in:
+        calibration, criterion = repdistiller.SelfA(2, 3, 9, *channels).to(dtype), repdistiller.SemCKDLoss()
+    else:
+        calibration, criterion = SemanticCalibration(*channels, 9).to(dtype), SemCKDLoss()
+    parameters = list(calibration.parameters())
+    nn.utils.vector_to_parameters(recorded["parameters"].to(dtype), parameters)
+
+    projected, targets, attention = calibration(student, teacher)
+    loss = criterion(projected, targets, attention)
+    assert_close(attention, recorded["attention"], "attention")
+    assert_close(loss, recorded["loss"], "loss")
+    of_attention, *found = gradients(loss, [attention, *student, *teacher, *parameters])
+    assert_close(of_attention * 9 * 2, recorded["errors"], "error of each pair")
+    for name, gradient in zip(("student0", "student1", "teacher0", "teacher1", "teacher2"), found, strict=False):
+        assert_close(gradient, recorded[f"{name}_gradient"], name)
+    assert_close(
+        torch.cat([gradient.flatten() for gradient in found[5:]]), recorded["parameters_gradient"], "parameters"
+    )
 
 
 # Ablations ------------------------------------------------------------------------------------------------------------

@@ -156,10 +156,12 @@ template <typename T>
 struct BelowMax {
   using V = typename Vec<T>::type;
 
-  V factor, partner;
+  V factor, factor_log2e, partner;
 
-  BelowMax(T z_i, T partner) : factor(V{} + z_i), partner(V{} + partner) {}
+  BelowMax(V factor, V partner) : factor(factor), factor_log2e(factor * kLog2e<T>), partner(partner) {}
   V operator()(V z_j) const { return (z_j - partner) * factor; }
+  // What 2 is raised to for its exponential.
+  V exponent(V z_j) const { return (z_j - partner) * factor_log2e; }
   double exactly(T z_j) const { return (double(z_j) - partner[0]) * factor[0]; }
 };
 
@@ -180,7 +182,7 @@ struct Products {
     }
   }
 
-  BelowMax<T> below_max(int r) const { return {factor[r], z[top[r]]}; }
+  BelowMax<T> below_max(int r) const { return {V{} + factor[r], V{} + z[top[r]]}; }
   std::array<BelowMax<T>, R> below_max() const { return below_max(std::make_integer_sequence<int, R>()); }
 
   // exp(A - max A) in rows of `stride`, zeros behind the last class, and one over their sums.
@@ -194,7 +196,7 @@ struct Products {
         const V z_j = load<T>(z + j);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          const V e = exp_floored<T>(below[r](z_j));
+          const V e = exp2_nonpositive<T>(below[r].exponent(z_j));
           store<T>(out + r * stride + j, e);
           block[r] += e;
         }
@@ -206,7 +208,7 @@ struct Products {
       const V z_j = load<T>(z + j);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const V e = inside ? exp_floored<T>(below[r](z_j)) : V{};
+        const V e = inside ? exp2_nonpositive<T>(below[r].exponent(z_j)) : V{};
         store<T>(out + r * stride + j, e);
         sums[r] += e;
       }
@@ -411,11 +413,11 @@ struct GroupedRow {
   V factors(int64_t g) const { return load<T>(logits.group(g) + first * lanes); }
 
   void exponentials(int64_t g) const {
-    const V factor = factors(g), partner = logits.partners(g, factor);
+    const BelowMax<T> below(factors(g), logits.partners(g, factors(g)));
     const T* z = logits.group(g);
     T* out = of(g);
     const V sum = sum_over_classes([&](int64_t j) {
-      const V e = exp_floored<T>((load<T>(z + j * lanes) - partner) * factor);
+      const V e = exp2_nonpositive<T>(below.exponent(load<T>(z + j * lanes)));
       store<T>(out + j * lanes, e);
       return e;
     });

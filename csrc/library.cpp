@@ -53,6 +53,10 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
   m.def(
       "feature_mse_backward(Tensor grad_loss, Tensor[] projected, Tensor[] targets, Tensor weights, float scale,"
       " int[] wanted) -> Tensor[] grads");
+  // Of maps whose channels, a multiple of 32, are neighbours in memory, and a border of one zero: with 3 x 3 weights, or transposed
+  // the gradient of its inputs from that of its outputs; and the gradient of the weights.
+  m.def("convolution(Tensor maps, Tensor weight, bool transposed) -> Tensor");
+  m.def("convolution_weight(Tensor maps, Tensor grad, bool channels_last) -> Tensor grad_weight");
   m.def(
       "rkd(Tensor student, Tensor teacher, float distance_weight, float angle_weight, bool grad_student,"
       " bool grad_teacher) -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)");
@@ -74,5 +78,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("gram_backward", TORCH_BOX(&kdkernels::gram_backward));
   m.impl("feature_mse", TORCH_BOX(&kdkernels::feature_mse));
   m.impl("feature_mse_backward", TORCH_BOX(&kdkernels::feature_mse_backward));
+  m.impl("convolution", TORCH_BOX(&kdkernels::convolution));
+  m.impl("convolution_weight", TORCH_BOX(&kdkernels::convolution_weight));
   m.impl("rkd", TORCH_BOX(&kdkernels::rkd));
 }

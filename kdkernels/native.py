@@ -211,6 +211,16 @@ def _register_fakes() -> None:
             for maps, channels_last, want in zip([*projected, *targets], [*orders, *orders], wanted, strict=True)
         ]
 
+    @library.register_fake("kdkernels::convolution")
+    def convolution(maps: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+        n, _, h, w = maps.shape
+        return maps.new_empty((n, h, w, weight.shape[1 if transposed else 0])).permute(0, 3, 1, 2)
+
+    @library.register_fake("kdkernels::convolution_weight")
+    def convolution_weight(maps: Tensor, grad: Tensor, channels_last: bool) -> Tensor:
+        weight = maps.new_empty((grad.shape[1], maps.shape[1], 3, 3))
+        return weight.contiguous(memory_format=torch.channels_last) if channels_last else weight
+
     @library.register_fake("kdkernels::rkd")
     def rkd(
         student: Tensor,

@@ -455,15 +455,16 @@ def test_half_as_much_is_kept_as_by_the_layers_themselves():
 
 @pytest.mark.parametrize("frozen", [(), (0,), (1, 4), (0, 1, 3, 4), (3, 6)], ids=str)
 @pytest.mark.parametrize("learns", [False, True])
-def test_projections_are_those_of_their_layers(frozen, learns):
-    """Running statistics and every gradient, whatever is frozen."""
-    calibration = SemanticCalibration((3,), (4,), BATCH).double()
+@pytest.mark.parametrize("channels", [4, 48])
+def test_projections_are_those_of_their_layers(channels, frozen, learns):
+    """Running statistics and every gradient, whatever is frozen; with 96 channels inside by native convolutions."""
+    calibration = SemanticCalibration((3,), (channels,), BATCH).double()
     layers = calibration.projections[0][0]
     for index in frozen:
         layers[index].requires_grad_(False)
     plain = copy.deepcopy(layers)
-    student = torch.randn(BATCH, 3, 5, 4, dtype=torch.float64, requires_grad=learns)
-    projected = calibration([student], [torch.randn(BATCH, 4, 5, 4).double()]).projected[0][0]
+    student = torch.randn(BATCH, 3, 7, 5, dtype=torch.float64, requires_grad=learns)
+    projected = calibration([student], [torch.randn(BATCH, channels, 7, 5).double()]).projected[0][0]
     exact = plain(student)
     slopes = torch.randn_like(exact)
     learning = [[student] * learns + [p for p in m.parameters() if p.requires_grad] for m in (layers, plain)]

@@ -67,6 +67,11 @@ std::vector<Tensor> feature_mse_backward(const Tensor& grad_loss, const std::vec
                                          const std::vector<Tensor>& targets, const Tensor& weights, double scale,
                                          const std::vector<int64_t>& wanted);
 
+// A convolution with 3 x 3 weights over a border of one zero, or the gradient of its inputs; and the gradient of its weights.
+Tensor convolution(const Tensor& maps, const Tensor& weight, bool transposed);
+
+Tensor convolution_weight(const Tensor& maps, const Tensor& grad, bool channels_last);
+
 // Loss, gradient to the student, gradient to the teacher; a gradient that is not wanted is empty.
 std::tuple<Tensor, Tensor, Tensor> rkd(const Tensor& student, const Tensor& teacher, double distance_weight,
                                        double angle_weight, bool grad_student, bool grad_teacher);

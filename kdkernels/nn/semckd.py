@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends, checks, functional
 from ..native import accumulation_dtype
+from ..ops.convolution import convolution, convolution_backward
 
 __all__ = ["Calibration", "SemCKDLoss", "SemanticCalibration"]
 
@@ -59,7 +60,8 @@ class SemanticCalibration(nn.Module):
             c x h x w (Table 6, "w/o Similarity Matrices").
         projection: False compares MLP embeddings of the similarity rows, e numbers per layer, in place of feature maps
             (Table 6, "w/o Projection").
-        backend: what computes the similarity matrices, "auto", "reference", "native" or "triton".
+        backend: what computes the similarity matrices, "auto", "reference", "native" or "triton". On a CPU, "native"
+            holds for the 3x3 convolutions, too, in training and if their channels are a multiple of 32.
         group: a torch.distributed process group over which the batch is spread: samples are compared with those of all
             processes, whose number together ``batch_size`` bounds. Give it to ``SemCKDLoss`` as well, and convert the
             module by ``SyncBatchNorm.convert_sync_batchnorm`` to have the projections' statistics of the whole batch.
@@ -200,7 +202,10 @@ class SemanticCalibration(nn.Module):
         pooled = {size: _averaged(features, size) for size in sizes}
         if turned:
             pooled = {size: maps.contiguous(memory_format=torch.channels_last) for size, maps in pooled.items()}
-        projected = [_project(projection, pooled[size]) for projection, size in zip(projections, sizes, strict=True)]
+        projected = [
+            _project(projection, pooled[size], self.backend)
+            for projection, size in zip(projections, sizes, strict=True)
+        ]
         return [maps.contiguous() for maps in projected] if turned else projected
 
 
@@ -273,7 +278,7 @@ def _projection(inputs: int, outputs: int) -> nn.Sequential:
     )
 
 
-def _project(projection: nn.Sequential, features: Tensor) -> Tensor:
+def _project(projection: nn.Sequential, features: Tensor, backend: str) -> Tensor:
     """``projection(features)``, which in training keeps half as much for the backward pass."""
     first, *rest = projection
     plain = torch.compiler.is_compiling() or backends.transformed() or not torch.is_grad_enabled()
@@ -281,8 +286,8 @@ def _project(projection: nn.Sequential, features: Tensor) -> Tensor:
     if plain or single or not all(type(layer) is nn.BatchNorm2d and layer.training for layer in rest[::3]):
         return projection(features)
     features = first(features)
-    for norm, _, convolution in zip(*[iter(rest)] * 3, strict=True):
-        features = _NormConv.apply(features, norm, norm.weight, norm.bias, convolution.weight)
+    for norm, _, conv in zip(*[iter(rest)] * 3, strict=True):
+        features = _NormConv.apply(features, norm, norm.weight, norm.bias, conv.weight, backend)
         norm.num_batches_tracked.add_(1)
     return features
 
@@ -291,34 +296,32 @@ class _NormConv(torch.autograd.Function):
     """Batch normalisation in training, ReLU and convolution, whose input is not kept but computed again."""
 
     @staticmethod
-    def forward(ctx, x, norm, scale, shift, weight):
+    def forward(ctx, x, norm, scale, shift, weight, backend):
         running = norm.running_mean, norm.running_var
         normal, mean, inverse = torch.native_batch_norm(x, scale, shift, *running, True, norm.momentum, norm.eps)
         weight = weight.to(x.dtype)  # under autocast
         ctx.save_for_backward(x, scale, shift, weight, mean, inverse)
-        ctx.eps = norm.eps
-        return F.conv2d(normal.relu_(), weight, padding=weight.shape[-1] // 2)
+        ctx.eps, ctx.backend = norm.eps, backend
+        return convolution(normal.relu_(), weight, backend=backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, scale, shift, weight, mean, inverse = ctx.saved_tensors
-        aten, eps, padding = torch.ops.aten, ctx.eps, weight.shape[-1] // 2
-        of_x, _, of_scale, of_shift, of_weight = ctx.needs_input_grad
+        aten, eps = torch.ops.aten, ctx.eps
+        of_x, _, of_scale, of_shift, of_weight, _ = ctx.needs_input_grad
         variance = inverse.square().reciprocal() - eps
         rectified = torch.native_batch_norm(x, scale, shift, mean, variance, False, 0.0, eps)[0].relu_()
-        geometry = [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1
-        grad, weight_grad, _ = aten.convolution_backward(
-            grad, rectified, weight, None, *geometry, [of_x or of_scale or of_shift, of_weight, False]
-        )
+        wanted = of_x or of_scale or of_shift, of_weight
+        grad, weight_grad = convolution_backward(grad, rectified, weight, wanted, backend=ctx.backend)
         if grad is None:
-            return None, None, None, None, weight_grad
+            return None, None, None, None, weight_grad, None
         grad = aten.threshold_backward(grad, rectified, 0)
         wanted = [of_x, of_scale, of_shift]
         x_grad, *norm_grads = aten.native_batch_norm_backward(
             grad, x, scale, None, None, mean, inverse, True, eps, wanted
         )
-        return x_grad, None, *norm_grads, weight_grad
+        return x_grad, None, *norm_grads, weight_grad, None
 
 
 def _averaged(features: Tensor, size: tuple[int, int]) -> Tensor:

@@ -156,6 +156,34 @@ class _Loss(torch.autograd.Function):
         return None, None, *gradients
 
 
+def loss_of_all_rows(ranks: Ranks, whole: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """A loss of matrices that hold the rows of all ranks, computed on every rank.
+
+    For losses of few numbers a sample that no sums over the ranks' own samples give.
+
+    Args:
+        whole: the loss of one process.
+        inputs: this rank's rows of each matrix.
+    """
+    own = slice(sum(ranks.sizes[: ranks.rank]), sum(ranks.sizes[: ranks.rank + 1]))
+
+    def run(*inputs: Tensor, wanted: Sequence[bool]) -> LossAndGradients:
+        rows = [_rows_of_all(ranks, x).requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
+        with torch.set_grad_enabled(any(wanted)):
+            value = whole(*rows)
+        leaves = [x for x in rows if x.requires_grad]
+        found = iter(torch.autograd.grad(value, leaves)) if leaves else iter(())
+        return value.detach(), [next(found)[own] if want else None for want in wanted]
+
+    return loss(ranks, run, *inputs)
+
+
+def _rows_of_all(ranks: Ranks, own: Tensor) -> Tensor:
+    padded = own.new_zeros(max(ranks.sizes), own.shape[1])
+    padded[: len(own)] = own
+    return torch.cat([rows[:size] for rows, size in zip(_gather(ranks.group, padded), ranks.sizes, strict=True)])
+
+
 def sum_over(ranks: Ranks, share: Tensor) -> Tensor:
     """The sum of every rank's share of a loss, a scalar that depends on this rank's inputs alone."""
     return _Sum.apply(ranks, share)

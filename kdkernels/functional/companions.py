@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -265,6 +266,7 @@ def relational_kd_loss(
     distance_weight: float = 25.0,
     angle_weight: float = 50.0,
     backend: str = "auto",
+    group: object | None = None,
 ) -> Tensor:
     """Relational knowledge distillation, RKD (Park et al. 2019): distances and angles between the samples of a batch.
 
@@ -278,6 +280,8 @@ def relational_kd_loss(
         distance_weight: of the distances, 0 leaves them out.
         angle_weight: of the angles, 0 leaves them out.
         backend: "auto", "reference", "native" or "triton".
+        group: a torch.distributed process group over which the batch is spread. Every process gathers the embeddings
+            of all and computes the whole loss.
 
     Returns:
         A scalar: float64 if either input is, else float32.
@@ -289,10 +293,16 @@ def relational_kd_loss(
     Memory: five b x b matrices and b (2·d_S + d_T) numbers in float64, and the gradient before and after it is scaled;
     never b³, nor b x b x d. A teacher that learns takes one matrix more.
     """
+    if group is not None:
+        from ..ops.rkd.distributed import rkd as over_ranks
+
+        return over_ranks(student, teacher, distance_weight, angle_weight, backend, group)
     return rkd(student, teacher, distance_weight=distance_weight, angle_weight=angle_weight, backend=backend)
 
 
-def probabilistic_transfer_loss(student: Tensor, teacher: Tensor, *, eps: float = 1e-8) -> Tensor:
+def probabilistic_transfer_loss(
+    student: Tensor, teacher: Tensor, *, eps: float = 1e-8, group: object | None = None
+) -> Tensor:
     """Probabilistic knowledge transfer, PKT (Passalis and Tefas 2018): KL between the samples' affinities.
 
     With cosines turned to affinities ``(1 + cos) / 2`` and every row of them divided by its sum, the loss is
@@ -303,6 +313,8 @@ def probabilistic_transfer_loss(student: Tensor, teacher: Tensor, *, eps: float 
         teacher: b x d' embeddings; they receive a gradient only if they require one.
         eps: embeddings of this norm or less have cosine 0 with everything and gradient 0. Affinities are kept from
             falling below it, where samples point in opposite directions.
+        group: a torch.distributed process group over which the batch is spread. Every process gathers the embeddings
+            of all and computes the whole loss.
 
     Returns:
         A scalar: float64 if either input is, else float32.
@@ -315,10 +327,21 @@ def probabilistic_transfer_loss(student: Tensor, teacher: Tensor, *, eps: float 
     """
     checks.embeddings(student, teacher)
     checks.non_negative("eps", eps)
+    if group is not None:
+        return _probabilistic_transfer_over_ranks(student, teacher, eps, group)
     with torch.autocast(student.device.type, enabled=False):
         log_q, log_p = (_log_affinities(rows.double(), eps) for rows in (student, teacher))
         loss = F.kl_div(log_q, log_p, reduction="sum", log_target=True) / log_p.numel()
     return loss.to(accumulation_dtype(student, teacher))
+
+
+def _probabilistic_transfer_over_ranks(student: Tensor, teacher: Tensor, eps: float, group: object) -> Tensor:
+    from .. import distributed
+
+    x, y = (rows.to(accumulation_dtype(rows)) for rows in (student, teacher))
+    widths = {"student's width": x.shape[1], "teacher's width": y.shape[1]}
+    ranks = distributed.meet(group, len(x), x.device, **widths, eps=eps, dtype=(x.dtype, y.dtype))
+    return distributed.loss_of_all_rows(ranks, functools.partial(probabilistic_transfer_loss, eps=eps), x, y)
 
 
 def _log_affinities(rows: Tensor, eps: float) -> Tensor:

@@ -131,11 +131,19 @@ class HintLoss(nn.Module):
 class RelationalKDLoss(nn.Module):
     """Distances and angles between samples (RKD); see ``kdkernels.relational_kd_loss`` for the settings."""
 
-    def __init__(self, *, distance_weight: float = 25.0, angle_weight: float = 50.0, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        *,
+        distance_weight: float = 25.0,
+        angle_weight: float = 50.0,
+        backend: str = "auto",
+        group: object | None = None,
+    ) -> None:
         super().__init__()
         self.distance_weight = distance_weight
         self.angle_weight = angle_weight
         self.backend = backend
+        self.group = group
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return functional.relational_kd_loss(
@@ -144,6 +152,7 @@ class RelationalKDLoss(nn.Module):
             distance_weight=self.distance_weight,
             angle_weight=self.angle_weight,
             backend=self.backend,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:
@@ -153,12 +162,13 @@ class RelationalKDLoss(nn.Module):
 class ProbabilisticTransferLoss(nn.Module):
     """Divergence of cosine affinities (PKT); see ``kdkernels.probabilistic_transfer_loss`` for the settings."""
 
-    def __init__(self, *, eps: float = 1e-8) -> None:
+    def __init__(self, *, eps: float = 1e-8, group: object | None = None) -> None:
         super().__init__()
         self.eps = eps
+        self.group = group
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return functional.probabilistic_transfer_loss(student, teacher, eps=self.eps)
+        return functional.probabilistic_transfer_loss(student, teacher, eps=self.eps, group=self.group)
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"

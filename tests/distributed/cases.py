@@ -100,6 +100,11 @@ def inter_class(dtype: torch.dtype, scale: float = 1.0, **settings: object) -> N
     agree(loss, *((scale * whole_batch(6, dtype=dtype)).requires_grad_() for _ in range(2)))
 
 
+def embeddings(dtype: torch.dtype, loss: Callable[..., Tensor], learns: tuple[bool, bool]) -> None:
+    batches = (whole_batch(7, dtype=dtype), whole_batch(4, dtype=dtype))
+    agree(loss, *(batch.requires_grad_(learn) for batch, learn in zip(batches, learns, strict=True)))
+
+
 def cross_layer(dtype: torch.dtype, reduction: str) -> None:
     def loss(a: Tensor, b: Tensor, t: Tensor, weights: Tensor, group: object = None) -> Tensor:
         return kdkernels.cross_layer_mse([[a], [b]], [[t], [t]], weights, reduction=reduction, group=group)
@@ -231,6 +236,7 @@ def nan_anywhere() -> None:
         kdkernels.correlation_congruence_loss(student, teacher, group=dist.group.WORLD),
         kdkernels.similarity_preserving_loss(student, teacher, group=dist.group.WORLD),
         kdkernels.inter_class_correlation_loss(student, teacher, group=dist.group.WORLD),
+        kdkernels.relational_kd_loss(student, teacher, group=dist.group.WORLD),
     ):
         assert loss.isnan()
 
@@ -298,6 +304,9 @@ def collect() -> None:
         for reduction in ("mean", "sum"):
             case(cross_layer, dtype, reduction)
         case(similarities, dtype)
+        for learns in ((True, False), (True, True)):
+            case(embeddings, dtype, kdkernels.relational_kd_loss, learns)
+            case(embeddings, dtype, kdkernels.probabilistic_transfer_loss, learns)
     for form in ("feature", "gram"):
         case(parallel_training, form)
     for function in (

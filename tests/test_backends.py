@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close, loss_and_gradients
+from helpers import assert_close, loss_and_gradients, needs_every_library
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -286,6 +286,7 @@ def test_any_number_of_threads(form):
 
 
 @needs_native
+@needs_every_library
 @pytest.mark.parametrize(("level", "amx"), [("avx512", "1"), ("avx512", "0"), ("avx2", "1"), ("default", "1")])
 def test_every_instruction_set(level, amx):
     """The library of each: built, chosen as PyTorch chooses its own, and right."""

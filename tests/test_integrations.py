@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close, exactly, loss_and_gradients
+from helpers import assert_close, assert_matches, loss_and_gradients
 from torch import Tensor, nn
 
 from kdkernels.integrations import mdistiller, repdistiller
@@ -19,17 +19,6 @@ from kdkernels.nn import FeatureCapture, LocalCorrelationLoss
 
 def maps(*shape: int) -> Tensor:
     return torch.randn(shape).relu()
-
-
-def agree(fused, original, *inputs: Tensor) -> None:
-    """Number and gradients of the drop-in are those of the original's formula in float64."""
-    loss, gradients = loss_and_gradients(fused, *inputs)
-    expected, exact_gradients = loss_and_gradients(original, *exactly(*inputs))
-    assert_close(loss, expected, "loss")
-    for gradient, exact in zip(gradients, exact_gradients, strict=True):
-        assert (gradient is None) == (exact is None)
-        if gradient is not None:
-            assert_close(gradient, exact, "gradient")
 
 
 # The originals' formulas ----------------------------------------------------------------------------------------------
@@ -85,7 +74,7 @@ def taylor(gamma: float, order: int):
 
 
 def test_distill_kl():
-    agree(
+    assert_matches(
         repdistiller.DistillKL(4.0),
         lambda s, t: 16 * original_kl(s, t, 4.0),
         torch.randn(7, 13, requires_grad=True),
@@ -94,13 +83,13 @@ def test_distill_kl():
 
 
 def test_hint():
-    agree(repdistiller.HintLoss(), F.mse_loss, maps(3, 5, 4, 4).requires_grad_(), maps(3, 5, 4, 4))
+    assert_matches(repdistiller.HintLoss(), F.mse_loss, maps(3, 5, 4, 4).requires_grad_(), maps(3, 5, 4, 4))
 
 
 @pytest.mark.parametrize("power", [2, 3])
 @pytest.mark.parametrize("sizes", [(8, 8), (8, 4), (4, 8), (7, 3)])
 def test_attention(power, sizes):
-    agree(
+    assert_matches(
         lambda s, t: sum(repdistiller.Attention(power)([s], [t])),
         lambda s, t: original_attention(s, t, power),
         maps(4, 6, sizes[0], sizes[0]).requires_grad_(),
@@ -110,13 +99,13 @@ def test_attention(power, sizes):
 
 def test_similarity():
     student, teacher = maps(6, 4, 5, 5).requires_grad_(), maps(6, 8, 3, 3)
-    agree(lambda s, t: sum(repdistiller.Similarity()([s], [t])).sum(), original_similarity, student, teacher)
+    assert_matches(lambda s, t: sum(repdistiller.Similarity()([s], [t])).sum(), original_similarity, student, teacher)
     (loss,) = repdistiller.Similarity()([student], [teacher])
     assert loss.shape == (1,)
 
 
 def test_relations():
-    agree(
+    assert_matches(
         repdistiller.RKDLoss(),
         lambda s, t: original_relations(s, t, 25, 50),
         torch.randn(9, 5, requires_grad=True),
@@ -126,7 +115,7 @@ def test_relations():
 
 def test_probabilities():
     student, teacher = torch.randn(9, 5, requires_grad=True), torch.randn(9, 12, requires_grad=True)
-    agree(repdistiller.PKT(), original_probabilities, student, teacher)
+    assert_matches(repdistiller.PKT(), original_probabilities, student, teacher)
 
 
 def test_dead_rows_have_gradients():
@@ -373,7 +362,9 @@ def unit(kernel):
 )
 def test_torchdistill(registry, name, settings, original, shape):
     loss = registry[name](**settings)
-    agree(lambda s, t: loss(io(s), io(t), None), original, torch.randn(shape, requires_grad=True), torch.randn(shape))
+    assert_matches(
+        lambda s, t: loss(io(s), io(t), None), original, torch.randn(shape, requires_grad=True), torch.randn(shape)
+    )
 
 
 def test_torchdistill_with_labels(registry):

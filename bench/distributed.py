@@ -1,8 +1,9 @@
-"""Time and traffic of LKD's loss over several processes, in both forms, as Markdown for docs/distributed.md.
+"""Time and traffic of LKD's loss over several processes, in both forms, for docs/distributed.md.
 
-    torchrun --nproc-per-node 2 bench/distributed.py
+    torchrun --nproc-per-node 2 bench/distributed.py && python bench/report.py
 
-Measures messages and the loss itself, from which docs/distributed.md reckons what 4096 ranks would need.
+Measures messages and the loss, in one process and in all of them, and reckons from the formulas what many more would
+send and compute. Writes the tables with machine, versions, commit and date.
 """
 
 from __future__ import annotations
@@ -10,58 +11,101 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import results
 import torch
 import torch.distributed as dist
+from measure import provenance
+from torch import Tensor
 
 import kdkernels
 from kdkernels.distributed import Ranks
-from kdkernels.ops.congruence.distributed import numbers_moved
+from kdkernels.ops.congruence.distributed import MOVED, costs, numbers_moved
 
+FILE = Path(__file__).resolve().parent / "results" / "distributed-cpu.json"
 CASES = (("64 x 8 x 8", 64, 8), ("16 x 32 x 32", 16, 32))  # channels and side of the maps, in 4 x 4 patches
-IMAGES, K = 64, 4
+IMAGES, K = 64, 4  # images of a process
+MANY, BYTES_PER_SECOND = 4096, 25e9  # the processes and the network that are reckoned with
 
 
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    world = dist.get_world_size()
-    say(f"{world} processes, {IMAGES} images each, k = {K}, float32, gloo\n")
-    for size in (2, 2**20):
-        message = torch.zeros(size)
-        say(f"all-reduce of {size} numbers: {1e3 * seconds(lambda: dist.all_reduce(message)):.2f} ms")  # noqa: B023
-    say("\n| maps | form | numbers sent per rank and step | forward + backward, ms |\n|---|---|---:|---:|")
-    for name, channels, side in CASES:
-        student = torch.randn(IMAGES, channels, side, side, requires_grad=True)
-        teacher = torch.randn(IMAGES, channels, side, side)
-        ranks = Ranks(dist.group.WORLD, dist.get_rank(), (IMAGES,) * world)
-        width = channels * (side // K) ** 2
-        moved = numbers_moved(ranks, K * K, width, width, by_position=False)
-        for form in ("feature", "gram"):
-
-            def step() -> None:
-                kdkernels.local_correlation_loss(student, teacher, K, form=form, group=dist.group.WORLD).backward()  # noqa: B023
-
-            say(f"| {name} | {form} | {moved[form]:,.0f} | {1e3 * seconds(step):.1f} |")
+    alone, together = [dist.new_group([rank]) for rank in range(dist.get_world_size())], dist.group.WORLD
+    tables = [messages(), losses(alone[dist.get_rank()], together), reckoned()]
+    if dist.get_rank() == 0:
+        results.write(FILE, provenance() | {"tables": tables})
+        print(f"wrote {FILE}")
     dist.destroy_process_group()
 
 
-def seconds(run: Callable[[], object], repeats: int = 15) -> float:
-    """The median over repeats of the slowest rank's time."""
+def messages() -> dict:
+    rows = []
+    for size in (2, 2**20):
+        message = torch.zeros(size)
+        rows.append([f"{size:,} numbers", [1e3 * seconds(lambda: dist.all_reduce(message))]])  # noqa: B023
+    return {"title": "", "header": [f"all-reduce over {dist.get_world_size()} processes", "ms"], "rows": rows}
+
+
+def losses(alone: dist.ProcessGroup, together: dist.ProcessGroup) -> dict:
+    """Forward and backward of the loss, of the first process by itself and of all together."""
+    header = ["maps", "form", "numbers sent", "1 process, ms", f"{together.size()} processes, ms"]
+    rows = []
+    for name, channels, side in CASES:
+        student = torch.randn(IMAGES, channels, side, side, requires_grad=True)
+        teacher = torch.randn(IMAGES, channels, side, side)
+        moved = numbers_moved(*problem(together.size(), channels, side))
+        for form in moved:
+            own = 1e3 * seconds(lambda: step(student, teacher, form, alone), alone=True)  # noqa: B023
+            whole = 1e3 * seconds(lambda: step(student, teacher, form, together))  # noqa: B023
+            rows.append([case(name, channels, side), form, f"{moved[form]:,.0f}", [own], [whole]])
+    return {"title": "", "header": header, "rows": rows}
+
+
+def step(student: Tensor, teacher: Tensor, form: str, group: dist.ProcessGroup) -> None:
+    kdkernels.local_correlation_loss(student, teacher, K, form=form, group=group).backward()
+
+
+def reckoned() -> dict:
+    header = ["maps", "form", "sent per process and step", f"at {BYTES_PER_SECOND / 1e9:g} GB/s", "multiply-adds"]
+    rows = []
+    for name, channels, side in CASES:
+        moved, cost = (reckon(*problem(MANY, channels, side)) for reckon in (numbers_moved, costs))
+        for form, numbers in moved.items():
+            sent, products = 4 * numbers, cost[form] - MOVED * numbers
+            took = f"{1e3 * sent / BYTES_PER_SECOND:,.2f} ms"
+            rows.append([case(name, channels, side), form, f"{sent / 1e6:,.1f} MB", took, f"{products:.0e}"])
+    return {"title": f"Reckoned for {MANY} processes of {IMAGES} images each:", "header": header, "rows": rows}
+
+
+def case(name: str, channels: int, side: int) -> str:
+    return f"{name} (d = {width(channels, side)})"
+
+
+def width(channels: int, side: int) -> int:
+    """Of a patch."""
+    return channels * (side // K) ** 2
+
+
+def problem(processes: int, channels: int, side: int) -> tuple[Ranks, int, int, int, bool]:
+    """What the formulas ask for."""
+    ranks = Ranks(dist.group.WORLD, dist.get_rank(), (IMAGES,) * processes)
+    return ranks, K * K, width(channels, side), width(channels, side), False
+
+
+def seconds(run: Callable[[], object], repeats: int = 15, alone: bool = False) -> float:
+    """The median over repeats of the slowest rank's time; ``alone``, only the first one runs."""
     times = []
     for _ in range(repeats):
         dist.barrier()
         begin = time.perf_counter()
-        run()
+        if dist.get_rank() == 0 or not alone:
+            run()
         elapsed = torch.tensor(time.perf_counter() - begin)
         dist.all_reduce(elapsed, dist.ReduceOp.MAX)
         times.append(elapsed.item())
     return statistics.median(times)
-
-
-def say(text: str) -> None:
-    if dist.get_rank() == 0:
-        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Writes the tables and figures of the documentation from bench/results: ``python bench/report.py``.
 
 A page says where with a pair of comments, between which everything is replaced. They name a file of results, and the
-operators whose every case is shown; without one it is the cases that are marked as headlines, of all operators::
+operators whose every case is shown; without one it is the cases that are marked as headlines, of all operators. A file
+that has tables already, such as those of the examples, is shown whole::
 
     <!-- results: cpu.json -->
     <!-- end -->
@@ -16,11 +17,15 @@ import re
 import sys
 from collections import defaultdict
 from pathlib import Path
-
-import results
-from results import Result
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "examples"))
+
+import results  # noqa: E402
+from common.results import report  # noqa: E402
+from results import Result  # noqa: E402
+
 RESULTS = ROOT / "bench" / "results"
 PLACE = re.compile(r"(<!-- results: (?P<file>\S+)(?P<operators>[^>]*) -->\n).*?(<!-- end -->)", re.DOTALL)
 OPERATORS = ("congruence", "patches", "correlation_congruence", "icc", "gram", "feature_mse", "semckd")
@@ -47,20 +52,26 @@ def filled(page: str) -> str:
 
 
 def section(file: Path, operators: list[str]) -> str:
-    """Table and provenance of a file of results."""
+    """Tables and provenance of a file of results."""
     measured = results.read(file)
+    if "tables" in measured:
+        return f"\n{report(measured['tables'])}\n\n{origin(file, measured, [measured])}\n"
     if any("errors" in case for case in measured["results"]):
         cases, (header, rows) = [measured], error_table(measured["results"])
     else:
         cases = [case for case in in_order(measured["results"]) if shown(case, operators)]
         header, rows = time_table(cases)
     lines = map(row, [header, ["---", *["---:"] * (len(header) - 1)], *rows])
+    return "\n".join(["", *lines, "", origin(file, measured, cases), ""])
+
+
+def origin(file: Path, measured: dict[str, Any], cases: list[Result]) -> str:
+    """Machine, versions, and of the cases the last date and every commit."""
     dates, commits = (sorted({case[key] for case in cases}) for key in ("date", "commit"))
-    origin = (
+    return (
         f"{measured['processor']}, PyTorch {measured['PyTorch']}, {dates[-1][:10]}, "
-        f"commit {', '.join(commits)}; `bench/results/{file.name}`."
+        f"commit {', '.join(commits)}; `bench/results/{file.relative_to(RESULTS)}`."
     )
-    return "\n".join(["", *lines, "", origin, ""])
 
 
 def error_table(cases: list[Result]) -> tuple[list[str], list[list[str]]]:

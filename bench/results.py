@@ -22,5 +22,9 @@ def add(file: Path, provenance: dict[str, Any], measured: Iterable[Result]) -> N
     before = read(file) if file.exists() else {}
     kept = before.get("results", []) if all(before.get(key) == machine[key] for key in SAME_MACHINE) else []
     results = {result["case"]: result for result in kept} | {result["case"]: result | own for result in measured}
+    write(file, {**machine, "results": list(results.values())})
+
+
+def write(file: Path, content: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**machine, "results": list(results.values())}, indent=1, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

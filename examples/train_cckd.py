@@ -332,15 +332,15 @@ class CorrelationCongruence(Experiment):
                 for label, variant in STUDIES[study].items()
             }
             content[study] = measured
-            rows = [[label, *map(results.spread, values.values())] for label, values in measured.items()]
-            tables.append(results.markdown([study, *measures.values()], rows))
-        best = ", ".join(f"{what} {of_teacher[measure]:.2f}" for measure, what in measures.items())
-        text = "\n\n".join(tables)
-        training.write_json(self.out / "results.json", content)
+            rows = {label: list(values.values()) for label, values in measured.items()}
+            tables.append(results.grid(study, rows, list(measures.values())))
+        tables[0]["rows"].insert(0, ["teacher", *([value] for value in content["teacher"].values())])
+        text = results.report(tables)
+        training.write_json(self.out / "results.json", content | {"tables": tables})
         training.replace_file(self.out / "table.md", lambda path: path.write_text(text + "\n"))
         self.draw(teacher, of_teacher, runs)
         recipe = self.recipe
-        print(f"\n{text}\n\nTeacher {recipe.teacher}: {best}. Students: {recipe.student}, after the last epoch,")
+        print(f"\n{text}\n\nTeacher: {recipe.teacher}. Students: {recipe.student}, after the last epoch,")
         print(f"mean ± standard deviation over {recipe.seeds} seeds. Batches are class-uniform unless said otherwise.")
         print(f"Tables, numbers and figures are in {self.out}; the same command prints this again without training.")
 

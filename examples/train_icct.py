@@ -149,21 +149,20 @@ class InterClassCorrelation(Experiment):
         tables = []
         for scenario in self.scenarios:
             if scenario == "born-again":
-                table, accuracies = self.born_again()
+                table, content[scenario] = self.born_again()
             elif scenario == "strong-to-weak":
-                table, accuracies = self.taught(scenario, recipe.strong, recipe.weak)
+                table, content[scenario] = self.taught(scenario, recipe.strong, recipe.weak)
             else:
-                table, accuracies = self.taught(scenario, recipe.weak, recipe.strong)
-            content[scenario] = accuracies
-            tables.append(f"{scenario}\n\n{table}")
-        text = "\n\n".join(tables)
+                table, content[scenario] = self.taught(scenario, recipe.weak, recipe.strong)
+            tables.append(table)
+        text = results.report(tables)
         if parallel.rank() == 0:
-            training.write_json(self.out / "results.json", content)
+            training.write_json(self.out / "results.json", content | {"tables": tables})
             training.replace_file(self.out / "table.md", lambda path: path.write_text(text + "\n"))
         print(f"\n{text}\n\nAccuracy after the last epoch, mean ± standard deviation over seeds.")
         print(f"Tables, numbers and figures are in {self.out}; the same command prints this again without training.")
 
-    def taught(self, scenario: str, teacher_name: str, student_name: str) -> tuple[str, dict]:
+    def taught(self, scenario: str, teacher_name: str, student_name: str) -> tuple[results.Table, dict]:
         """Students of one kind by every method, taught by one teacher of another: the table and the accuracies."""
         teacher, history = self.teacher(teacher_name)
         runs: Runs = {name: [] for name in self.methods}
@@ -174,11 +173,11 @@ class InterClassCorrelation(Experiment):
         if parallel.rank() == 0:
             self.draw_curves(scenario, teacher_name, student_name, runs, history[-1]["test_accuracy"])
             self.draw_networks(scenario, {"teacher": teacher, **{name: runs[name][0][0] for name in runs}})
-        table = results.table((teacher_name, history[-1]["test_accuracy"]), accuracies, baseline="CE")
-        table += f"\n\nStudents: {student_name}."
+        title = f"{scenario}, students: {student_name}"
+        table = results.table((teacher_name, history[-1]["test_accuracy"]), accuracies, baseline="CE", title=title)
         return table, {"teacher": history[-1]["test_accuracy"], **accuracies}
 
-    def born_again(self) -> tuple[str, dict]:
+    def born_again(self) -> tuple[results.Table, dict]:
         """Generations of one network by every method, each taught by the one before: the table and the accuracies."""
         network, generations = self.recipe.again, range(1, self.recipe.generations + 1)
         methods = [name for name in self.methods if name != "CE"]
@@ -193,14 +192,13 @@ class InterClassCorrelation(Experiment):
                 descent = self.descent(name, network, seed, start, generations)
                 accuracies[name].append([final(run) for run in descent])
                 last.setdefault(f"{name}, generation {generations[-1]}", descent[-1][0])
-        rows = [["0 (CE)", *[results.spread(first)] * len(methods)]]
+        rows = {"0 (CE)": [first] * len(methods)}
         for index, generation in enumerate(generations):
-            by_method = ([run[index] for run in accuracies[name]] for name in methods)
-            rows.append([str(generation), *map(results.spread, by_method)])
+            rows[str(generation)] = [[run[index] for run in accuracies[name]] for name in methods]
         if parallel.rank() == 0:
             self.draw_networks("born-again", last)
-        table = results.markdown(["generation", *methods], rows)
-        return f"{table}\n\nNetwork: {network}.", {"generation 0": first, **accuracies}
+        table = results.grid("generation", rows, methods, title=f"born-again, network: {network}")
+        return table, {"generation 0": first, **accuracies}
 
     def teacher(self, name: str) -> tuple[StagedNetwork, History]:
         """The trained, frozen teacher, and its history."""

@@ -322,7 +322,7 @@ class LocalCorrelation(Experiment):
             name: [history[-1]["test_accuracy"] for history in runs] for name, runs in trained.histories.items()
         }
         cosines = self.cosines(trained)
-        table = results.table((recipe.teacher, teacher_accuracy), accuracies, baseline="KD")
+        tables = [results.table((recipe.teacher, teacher_accuracy), accuracies, baseline="KD")]
         content = {
             "recipe": asdict(recipe),
             "data": self.data_settings,
@@ -335,11 +335,13 @@ class LocalCorrelation(Experiment):
                 f"stage {number}": {name: overlap(density, stage["teacher"]) for name, density in stage.items()}
                 for number, stage in enumerate(cosines, 1)
             },
+            "tables": tables,
         }
         training.write_json(self.out / "results.json", content)
-        training.replace_file(self.out / "table.md", lambda path: path.write_text(table + "\n"))
+        text = results.report(tables)
+        training.replace_file(self.out / "table.md", lambda path: path.write_text(text + "\n"))
         self.draw(trained, cosines, teacher_accuracy)
-        print(f"\n{table}\n\nStudents: {recipe.student}, accuracy after the last epoch, mean ± standard deviation.")
+        print(f"\n{text}\n\nStudents: {recipe.student}, accuracy after the last epoch, mean ± standard deviation.")
         print(f"Tables, numbers and figures are in {self.out}; the same command prints this again without training.")
 
     def draw(self, trained: Trained, cosines: list[dict[str, np.ndarray]], teacher_accuracy: float) -> None:

@@ -423,13 +423,13 @@ class CrossLayer(Experiment):
                 rows = {name: [r.accuracies for r in runs if r.setting.method == name] for name in self.methods}
                 head = "share of the training images" if few else "share of wrong labels"
                 tables.append(results.grid(head, rows, [f"{100 * value:g} %" for value in values]))
-        text = "\n\n".join(tables)
-        training.write_json(self.out / "results.json", content)
+        text = results.report(tables)
+        training.write_json(self.out / "results.json", content | {"tables": tables})
         training.replace_file(self.out / "tables.md", lambda path: path.write_text(text + "\n"))
         print(f"\n{text}\n\nStudents: {recipe.student}, accuracy after the last epoch in percent, mean ± deviation.")
         print(f"Tables, numbers and figures are in {self.out}; the same command prints this again without training.")
 
-    def report_methods(self, runs: list[Runs], teacher_accuracy: float, content: dict) -> list[str]:
+    def report_methods(self, runs: list[Runs], teacher_accuracy: float, content: dict) -> list[results.Table]:
         """Tables 2 and 5, the figures of training and of the attention; further numbers go into ``content``."""
         accuracies = {r.setting.method: r.accuracies for r in runs}
         transferring = {r.setting.method: r for r in runs if METHODS[r.setting.method].transfer}

@@ -563,7 +563,8 @@ def test_grad_cam_is_what_the_logit_owes_to_a_position(tmp_path: Path) -> None:
 
 
 def test_the_table_shows_mean_deviation_and_paired_gain() -> None:
-    table = results.table(("big", 99.0), {"KD": [90.0, 92.0, 94.0], "LKD": [91.0, 94.0, 94.0]}, baseline="KD")
+    methods = {"KD": [90.0, 92.0, 94.0], "LKD": [91.0, 94.0, 94.0]}
+    table = results.report([results.table(("big", 99.0), methods, baseline="KD")])
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert cells[2:] == [
         ["teacher (big)", "99.00", ""],

@@ -131,8 +131,10 @@ def transfer_regressor(transfer: train_semckd.Transfer) -> torch.nn.Module:
 
 
 def test_a_grid_shows_mean_and_deviation() -> None:
-    grid = results.grid("x", {"a": [[1.0, 3.0], [2.0]]}, ["one", "two"])
-    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in grid.splitlines()][2:] == [
+    grid = results.grid("x", {"a": [[1.0, 3.0], [2.0]]}, ["one", "two"], title="above")
+    shown = results.report([grid]).splitlines()
+    assert shown[:2] == ["above", ""]
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in shown[2:]][2:] == [
         ["a", "2.00 ± 1.41", "2.00"]
     ]
 

@@ -219,7 +219,7 @@ def configuration() -> Configuration:
 EXPECTED = {
     "KD": lambda s, t: 0.9 * 9 * original_kl(s[0], t[0], 3.0),
     "AT": lambda s, t: 30 * original_attention(s[1]["feats"][1], t[1]["feats"][1]),
-    "SP": lambda s, t: 30 * original_similarity(s[1]["feats"][-1], t[1]["feats"][-1]),
+    "SP": lambda s, t: 30 * original_similarity(s[1]["feats"][-1], t[1]["feats"][-1]).view(1),  # its shape
     "RKD": lambda s, t: 30 * original_relations(s[1]["pooled_feat"], t[1]["pooled_feat"], 25, 50),
     "PKT": lambda s, t: 30 * original_probabilities(s[1]["pooled_feat"], t[1]["pooled_feat"]),
 }
@@ -282,22 +282,22 @@ def unit(kernel):
 @pytest.mark.parametrize(
     ("name", "settings", "original", "shape"),
     [
-        ("FusedKDLoss", {**PLACES, "temperature": 4.0}, lambda s, t: original_kl(s, t, 4.0), (7, 9)),
+        ("KDLoss", {**PLACES, "temperature": 4.0}, lambda s, t: original_kl(s, t, 4.0), (7, 9)),
         (
-            "FusedKDLoss",
+            "KDLoss",
             {**PLACES, "temperature": 2.0, "reduction": "sum"},
             lambda s, t: 7 * original_kl(s, t, 2.0),
             (7, 9),
         ),
         (
-            "FusedKDLoss",
+            "KDLoss",
             {**PLACES, "temperature": 2.0, "reduction": "mean"},
             lambda s, t: original_kl(s, t, 2.0) / 9,
             (7, 9),
         ),
-        ("FusedATLoss", PAIR, original_attention, (5, 6, 4, 4)),
+        ("ATLoss", PAIR, original_attention, (5, 6, 4, 4)),
         (
-            "FusedATLoss",
+            "ATLoss",
             {**PAIR, "mode": "paper"},
             lambda s, t: (
                 sum(
@@ -308,51 +308,51 @@ def unit(kernel):
             ),
             (5, 6, 4, 4),
         ),
-        ("FusedPKTLoss", PLACES, original_probabilities, (7, 9)),
+        ("PKTLoss", PLACES, original_probabilities, (7, 9)),
         (
-            "FusedRKDLoss",
+            "RKDLoss",
             {**OUTPUTS, "dist_factor": 1.0, "angle_factor": 2.0, "reduction": "mean"},
             lambda s, t: original_relations(s, t, 1, 2),
             (7, 9),
         ),
         (
-            "FusedRKDLoss",
+            "RKDLoss",
             {**OUTPUTS, "dist_factor": 1.0, "angle_factor": 2.0, "reduction": "sum"},
             lambda s, t: original_relations(s, t, 7**2, 2 * 7**3),
             (7, 9),
         ),
         (
-            "FusedCCKDLoss",
+            "CCKDLoss",
             {**LINEAR, "kernel_config": {"type": "gaussian", "gamma": 0.4, "max_p": 2}, "reduction": "batchmean"},
             lambda s, t: original_congruence(s, t, taylor(0.4, 2)),
             (7, 9),
         ),
         (  # as torchdistill's configurations write it
-            "FusedCCKDLoss",
+            "CCKDLoss",
             {**LINEAR, "kernel_params": {"key": "gaussian", "gamma": 0.4, "max_p": 2}, "reduction": "batchmean"},
             lambda s, t: original_congruence(s, t, taylor(0.4, 2)),
             (7, 9),
         ),
         (
-            "FusedCCKDLoss",
+            "CCKDLoss",
             {**LINEAR, "kernel_config": {"type": "bilinear"}, "reduction": "sum"},
             lambda s, t: 49 * original_congruence(s, t, lambda g: g),
             (7, 9),
         ),
         (
-            "FusedCCKDLoss",
+            "CCKDLoss",
             {**LINEAR, "kernel_config": {"type": "bilinear"}, "reduction": "batchmean", "paper": True},
             lambda s, t: (7 * unit(lambda g: g)(s, t)) ** 2,
             (7, 9),
         ),
         (
-            "FusedSPKDLoss",
+            "SPKDLoss",
             {**OUTPUTS, "reduction": "batchmean"},
             lambda s, t: original_similarity(s, t, p=1),
             (5, 6, 4, 4),
         ),
         (
-            "FusedSPKDLoss",
+            "SPKDLoss",
             {**OUTPUTS, "reduction": "batchmean", "paper": True},
             original_similarity,
             (5, 6, 4, 4),
@@ -368,7 +368,7 @@ def test_torchdistill(registry, name, settings, original, shape):
 
 
 def test_torchdistill_with_labels(registry):
-    loss = registry["FusedKDLoss"](**PLACES, temperature=4.0, alpha=0.3)
+    loss = registry["KDLoss"](**PLACES, temperature=4.0, alpha=0.3)
     student, teacher, labels = torch.randn(7, 9, requires_grad=True), torch.randn(7, 9), torch.randint(9, (7,))
     expected = 0.3 * F.cross_entropy(student, labels) + 0.7 * 16 * original_kl(student, teacher, 4.0)
     assert_close(loss(io(student), io(teacher), labels), expected.double())
@@ -386,7 +386,7 @@ def test_torchdistill_meets_losses_of_its_own(registry):
 def test_a_matching_student_has_gradient_zero(registry):
     """Where the Frobenius norm has a corner."""
     settings = {"kernel_config": {"type": "bilinear"}, "reduction": "batchmean"}
-    loss = registry["FusedCCKDLoss"](**LINEAR, **settings)
+    loss = registry["CCKDLoss"](**LINEAR, **settings)
     student = torch.randn(5, 4, requires_grad=True)
     _, (gradient,) = loss_and_gradients(lambda s: loss(io(s), io(student.detach())), student)
     assert not gradient.isnan().any()

@@ -1,10 +1,13 @@
-"""Accuracies over seeds as a table."""
+"""Accuracies over seeds as tables: kept as numbers in results.json, shown as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+
+Table = dict[str, Any]  # its "header" and its "rows"; a cell is a text, or values over seeds; "title" stands above
 
 
 def spread(values: Sequence[float]) -> str:
@@ -12,26 +15,36 @@ def spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
 
 
-def table(teacher: tuple[str, float], methods: Mapping[str, Sequence[float]], baseline: str) -> str:
-    """A Markdown table: every method's accuracy over the seeds, and its gain over ``baseline``, seed by seed."""
+def table(teacher: tuple[str, float], methods: Mapping[str, Sequence[float]], baseline: str, title: str = "") -> Table:
+    """Every method's accuracy over the seeds, and its gain over ``baseline``, seed by seed."""
     seeds = max(len(values) for values in methods.values())
     compared = baseline in methods
     header = ["method", f"test accuracy, % ({seeds} seed{'s' if seeds > 1 else ''})"]
-    rows = [[f"teacher ({teacher[0]})", f"{teacher[1]:.2f}"]]
+    rows = [[f"teacher ({teacher[0]})", [teacher[1]]]]
     for name, values in methods.items():
-        rows.append([name, spread(values)])
+        rows.append([name, values])
     if compared:
         header.append(f"gain over {baseline}, seed by seed")
         rows[0].append("")
         for row, values in zip(rows[1:], methods.values(), strict=True):
             gains = [value - base for value, base in zip(values, methods[baseline], strict=True)]
-            row.append("" if row[0] == baseline else spread(gains))
-    return markdown(header, rows)
+            row.append("" if row[0] == baseline else gains)
+    return {"title": title, "header": header, "rows": rows}
 
 
-def grid(corner: str, rows: Mapping[str, Sequence[Sequence[float]]], columns: Sequence[str]) -> str:
-    """A Markdown table: each cell is the mean and the deviation of its values."""
-    return markdown([corner, *columns], [[name, *map(spread, cells)] for name, cells in rows.items()])
+def grid(corner: str, rows: Mapping[str, Sequence[Sequence[float]]], columns: Sequence[str], title: str = "") -> Table:
+    """Each cell is the values over the seeds."""
+    return {"title": title, "header": [corner, *columns], "rows": [[name, *cells] for name, cells in rows.items()]}
+
+
+def report(tables: Sequence[Table]) -> str:
+    """All of an experiment's tables, under their titles."""
+    shown = []
+    for part in tables:
+        rows = [[cell if isinstance(cell, str) else spread(cell) for cell in row] for row in part["rows"]]
+        shown += [part["title"]] if part["title"] else []
+        shown.append(markdown(part["header"], rows))
+    return "\n\n".join(shown)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -90,7 +90,7 @@ class SP(FeatureDistiller):
     """Similarity preserving on the last stage: ``kdkernels.similarity_preserving_loss``."""
 
     def compare(self, student, teacher):
-        return functional.similarity_preserving_loss(student["feats"][-1], teacher["feats"][-1])
+        return repdistiller.Similarity().similarity_loss(student["feats"][-1], teacher["feats"][-1])
 
 
 class RKD(FeatureDistiller):

@@ -1,18 +1,10 @@
-"""kdkernels' losses in torchdistill's registry: import this module and name them in the configuration:
+"""torchdistill's losses on fused kernels, under their own names. One more line in a configuration:
 
-    dependencies:
-      - name: 'kdkernels.integrations.torchdistill'
-    ...
-    criterion:
-      key: 'FusedCCKDLoss'
-      kwargs:
-        student_linear_path: 'linear'
-        teacher_linear_path: 'linear'
-        kernel_config: {type: 'gaussian', gamma: 0.4, max_p: 2}
-        reduction: 'batchmean'
+    dependencies: ['kdkernels.integrations.torchdistill']
 
-``Fused<name>`` takes the arguments of torchdistill's ``<name>`` and returns its number and gradient; where that departs
-from the paper, ``paper=True`` follows the paper. ``LocalCorrelationLoss``, ``CorrelationCongruenceLoss`` and
+``KDLoss``, ``ATLoss``, ``PKTLoss``, ``RKDLoss``, ``CCKDLoss`` and ``SPKDLoss`` of its registry are these from then on.
+They take the arguments of torchdistill's and return its number and gradient; where that departs from the paper,
+``paper=True`` follows the paper. ``LocalCorrelationLoss``, ``CorrelationCongruenceLoss`` and
 ``InterClassCorrelationLoss`` are new to it: their arguments are those of ``kdkernels.nn``, and two paths.
 """
 
@@ -31,22 +23,22 @@ from .. import nn as losses
 from .repdistiller import PKT
 
 __all__ = [
+    "ATLoss",
+    "CCKDLoss",
     "CorrelationCongruenceLoss",
-    "FusedATLoss",
-    "FusedCCKDLoss",
-    "FusedKDLoss",
-    "FusedPKTLoss",
-    "FusedRKDLoss",
-    "FusedSPKDLoss",
     "InterClassCorrelationLoss",
+    "KDLoss",
     "LocalCorrelationLoss",
+    "PKTLoss",
+    "RKDLoss",
+    "SPKDLoss",
 ]
 
 IO = Mapping[str, Mapping[str, Any]]
 
 
 @register_mid_level_loss
-class FusedKDLoss(nn.Module):
+class KDLoss(nn.Module):
     """torchdistill's KDLoss: ``α·cross_entropy + β·T²·KL``; without α or targets, the KL alone and without T²."""
 
     def __init__(
@@ -84,7 +76,7 @@ class FusedKDLoss(nn.Module):
 
 
 @register_mid_level_loss
-class FusedATLoss(nn.Module):
+class ATLoss(nn.Module):
     """torchdistill's ATLoss in its mode 'code'; 'paper' takes the unsquared distance of Eq. 2, divided by the batch."""
 
     def __init__(self, at_pairs: Mapping[str, Mapping[str, Any]], mode: str = "code", **_: Any) -> None:
@@ -112,7 +104,7 @@ def _attention_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @register_mid_level_loss
-class FusedPKTLoss(nn.Module):
+class PKTLoss(nn.Module):
     """torchdistill's PKTLoss."""
 
     def __init__(
@@ -149,7 +141,7 @@ class _OutputLoss(nn.Module):
 
 
 @register_mid_level_loss
-class FusedRKDLoss(_OutputLoss):
+class RKDLoss(_OutputLoss):
     """torchdistill's RKDLoss."""
 
     def __init__(
@@ -180,7 +172,7 @@ class FusedRKDLoss(_OutputLoss):
 
 
 @register_mid_level_loss
-class FusedCCKDLoss(_OutputLoss):
+class CCKDLoss(_OutputLoss):
     """torchdistill's CCKDLoss: the Frobenius norm of the difference over b², of rows as they are.
 
     ``paper=True`` is Eq. 6 instead: the squared norm over b², of normalised rows. ``kernel_params`` with a ``key`` is
@@ -224,7 +216,7 @@ def _root(squares: Tensor) -> Tensor:
 
 
 @register_mid_level_loss
-class FusedSPKDLoss(_OutputLoss):
+class SPKDLoss(_OutputLoss):
     """torchdistill's SPKDLoss, which divides the rows of the Gram matrices by their L1 norm.
 
     ``paper=True`` divides by the L2 norm, as SP's authors do, and is the one that is fused.

@@ -1,0 +1,44 @@
+"""Runs every example with its defaults, for the tables of docs/examples.md.
+
+    python bench/examples.py && python bench/report.py
+
+Puts the tables with machine, versions, commit and date into bench/results/examples. An example that was run before is
+not run again, as long as its folder is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import results
+from measure import provenance
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = {  # by the name of the file
+    "lkd": ("train_lkd.py",),
+    "cckd": ("train_cckd.py",),
+    "cckd-retrieval": ("train_cckd.py", "--task", "retrieval"),
+    "icct": ("train_icct.py",),
+    "semckd": ("train_semckd.py",),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=EXAMPLES, metavar="NAME", help=f"default: {' '.join(EXAMPLES)}")
+    parser.add_argument("--out", type=Path, default=Path("runs/examples"), help="default: %(default)s")
+    arguments = parser.parse_args()
+    for name in arguments.names or EXAMPLES:
+        script, *options = EXAMPLES[name]
+        folder = arguments.out / name
+        command = [sys.executable, ROOT / "examples" / script, *options, "--threads", "1", "--out", folder]
+        subprocess.run(command, check=True)
+        tables = results.read(folder / "results.json")["tables"]
+        results.write(ROOT / "bench" / "results" / "examples" / f"{name}.json", provenance() | {"tables": tables})
+
+
+if __name__ == "__main__":
+    main()

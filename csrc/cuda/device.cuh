@@ -1,6 +1,22 @@
 // What kernels ask of the device. tests/emulation compiles the same kernels for the CPU, with its own version of the first half.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+namespace kdkernels {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+// Two neighbours of half precision, of which tensor cores take as many as they take single floats.
+template <typename E>
+struct alignas(4) HalfPair {
+  E numbers[2];
+};
+
+}  // namespace kdkernels
+
 #ifdef KDKERNELS_EMULATED
 #include "emulation.h"
 #else
@@ -8,6 +24,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <type_traits>
 
 // An array in shared memory.
 #define SHARED_ARRAY(T, name, count) __shared__ __align__(16) T name[count]
@@ -81,6 +98,29 @@ __device__ inline void multiply(float (&c)[M][N][4], const float (&a)[M][4], con
           : "+f"(c[i][j][0]), "+f"(c[i][j][1]), "+f"(c[i][j][2]), "+f"(c[i][j][3])
           : "r"(__float_as_uint(a[i][0])), "r"(__float_as_uint(a[i][1])), "r"(__float_as_uint(a[i][2])),
             "r"(__float_as_uint(a[i][3])), "r"(__float_as_uint(b[j][0])), "r"(__float_as_uint(b[j][1])));
+}
+
+// The same for pairs, of which there are 8 in a row of a and in a column of b, and 16 numbers. Products are exact.
+template <typename E, int M, int N>
+__device__ inline void multiply(float (&c)[M][N][4], const HalfPair<E> (&a)[M][4], const HalfPair<E> (&b)[N][2]) {
+  const auto bits = [](const HalfPair<E>& pair) { return *reinterpret_cast<const unsigned*>(&pair); };
+#pragma unroll
+  for (int i = 0; i < M; ++i)
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      float (&sums)[4] = c[i][j];
+#define MULTIPLY(type)                                                                                               \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                                \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                \
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                          \
+               : "r"(bits(a[i][0])), "r"(bits(a[i][1])), "r"(bits(a[i][2])), "r"(bits(a[i][3])), "r"(bits(b[j][0])), \
+                 "r"(bits(b[j][1])))
+      if constexpr (std::is_same_v<E, Half>)
+        MULTIPLY("f16");
+      else
+        MULTIPLY("bf16");
+#undef MULTIPLY
+    }
 }
 
 // The same in float64, in four products of 8 x 4 by 4 x 8.

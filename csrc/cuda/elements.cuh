@@ -1,9 +1,6 @@
 // Elements of any float type, read as numbers of the type computed in and written from them: one kernel serves every dtype.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include "device.cuh"
 
 namespace kdkernels {
@@ -15,9 +12,16 @@ inline constexpr Element kElement = Element::float32;
 template <>
 inline constexpr Element kElement<double> = Element::float64;
 template <>
-inline constexpr Element kElement<torch::headeronly::BFloat16> = Element::bfloat16;
+inline constexpr Element kElement<BFloat16> = Element::bfloat16;
 template <>
-inline constexpr Element kElement<torch::headeronly::Half> = Element::float16;
+inline constexpr Element kElement<Half> = Element::float16;
+
+template <typename E>
+inline constexpr bool kIsHalf = sizeof(E) == 2;
+
+// What products of numbers E are computed in.
+template <typename E>
+using Computed = std::conditional_t<std::is_same_v<E, double>, double, float>;
 
 // Calls f with a number of the type.
 template <typename F>
@@ -26,9 +30,9 @@ __device__ auto with_type(Element type, const F& f) {
     case Element::float64:
       return f(double());
     case Element::bfloat16:
-      return f(torch::headeronly::BFloat16());
+      return f(BFloat16());
     case Element::float16:
-      return f(torch::headeronly::Half());
+      return f(Half());
     default:
       return f(float());
   }

@@ -64,8 +64,8 @@ void for_each_type(const std::vector<Tensor>& layers, const F& f) {
     those_of(double());
   } else {
     those_of(float());
-    those_of(torch::headeronly::BFloat16());
-    those_of(torch::headeronly::Half());
+    those_of(BFloat16());
+    those_of(Half());
   }
 }
 

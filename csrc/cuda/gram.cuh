@@ -38,10 +38,6 @@ struct Features {
   }
 };
 
-// What products of numbers E are computed in.
-template <typename E>
-using Computed = std::conditional_t<std::is_same_v<E, double>, double, float>;
-
 // An entry on the diagonal or to the right of it, of a symmetric matrix of so many rows.
 template <typename T>
 __device__ void write_mirrored(T* matrix, int rows, int row, int column, T entry) {
@@ -69,9 +65,9 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const Place place = Place::in_triangle(block % in_a_part, across);
   const int begin = int(block / in_a_part) * p.part_depth;
   const int end = begin + min(p.part_depth, p.features.depth - begin);
-  Tile<T> tile =
-      multiply_tiles<T, true, true, Features<E>>({p.features, p.features, begin, end}, {p.features, p.features, 0, 0},
-                                                 place.row, batch, place.column, batch, place.row == place.column);
+  Tile<T> tile = multiply_tiles<T, true, true, Features<E>>({p.features, p.features, begin, end},
+                                                            {p.features, p.features, 0, 0}, place.row, batch,
+                                                            place.column, batch, true, place.row == place.column);
   tile.for_each([&](int r, int s, T& entry) {
     if (p.parts == 1)
       write_mirrored(p.out, batch, place.row + r, place.column + s, entry);

@@ -1,17 +1,22 @@
 // Products of matrices by tiles of 64 x 64, a block each: panels of the operands come to shared memory a few steps ahead of the
-// tensor cores, which keep float32's accuracy by computing with each number in two halves.
+// tensor cores. Two operands of half precision are multiplied as they are, which is exact. Floats keep their accuracy by being
+// multiplied in two halves each, or are rounded to tf32 where that is allowed.
 #pragma once
 
 #include <type_traits>
 
-#include "device.cuh"
+#include "elements.cuh"
 
 namespace kdkernels {
 
 constexpr int kTile = 64;                // rows and columns of a tile
-constexpr int kDepth = 16;               // depth of a panel
+constexpr int kDepth = 16;               // depth of a panel, in units: numbers or pairs of them
 constexpr int kTileThreads = 128;        // four warps, each with a quarter of the tile, 32 x 32
 constexpr int kLines = 2, kColumns = 4;  // blocks of 16 x 8 that make up such a quarter
+
+// What tensor cores multiply numbers A by numbers B in: pairs if both are of half precision, else what they are computed in.
+template <typename T, typename A, typename B>
+using Unit = std::conditional_t<std::is_same_v<A, B> && kIsHalf<A>, HalfPair<A>, T>;
 
 // Panels of both operands that shared memory holds.
 template <typename T>
@@ -31,25 +36,28 @@ struct Matrix {
   template <bool Along, int Width>
   __device__ void copy(T* shared, int row, int k, bool valid) const {
     const int64_t offset = Along ? row * stride + k : k * stride + row;
-    copy_async<Width * sizeof(T)>(shared, valid ? data + offset : data, valid);
+    if constexpr (Width * sizeof(T) >= 4)
+      copy_async<Width * sizeof(T)>(shared, valid ? data + offset : data, valid);
+    else
+      *shared = valid ? data[offset] : T(0);  // the hardware copies no less than four bytes
   }
 };
 
-// A panel of one operand, 64 x 16. Its neighbours in memory lie along the depth or across it, and so they do in shared memory,
-// where lines are padded such that the lanes of a warp read from different banks.
-template <typename T, bool Along>
+// A panel of one operand, 64 x Depth. Its neighbours in memory lie along the depth or across it, and so they do in shared
+// memory, where lines are padded such that the lanes of a warp read from different banks.
+template <typename T, bool Along, int Depth>
 struct Panel {
   static constexpr int kTogether = 16 / int(sizeof(T));
-  static constexpr int kPitch = Along ? kDepth + (kTogether > 4 ? kTogether : 4) : kTile + 32 / int(sizeof(T));
-  static constexpr int kSize = (Along ? kTile : kDepth) * kPitch;
+  static constexpr int kPitch = Along ? Depth + (kTogether > 4 ? kTogether : 4) : kTile + 32 / int(sizeof(T));
+  static constexpr int kSize = (Along ? kTile : Depth) * kPitch;
 
   // Begin to copy; zeros where there is no row or no depth any more.
   template <typename Source>
   static __device__ void load(T* panel, const Source& source, int row, int rows, int begin, int end) {
     const auto copy = [&](auto together) {
       constexpr int width = decltype(together)::value;
-      constexpr int length = Along ? kDepth : kTile, lines = Along ? kTile : kDepth, pieces = length / width;
-#pragma unroll
+      constexpr int length = Along ? Depth : kTile, lines = Along ? kTile : Depth, pieces = length / width;
+#pragma unroll(width > 1 ? 8 : 4)  // single numbers take registers
       for (int i = threadIdx.x; i < lines * pieces; i += kTileThreads) {
         const int line = i / pieces, column = i % pieces * width;
         const int r = row + (Along ? line : column), k = begin + (Along ? column : line);
@@ -62,40 +70,52 @@ struct Panel {
       copy(std::integral_constant<int, 1>());
   }
 
-  static __device__ T at(const T* panel, int row, int k) {
-    return Along ? panel[row * kPitch + k] : panel[k * kPitch + row];
+  // Unit k of a row.
+  template <typename U>
+  static __device__ U at(const T* panel, int row, int k) {
+    if constexpr (std::is_same_v<U, HalfPair<T>>) {
+      static_assert(Along);
+      return *reinterpret_cast<const HalfPair<T>*>(panel + row * kPitch + 2 * k);
+    } else {
+      return number<U>(Along ? panel[row * kPitch + k] : panel[k * kPitch + row]);
+    }
   }
 };
 
-// The first 11 bits of the mantissa, rounded: what remains of x is exact and has no more than 12.
+// The first 11 bits of the mantissa, rounded, which are tf32: what remains of x is exact and has no more than 12.
 __device__ inline float upper_half(float x) { return __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u); }
 
-// The types that the numbers in a and b come from, A and B, may be such that the upper half is all of them.
+// c += a b, of numbers A and B. `accurate`: the lower halves of floats count as well; those of numbers of half precision are 0.
 template <typename A, typename B, int M, int N>
-__device__ void multiply_accurately(float (&c)[M][N][4], const float (&a)[M][4], const float (&b)[N][2]) {
-  constexpr bool whole_a = sizeof(A) == 2, whole_b = sizeof(B) == 2;
-  float a_upper[M][4], a_lower[M][4], b_upper[N][2], b_lower[N][2];
+__device__ void multiply_units(float (&c)[M][N][4], const float (&a)[M][4], const float (&b)[N][2], bool accurate) {
+  float a_upper[M][4], b_upper[N][2];
 #pragma unroll
   for (int i = 0; i < M; ++i)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      a_upper[i][e] = whole_a ? a[i][e] : upper_half(a[i][e]);
-      a_lower[i][e] = a[i][e] - a_upper[i][e];
-    }
+    for (int e = 0; e < 4; ++e) a_upper[i][e] = kIsHalf<A> ? a[i][e] : upper_half(a[i][e]);
 #pragma unroll
   for (int j = 0; j < N; ++j)
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      b_upper[j][e] = whole_b ? b[j][e] : upper_half(b[j][e]);
-      b_lower[j][e] = b[j][e] - b_upper[j][e];
-    }
-  if constexpr (!whole_a) multiply(c, a_lower, b_upper);
-  if constexpr (!whole_b) multiply(c, a_upper, b_lower);
+    for (int e = 0; e < 2; ++e) b_upper[j][e] = kIsHalf<B> ? b[j][e] : upper_half(b[j][e]);
+  if (accurate) {
+    float a_lower[M][4], b_lower[N][2];
+#pragma unroll
+    for (int i = 0; i < M; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) a_lower[i][e] = a[i][e] - a_upper[i][e];
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) b_lower[j][e] = b[j][e] - b_upper[j][e];
+    if constexpr (!kIsHalf<A>) multiply(c, a_lower, b_upper);
+    if constexpr (!kIsHalf<B>) multiply(c, a_upper, b_lower);
+  }
   multiply(c, a_upper, b_upper);
 }
 
-template <typename A, typename B, int M, int N>
-__device__ void multiply_accurately(double (&c)[M][N][4], const double (&a)[M][4], const double (&b)[N][2]) {
+// Of other units products are exact, or as accurate as double.
+template <typename A, typename B, typename T, typename U, int M, int N>
+__device__ void multiply_units(T (&c)[M][N][4], const U (&a)[M][4], const U (&b)[N][2], bool) {
   multiply(c, a, b);
 }
 
@@ -105,8 +125,6 @@ struct Term {
   A a;
   B b;
   int begin, end;
-
-  __device__ int panels() const { return (end - begin + kDepth - 1) / kDepth; }
 };
 
 // A tile of a product as the threads of a block hold it.
@@ -144,36 +162,43 @@ struct Place {
 inline int tiles(int64_t size) { return int((size + kTile - 1) / kTile); }
 inline int64_t triangle(int lines, int across) { return int64_t(lines) * across - int64_t(lines) * (lines - 1) / 2; }
 
-// Panels of both operands, of numbers A and B.
-template <bool AlongA, bool AlongB, typename A, typename B>
-inline constexpr int kStageBytes = Panel<A, AlongA>::kSize * int(sizeof(A)) + Panel<B, AlongB>::kSize * int(sizeof(B));
-
-// Shared memory for products that are computed in T.
+// Panels of both operands, of numbers A and B, whose product is computed in T; and all of them that shared memory holds.
+template <typename T, bool AlongA, bool AlongB, typename NumberA, typename NumberB>
+struct Stage {
+  using U = Unit<T, NumberA, NumberB>;
+  static constexpr int kDeep = kDepth * (std::is_same_v<U, T> ? 1 : 2);  // in numbers
+  using A = Panel<NumberA, AlongA, kDeep>;
+  using B = Panel<NumberB, AlongB, kDeep>;
+  static constexpr int kBytes = A::kSize * int(sizeof(NumberA)) + B::kSize * int(sizeof(NumberB));
+};
 template <typename T, bool AlongA, bool AlongB, typename A = T, typename B = A>
-inline constexpr int kTileBytes = kStages<T> * kStageBytes<AlongA, AlongB, A, B>;
+inline constexpr int kTileBytes = kStages<T> * Stage<T, AlongA, AlongB, A, B>::kBytes;
 
 // The tile at (row, column) of plus.a plus.b - minus.a minus.b, which has so many rows and columns. Sums are carried on from
-// panel to panel by additions that round, since those in the tensor cores do not. `mirrored`: a and b are the same, and so are
-// row and column, such that one panel serves for both.
+// panel to panel by additions that round, since those in the tensor cores do not. `accurate`: floats are not rounded to tf32.
+// `mirrored`: a and b are the same, and so are row and column, such that one panel serves for both.
 template <typename T, bool AlongA, bool AlongB, typename SourceA = Matrix<T>, typename SourceB = SourceA>
 __device__ Tile<T> multiply_tiles(const Term<SourceA, SourceB>& plus, const Term<SourceA, SourceB>& minus, int row,
-                                  int rows, int column, int columns, bool mirrored = false) {
+                                  int rows, int column, int columns, bool accurate = true, bool mirrored = false) {
   using NumberA = typename SourceA::Number;
   using NumberB = typename SourceB::Number;
-  using A = Panel<NumberA, AlongA>;
-  using B = Panel<NumberB, AlongB>;
-  static_assert(kTileBytes<T, AlongA, AlongB, NumberA, NumberB> <= 48 * 1024);
+  using Panels = Stage<T, AlongA, AlongB, NumberA, NumberB>;
+  using A = typename Panels::A;
+  using B = typename Panels::B;
+  using U = typename Panels::U;
+  static_assert(kStages<T> * Panels::kBytes <= 48 * 1024);
   char* const memory = dynamic_shared_memory();
-  const auto a_at = [&](int panel) {
-    return reinterpret_cast<NumberA*>(memory + panel % kStages<T> * kStageBytes<AlongA, AlongB, NumberA, NumberB>);
-  };
+  const auto a_at = [&](int panel) { return reinterpret_cast<NumberA*>(memory + panel % kStages<T> * Panels::kBytes); };
   const auto b_at = [&](int panel) { return reinterpret_cast<NumberB*>(a_at(panel) + (mirrored ? 0 : A::kSize)); };
-  const int first = plus.panels(), count = first + minus.panels();
+  const auto panels = [](const Term<SourceA, SourceB>& term) {
+    return (term.end - term.begin + Panels::kDeep - 1) / Panels::kDeep;
+  };
+  const int first = panels(plus), count = first + panels(minus);
 
   const auto load = [&](int panel) {
     if (panel < count) {
       const Term<SourceA, SourceB> term = panel < first ? plus : minus;
-      const int begin = term.begin + (panel < first ? panel : panel - first) * kDepth;
+      const int begin = term.begin + (panel < first ? panel : panel - first) * Panels::kDeep;
       A::load(a_at(panel), term.a, row, rows, begin, term.end);
       if (!mirrored) B::load(b_at(panel), term.b, column, columns, begin, term.end);
     }
@@ -196,16 +221,17 @@ __device__ Tile<T> multiply_tiles(const Term<SourceA, SourceB>& plus, const Term
     T sums[kLines][kColumns][4] = {};
 #pragma unroll
     for (int k = 0; k < kDepth; k += 8) {
-      T a[kLines][4], b[kColumns][2];
+      U a[kLines][4], b[kColumns][2];
 #pragma unroll
       for (int i = 0; i < kLines; ++i)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) a[i][e] = T(A::at(a_panel, my_row + 16 * i + e % 2 * 8, k + my_depth + e / 2 * 4));
+        for (int e = 0; e < 4; ++e)
+          a[i][e] = A::template at<U>(a_panel, my_row + 16 * i + e % 2 * 8, k + my_depth + e / 2 * 4);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) b[j][e] = T(B::at(b_panel, my_column + 8 * j, k + my_depth + e * 4));
-      multiply_accurately<NumberA, NumberB>(sums, a, b);
+        for (int e = 0; e < 2; ++e) b[j][e] = B::template at<U>(b_panel, my_column + 8 * j, k + my_depth + e * 4);
+      multiply_units<NumberA, NumberB>(sums, a, b, accurate);
     }
     const T sign = panel < first ? T(1) : T(-1);
 #pragma unroll

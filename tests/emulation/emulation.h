@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -237,9 +238,15 @@ inline float __uint_as_float(unsigned bits) {
 
 namespace emulation {
 
-// What a tensor core sees of an operand, and what it leaves of a sum.
-inline double operand(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
-inline double operand(double x) { return x; }
+// What a tensor core sees of an operand, one number or a pair, and what it leaves of a sum.
+inline std::array<double, 1> operand(float x) { return {__uint_as_float(__float_as_uint(x) & 0xffffe000u)}; }
+inline std::array<double, 1> operand(double x) { return {x}; }
+template <typename E>
+std::array<double, 2> operand(const kdkernels::HalfPair<E>& x) {
+  return {double(float(x.numbers[0])), double(float(x.numbers[1]))};
+}
+template <typename U>
+using Operand = decltype(operand(U()));
 
 inline float accumulated(double sum, float) {
   const float nearest = float(sum);
@@ -297,10 +304,10 @@ void wait_copies() {
 }
 
 // Products of a warp, laid out over its lanes as csrc/cuda/device.cuh says.
-template <typename T, int M, int N>
-void multiply(T (&c)[M][N][4], const T (&a)[M][4], const T (&b)[N][2]) {
+template <typename T, typename U, int M, int N>
+void multiply(T (&c)[M][N][4], const U (&a)[M][4], const U (&b)[N][2]) {
   struct Operands {
-    double a[M][4], b[N][2];
+    emulation::Operand<U> a[M][4], b[N][2];
   } own;
   for (int i = 0; i < M; ++i)
     for (int e = 0; e < 4; ++e) own.a[i][e] = emulation::operand(a[i][e]);
@@ -318,7 +325,8 @@ void multiply(T (&c)[M][N][4], const T (&a)[M][4], const T (&b)[N][2]) {
     for (int i = 0; i < M; ++i)
       for (int j = 0; j < N; ++j)
         for (int e = 0; e < 4; ++e)
-          sums[i][j][e] += of_row.a[i][e / 2 + k / 4 * 2] * (e % 2 ? right : left).b[j][k / 4];
+          for (size_t number = 0; number < of_row.a[i][0].size(); ++number)
+            sums[i][j][e] += of_row.a[i][e / 2 + k / 4 * 2][number] * (e % 2 ? right : left).b[j][k / 4][number];
   }
   for (int i = 0; i < M; ++i)
     for (int j = 0; j < N; ++j)

@@ -1,5 +1,5 @@
-// Sums of squared differences between two kernel matrices of embeddings, with gradients: the tiles of both Gram matrices are
-// made into entries of the kernel while they are in registers.
+// Sums of squared differences between two kernel matrices, with gradients: the tiles of both Gram matrices are made into entries
+// of the kernel while they are in registers. Rows of half precision are multiplied as they are, and their norms come in here.
 #pragma once
 
 #include "congruence.cuh"
@@ -36,38 +36,41 @@ __device__ Entry<T> rbf(T g, T gamma, T square, T other_square) {
   return {value, 2 * gamma * value};
 }
 
-// As Gram in congruence.cuh: rows first to first + height of both matrices, from column first on.
-template <typename T>
+// As Gram in congruence.cuh: rows first to first + height of both matrices, from column first on. Numbers in the rows are E.
+template <typename T, typename E = T>
 struct Comparison {
   Metric metric;
   T gamma, constant;  // exp(−2γ)
-  int order, width_x, width_y;
-  const T *terms_x, *terms_y;  // squares of the rows, for rbf
-  double scale;
-  Matrix<T> x, y;
+  int order, positions, width_x, width_y;
+  Coefficients coefficients;
+  const T *terms_x, *terms_y;      // squares of the rows, for rbf
+  const T *factors_x, *factors_y;  // of half precision, what rows are multiplied by to have the norm that counts
+  Matrix<E> x, y;
   int first, height, rows;
-  T *strip_x, *strip_y;  // the difference times either kernel's slope, height x (rows - first); null if not wanted
+  // The difference times its weight, either kernel's slope and, of half precision, the factors of row and column;
+  // height x (rows - first), null if not wanted.
+  T *strip_x, *strip_y;
   int64_t partials;
 };
 
-template <typename T>
-inline constexpr int kComparisonBytes = kTileBytes<T, true, true> + kTile * kTile * int(sizeof(T));
+template <typename T, typename E = T>
+inline constexpr int kComparisonBytes = kTileBytes<T, true, true, E> + kTile * kTile * int(sizeof(T));
 
-template <typename T>
+template <typename T, typename E>
 __global__ void __launch_bounds__(kTileThreads, 2)
-    comparison_kernel(const __grid_constant__ Group<Comparison<T>> group, double* partials) {
-  static_assert(kComparisonBytes<T> <= 99 * 1024);  // what a block may have where it has least, on sm_86 and sm_89
+    comparison_kernel(const __grid_constant__ Group<Comparison<T, E>> group, double* partials) {
+  static_assert(kComparisonBytes<T, E> <= 99 * 1024);  // what a block may have where it has least, on sm_86 and sm_89
   const int index = group.index();
-  const Comparison<T>& p = group.problems[index];
+  const Comparison<T, E>& p = group.problems[index];
   const int columns = p.rows - p.first, across = (columns + kTile - 1) / kTile;
   const Place place = Place::in_triangle(group.block(index), across);
-  const Matrix<T> x = p.x.from(p.first * p.x.stride), y = p.y.from(p.first * p.y.stride);
-  const auto products = [&](const Matrix<T>& rows, int width) {
-    return multiply_tiles<T, true, true>({rows, rows, 0, width}, {rows, rows, 0, 0}, place.row, p.height, place.column,
-                                         columns);
+  const Matrix<E> x = p.x.from(p.first * p.x.stride), y = p.y.from(p.first * p.y.stride);
+  const auto products = [&](const Matrix<E>& rows, int width) {
+    return multiply_tiles<T, true, true, Matrix<E>>({rows, rows, 0, width}, {rows, rows, 0, 0}, place.row, p.height,
+                                                    place.column, columns);
   };
   // One tile waits in shared memory, behind the panels, while the other is computed: registers have no room for both.
-  T* const waiting = reinterpret_cast<T*>(dynamic_shared_memory() + kTileBytes<T, true, true>) + threadIdx.x;
+  T* const waiting = reinterpret_cast<T*>(dynamic_shared_memory() + kTileBytes<T, true, true, E>) + threadIdx.x;
   Tile<T> of_x = products(x, p.width_x);
   int place_of = 0;
   of_x.for_each([&](int, int, T& value) { waiting[place_of++ * kTileThreads] = value; });
@@ -75,7 +78,12 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   Tile<T> of_y = products(y, p.width_y);
 
   const bool on_diagonal = place.row == place.column;
+  const bool uniform = p.coefficients.uniform();
+  const auto factor = [&](const T* factors, int row, int column) {
+    return kIsHalf<E> ? factors[row] * factors[column] : T(1);
+  };
   const auto entry = [&](T g, const T* terms, int row, int column) {
+    if (p.metric == Metric::bilinear) return Entry<T>{g, 1};
     if (p.metric == Metric::taylor_rbf) return taylor_rbf(g, p.gamma, p.constant, p.order);
     if (row == column) return Entry<T>{1, 0};  // the distance of a row to itself, from which nothing is to be learnt
     return rbf(g, p.gamma, terms[row], terms[column]);
@@ -87,20 +95,23 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     r += place.row;
     s += place.column;
     if (r >= p.height || s >= columns) return;
-    const Entry<T> a = entry(other, p.terms_x, p.first + r, p.first + s);
-    const Entry<T> b = entry(product, p.terms_y, p.first + r, p.first + s);
+    const int row = p.first + r, column = p.first + s;
+    const T factor_x = factor(p.factors_x, row, column), factor_y = factor(p.factors_y, row, column);
+    const Entry<T> a = entry(other * factor_x, p.terms_x, row, column);
+    const Entry<T> b = entry(product * factor_y, p.terms_y, row, column);
     const T difference = a.value - b.value;
-    sum += (on_diagonal ? 1 : 2) * double(difference) * double(difference);
+    const double weight = uniform ? p.coefficients.full : p.coefficients.weight(row, column, p.positions);
+    sum += (on_diagonal ? 1 : 2) * weight * double(difference) * double(difference);
     const auto store = [&](T* strip, T value) {
       if (!strip) return;
       strip[int64_t(r) * columns + s] = value;
       if (!on_diagonal && s < p.height) strip[int64_t(s) * columns + r] = value;
     };
-    store(p.strip_x, difference * a.slope);
-    store(p.strip_y, difference * b.slope);
+    store(p.strip_x, T(weight) * difference * a.slope * factor_x);
+    store(p.strip_y, T(weight) * difference * b.slope * factor_y);
   });
   sum = block_reduce(sum, Sum<double>());
-  if (threadIdx.x == 0) partials[p.partials + group.block(index)] = p.scale * sum;
+  if (threadIdx.x == 0) partials[p.partials + group.block(index)] = sum;
 }
 
 }  // namespace kdkernels

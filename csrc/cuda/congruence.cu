@@ -24,18 +24,20 @@ Matrix<T> matrix(const T* data, int64_t stride, std::initializer_list<int64_t> s
   return {data, stride, vectors};
 }
 
-template <typename T>
-Matrix<T> rows_of(const Side<T>& side, const Sets& sets) {
+template <typename T, typename E>
+Matrix<E> rows_of(const Side<T, E>& side, const Sets& sets) {
   return matrix(side.rows, sets.stride * side.width, {side.width, sets.step * side.width});
 }
 
 template <typename T>
 Side<T> from(const Side<T>& side, int64_t row) {
   const int64_t offset = row * side.width;
-  return {side.rows + offset, side.width, side.grad ? side.grad + offset : nullptr};
+  return {side.rows + offset, side.width, side.grad ? side.grad + offset : nullptr, nullptr};
 }
 
-// Multiply-adds of a loss in either form, as kdkernels/ops/congruence/plan.py counts them for the student's gradient.
+}  // namespace
+
+// By the multiply-adds in either form, as kdkernels/ops/congruence/plan.py counts them for the student's gradient.
 Form settled(Form form, int64_t rows, int64_t x, int64_t y) {
   if (form != Form::mixed) return form;
   const double gram = double(rows) * rows * (1.5 * x + 0.5 * y + 16);
@@ -43,19 +45,26 @@ Form settled(Form form, int64_t rows, int64_t x, int64_t y) {
   return gram <= feature ? Form::gram : Form::feature;
 }
 
-}  // namespace
-
-template <typename T>
-T* Congruences<T>::new_memory(int64_t count) {
+template <typename T, typename E>
+T* Congruences<T, E>::new_memory(int64_t count) {
   memory_.push_back(new_compact(like_, {count}, kScalarType<T>));
   return data_of<T>(memory_.back());
 }
 
-template <typename T>
-void Congruences<T>::add(int64_t rows, int64_t positions, const Side<T>& x, const Side<T>& y, const Coefficients& c,
-                         const Plan& plan) {
+template <typename T, typename E>
+void Congruences<T, E>::add(int64_t rows, int64_t positions, const Side<T, E>& x, const Side<T, E>& y,
+                            const Coefficients& c, const Plan& plan) {
   STD_TORCH_CHECK(std::max({rows, x.width, y.width}) <= std::numeric_limits<int>::max() - kTile,
                   "congruence: more than 2^31 rows, or columns");
+  if constexpr (kIsHalf<E>)
+    add_kernel(rows, x, y, {Metric::bilinear, 0, 0, 0, int(positions), int(x.width), int(y.width), c});
+  else
+    add_sums(rows, positions, x, y, c, plan);
+}
+
+template <typename T, typename E>
+void Congruences<T, E>::add_sums(int64_t rows, int64_t positions, const Side<T>& x, const Side<T>& y,
+                                 const Coefficients& c, const Plan& plan) {
   const int64_t images = rows / positions;
   const Sets all{1, rows, 0, 1}, by_image{images, positions, positions, 1},
       by_position{positions, images, 1, positions};
@@ -80,9 +89,9 @@ void Congruences<T>::add(int64_t rows, int64_t positions, const Side<T>& x, cons
 }
 
 // Strips of rows of D against the columns from the diagonal on. A strip's rows get S X, the rows below it Sᵀ X of the strip's.
-template <typename T>
-void Congruences<T>::add_gram(const Sets& sets, int64_t positions, const Side<T>& x, const Side<T>& y,
-                              const Coefficients& weights) {
+template <typename T, typename E>
+void Congruences<T, E>::add_gram(const Sets& sets, int64_t positions, const Side<T>& x, const Side<T>& y,
+                                 const Coefficients& weights) {
   const int64_t size = sets.size;
   const bool wanted = x.grad || y.grad;
   const int64_t entries = most_entries(sets.count * size * sets.count * size);
@@ -109,10 +118,7 @@ void Congruences<T>::add_gram(const Sets& sets, int64_t positions, const Side<T>
       gram.height = int(lines);
       gram.rows = int(size);
       gram.positions = int(positions);
-      gram.full = weights.full;
-      gram.intra = weights.intra;
-      gram.inter_same = weights.inter_same;
-      gram.diagonal = weights.diagonal;
+      gram.coefficients = weights;
       gram.strip = strip;
       gram.batch_strip = lines * columns;
       gram.partials = new_parts(blocks);
@@ -125,13 +131,14 @@ void Congruences<T>::add_gram(const Sets& sets, int64_t positions, const Side<T>
   written_ = written_ || wanted;
 }
 
-template <typename T>
-void Congruences<T>::add_gradient(Round& now, const Sets& sets, const Strip& strip, const Side<T>& side, T scale) {
+template <typename T, typename E>
+void Congruences<T, E>::add_gradient(Round& now, const Sets& sets, const Strip& strip, const Side<T, E>& side,
+                                     T scale) {
   const auto [entries, first, lines, columns, count] = strip;
   const Matrix<T> S = matrix(static_cast<const T*>(entries), columns, {columns, lines, lines * columns});
-  const Matrix<T> rows = rows_of(side, sets).from(first * sets.stride * side.width);
+  const Matrix<E> rows = rows_of(side, sets).from(first * sets.stride * side.width);
   T* const grad = side.grad + first * sets.stride * side.width;
-  Product<T> product{{S, S}, {rows, rows}, {lines * columns, 0}, {sets.step * side.width, 0}, {int(columns), 0}};
+  Product<T, E> product{{S, S}, {rows, rows}, {lines * columns, 0}, {sets.step * side.width, 0}, {int(columns), 0}};
   product.rows = int(lines);
   product.columns = int(side.width);
   product.splits = 1;
@@ -150,9 +157,9 @@ void Congruences<T>::add_gradient(Round& now, const Sets& sets, const Strip& str
   now.transposed.push_back({product, count * tiles(columns - lines) * tiles(side.width)});
 }
 
-template <typename T>
-void Congruences<T>::add_kernel(int64_t rows, const Side<T>& x, const Side<T>& y, const Comparison<T>& kernel,
-                                T scale) {
+template <typename T, typename E>
+void Congruences<T, E>::add_kernel(int64_t rows, const Side<T, E>& x, const Side<T, E>& y,
+                                   const Comparison<T, E>& kernel) {
   next_ = 0;
   written_ = false;
   const Sets all{1, rows, 0, 1};
@@ -165,9 +172,11 @@ void Congruences<T>::add_kernel(int64_t rows, const Side<T>& x, const Side<T>& y
     Round& now = round(next_++);
     const int64_t lines = std::min(height, rows - first), columns = rows - first;
     const int64_t blocks = triangle(tiles(lines), tiles(columns));
-    Comparison<T> comparison = kernel;
+    Comparison<T, E> comparison = kernel;
     comparison.x = matrix(x.rows, x.width, {kernel.width_x});
     comparison.y = matrix(y.rows, y.width, {kernel.width_y});
+    comparison.factors_x = x.factors;
+    comparison.factors_y = y.factors;
     comparison.first = int(first);
     comparison.height = int(lines);
     comparison.rows = int(rows);
@@ -175,14 +184,14 @@ void Congruences<T>::add_kernel(int64_t rows, const Side<T>& x, const Side<T>& y
     comparison.strip_y = strip_y;
     comparison.partials = new_parts(blocks);
     now.comparisons.push_back({comparison, blocks});
-    if (x.grad) add_gradient(now, all, {strip_x, first, lines, columns, 1}, x, scale);
-    if (y.grad) add_gradient(now, all, {strip_y, first, lines, columns, 1}, y, -scale);
+    if (x.grad) add_gradient(now, all, {strip_x, first, lines, columns, 1}, x, 4);
+    if (y.grad) add_gradient(now, all, {strip_y, first, lines, columns, 1}, y, -4);
   }
 }
 
 // c (‖XᵀX‖² + ‖YᵀY‖² - 2 ‖YᵀX‖²), with gradients 4 c (X (XᵀX) - Y (YᵀX)) and 4 c (Y (YᵀY) - X (XᵀY)).
-template <typename T>
-void Congruences<T>::add_feature(const Sets& sets, const Side<T>& x, const Side<T>& y, double coefficient) {
+template <typename T, typename E>
+void Congruences<T, E>::add_feature(const Sets& sets, const Side<T>& x, const Side<T>& y, double coefficient) {
   const int64_t widest = std::max(x.width, y.width);
   const int64_t at_a_time = std::clamp<int64_t>(kMostEntries / 4 / (widest * widest), 1, sets.count);
   for (int64_t set = 0; set < sets.count; set += at_a_time) {
@@ -220,9 +229,9 @@ void Congruences<T>::add_feature(const Sets& sets, const Side<T>& x, const Side<
 }
 
 // c ‖AᵀB‖². Returns AᵀB if it is to be kept, and its transpose if that is asked for.
-template <typename T>
-T* Congruences<T>::add_norm(Round& now, const Sets& sets, const Side<T>& a, const Side<T>& b, double coefficient,
-                            bool keep, T** transposed) {
+template <typename T, typename E>
+T* Congruences<T, E>::add_norm(Round& now, const Sets& sets, const Side<T>& a, const Side<T>& b, double coefficient,
+                               bool keep, T** transposed) {
   const bool symmetric = a.rows == b.rows;
   const int64_t size = a.width * b.width, lines = tiles(a.width), across = tiles(b.width);
   const int64_t each = symmetric ? triangle(int(lines), int(across)) : lines * across;
@@ -255,8 +264,8 @@ T* Congruences<T>::add_norm(Round& now, const Sets& sets, const Side<T>& a, cons
   return fold.out;
 }
 
-template <typename T>
-void Congruences<T>::add_diagonal(int64_t rows, const Side<T>& x, const Side<T>& y, double coefficient) {
+template <typename T, typename E>
+void Congruences<T, E>::add_diagonal(int64_t rows, const Side<T>& x, const Side<T>& y, double coefficient) {
   const Sets all{1, rows, 0, 1};
   Diagonal<T> diagonal{rows_of(x, all), rows_of(y, all), int(x.width), int(y.width), coefficient, x.grad, y.grad};
   diagonal.accumulate = written_;
@@ -265,17 +274,18 @@ void Congruences<T>::add_diagonal(int64_t rows, const Side<T>& x, const Side<T>&
   written_ = true;
 }
 
-template <typename T>
-void Congruences<T>::run() {
+template <typename T, typename E>
+void Congruences<T, E>::run() {
   parts_ = new_compact(like_, {parts_count_}, ScalarType::Double);
   double* const parts = data_of<double>(parts_);
   for (const Round& now : rounds_) {
     launch(gram_kernel<T>, now.grams, kTileThreads, kTileBytes<T, true, true>, device_.stream, parts);
-    launch(comparison_kernel<T>, now.comparisons, kTileThreads, kComparisonBytes<T>, device_.stream, parts);
+    launch(comparison_kernel<T, E>, now.comparisons, kTileThreads, kComparisonBytes<T, E>, device_.stream, parts);
     launch(product_kernel<T, false>, now.products, kTileThreads, kTileBytes<T, false, false>, device_.stream);
     launch(fold_kernel<T>, now.folds, kFoldThreads, 0, device_.stream, parts);
-    launch(product_kernel<T, true>, now.gradients, kTileThreads, kTileBytes<T, true, false>, device_.stream);
-    launch(product_kernel<T, false>, now.transposed, kTileThreads, kTileBytes<T, false, false>, device_.stream);
+    launch(product_kernel<T, true, E>, now.gradients, kTileThreads, kTileBytes<T, true, false, T, E>, device_.stream);
+    launch(product_kernel<T, false, E>, now.transposed, kTileThreads, kTileBytes<T, false, false, T, E>,
+           device_.stream);
     launch(diagonal_kernel<T>, now.diagonals, kDiagonalThreads, 0, device_.stream, parts);
   }
   rounds_.clear();
@@ -283,6 +293,15 @@ void Congruences<T>::run() {
 
 template class Congruences<float>;
 template class Congruences<double>;
+#define OF_HALF_PRECISION(E)                                                                               \
+  template void Congruences<float, E>::add(int64_t, int64_t, const Side<float, E>&, const Side<float, E>&, \
+                                           const Coefficients&, const Plan&);                              \
+  template void Congruences<float, E>::add_kernel(int64_t, const Side<float, E>&, const Side<float, E>&,   \
+                                                  const Comparison<float, E>&);                            \
+  template void Congruences<float, E>::run();
+OF_HALF_PRECISION(BFloat16)
+OF_HALF_PRECISION(Half)
+#undef OF_HALF_PRECISION
 
 std::tuple<Tensor, Tensor, Tensor> congruence(const Tensor& rows_x, const Tensor& rows_y, int64_t positions,
                                               const std::vector<double>& coefficients, const std::vector<int64_t>& plan,
@@ -296,8 +315,8 @@ std::tuple<Tensor, Tensor, Tensor> congruence(const Tensor& rows_x, const Tensor
     };
     const Tensor loss = new_compact(x, {}), grad_x = gradient(x, want_x), grad_y = gradient(y, want_y);
     Congruences<T> problem(device, x);
-    problem.add(x.size(0), positions, {x.const_data_ptr<T>(), x.size(1), data_of<T>(grad_x)},
-                {y.const_data_ptr<T>(), y.size(1), data_of<T>(grad_y)}, coefficients_of(coefficients.data()),
+    problem.add(x.size(0), positions, {x.const_data_ptr<T>(), x.size(1), data_of<T>(grad_x), nullptr},
+                {y.const_data_ptr<T>(), y.size(1), data_of<T>(grad_y), nullptr}, coefficients_of(coefficients.data()),
                 plan_of(plan.data()));
     problem.run();
     launch(reduce_kernel<T>, 1, kReduceThreads, 0, device.stream, problem.part_data(), problem.parts(), 1.0,

@@ -6,16 +6,29 @@
 
 namespace kdkernels {
 
-// Rows first to first + height of D = X Xᵀ - Y Yᵀ, from column first on; row r belongs to image r / positions and position
-// r % positions. `batch` numbers lie between one such matrix and the next.
+// Factors of the sum of D² over all pairs, pairs of one image, pairs of one position, and the diagonal.
+struct Coefficients {
+  double full, intra, inter_same, diagonal;
+
+  __device__ bool uniform() const { return intra == 0 && inter_same == 0 && diagonal == 0; }
+  // What the square of one entry is multiplied by; row r belongs to image r / positions and position r % positions.
+  __device__ double weight(int row, int column, int positions) const {
+    double weight = full;
+    if (row / positions == column / positions) weight += intra;
+    if (row % positions == column % positions) weight += inter_same;
+    if (row == column) weight += diagonal;
+    return weight;
+  }
+};
+
+// Rows first to first + height of D = X Xᵀ - Y Yᵀ, from column first on. `batch` numbers lie between one such matrix and the next.
 template <typename T>
 struct Gram {
   Matrix<T> x, y;
   int64_t batch_x, batch_y;
   int width_x, width_y, first, height, rows, positions;
-  double full, intra, inter_same,
-      diagonal;  // what D² is multiplied by for all pairs and, in addition, for related ones
-  T* strip;      // D times those weights, height x (rows - first); null if not wanted
+  Coefficients coefficients;
+  T* strip;  // D times its weights, height x (rows - first); null if not wanted
   int64_t batch_strip, partials;
 };
 
@@ -36,19 +49,14 @@ __global__ void __launch_bounds__(kTileThreads, 2)
                                                place.column, columns);
 
   const bool on_diagonal = place.row == place.column;
-  const bool related = p.intra != 0 || p.inter_same != 0 || p.diagonal != 0;
+  const bool uniform = p.coefficients.uniform();
   double sum = 0;
   tile.for_each([&](int r, int s, T& entry) {
     r += place.row;
     s += place.column;
     if (r >= p.height || s >= columns) return;
-    double weight = p.full;
-    if (related) {
-      const int row = p.first + r, column = p.first + s;
-      if (row / p.positions == column / p.positions) weight += p.intra;
-      if (row % p.positions == column % p.positions) weight += p.inter_same;
-      if (row == column) weight += p.diagonal;
-    }
+    const Coefficients& c = p.coefficients;
+    const double weight = uniform ? c.full : c.weight(p.first + r, p.first + s, p.positions);
     // Entries below the diagonal, but for those of this tile or of later strips' rows, are not computed: they count twice.
     sum += (on_diagonal ? 1 : 2) * weight * double(entry) * double(entry);
     if (!p.strip) return;
@@ -61,10 +69,11 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   if (threadIdx.x == 0) partials[p.partials + group.block(index)] = sum;
 }
 
-// out = scale (A₁ B₁ - A₂ B₂), or that added to it. Split along its depth, part by part.
-template <typename T>
+// out = scale (A₁ B₁ - A₂ B₂), or that added to it. Split along its depth, part by part. B has numbers E.
+template <typename T, typename E = T>
 struct Product {
-  Matrix<T> a[2], b[2];
+  Matrix<T> a[2];
+  Matrix<E> b[2];
   int64_t batch_a[2], batch_b[2];
   int depth[2], rows, columns;
   bool symmetric;  // only the tiles from the diagonal on are computed
@@ -76,10 +85,10 @@ struct Product {
 };
 
 // A's neighbours in memory lie along the depth or across it, B's across it.
-template <typename T, bool AlongA>
-__global__ void __launch_bounds__(kTileThreads, 2) product_kernel(const __grid_constant__ Group<Product<T>> group) {
+template <typename T, bool AlongA, typename E = T>
+__global__ void __launch_bounds__(kTileThreads, 2) product_kernel(const __grid_constant__ Group<Product<T, E>> group) {
   const int index = group.index();
-  const Product<T>& p = group.problems[index];
+  const Product<T, E>& p = group.problems[index];
   const int lines = (p.rows + kTile - 1) / kTile, across = (p.columns + kTile - 1) / kTile;
   const int64_t per_part = p.symmetric ? int64_t(lines) * (lines + 1) / 2 : int64_t(lines) * across;
   const int64_t part = group.block(index) / per_part, tile_index = group.block(index) % per_part;
@@ -89,10 +98,11 @@ __global__ void __launch_bounds__(kTileThreads, 2) product_kernel(const __grid_c
                                   : Place{int(tile_index / across) * kTile, int(tile_index % across) * kTile};
   const auto term = [&](int i) {
     const int end = min(p.depth[i], begin + p.split_depth);
-    return Term<Matrix<T>>{p.a[i].from(batch * p.batch_a[i]), p.b[i].from(batch * p.batch_b[i]), begin,
-                           max(begin, end)};
+    return Term<Matrix<T>, Matrix<E>>{p.a[i].from(batch * p.batch_a[i]), p.b[i].from(batch * p.batch_b[i]), begin,
+                                      max(begin, end)};
   };
-  Tile<T> tile = multiply_tiles<T, AlongA, false>(term(0), term(1), place.row, p.rows, place.column, p.columns);
+  Tile<T> tile = multiply_tiles<T, AlongA, false, Matrix<T>, Matrix<E>>(term(0), term(1), place.row, p.rows,
+                                                                        place.column, p.columns);
   tile.for_each([&](int r, int s, T& entry) {
     r += place.row;
     s += place.column;

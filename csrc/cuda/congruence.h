@@ -7,11 +7,6 @@
 
 namespace kdkernels {
 
-// Factors of the sum of D² over all pairs, pairs of one image, pairs of one position, and the diagonal.
-struct Coefficients {
-  double full, intra, inter_same, diagonal;
-};
-
 // In which space a loss is computed, by the numbers of kdkernels/ops/congruence/plan.py. Mixed becomes the cheaper of the two.
 enum class Form : int64_t { gram = 0, mixed = 1, feature = 7 };
 
@@ -19,15 +14,20 @@ struct Plan {
   Form full, intra, inter_same;
 };
 
+// Mixed is settled for a loss of so many rows and widths.
+Form settled(Form form, int64_t rows, int64_t x, int64_t y);
+
 inline Coefficients coefficients_of(const double* c) { return {c[0], c[1], c[2], c[3]}; }
 inline Plan plan_of(const int64_t* codes) { return {Form(codes[0]), Form(codes[1]), Form(codes[2])}; }
 
-// The rows of one network, one after the other, and where their gradient goes; nowhere if it is null.
-template <typename T>
+// The rows of one network, one after the other, and where their gradient goes; nowhere if it is null. Rows of half precision
+// have factors as Comparison does, and their gradient is to be multiplied by nothing else.
+template <typename T, typename E = T>
 struct Side {
-  const T* rows;
+  const E* rows;
   int64_t width;
   T* grad;
+  const T* factors;
 };
 
 // `count` sets of `size` rows: row r of set b is row b * step + r * stride of all.
@@ -36,18 +36,19 @@ struct Sets {
 };
 
 // Losses of any number of pairs of row sets. Their products are collected by the order in which they depend on each other, and
-// those that do not share a launch.
-template <typename T>
+// those that do not share a launch. Rows of half precision, numbers E, are compared by their kernels alone.
+template <typename T, typename E = T>
 class Congruences {
  public:
   Congruences(const OnDevice& device, const Tensor& like) : device_(device), like_(like) {}
 
-  // Row r of x and y belongs to image r / positions and position r % positions.
-  void add(int64_t rows, int64_t positions, const Side<T>& x, const Side<T>& y, const Coefficients& coefficients,
+  // Row r of x and y belongs to image r / positions and position r % positions. Rows of half precision must have the Gram form as
+  // their plan for the sum over all pairs, and a coefficient for it.
+  void add(int64_t rows, int64_t positions, const Side<T, E>& x, const Side<T, E>& y, const Coefficients& coefficients,
            const Plan& plan);
 
   // Sum the squared differences of two kernel matrices instead; what `kernel` names is the same for every strip.
-  void add_kernel(int64_t rows, const Side<T>& x, const Side<T>& y, const Comparison<T>& kernel, T scale);
+  void add_kernel(int64_t rows, const Side<T, E>& x, const Side<T, E>& y, const Comparison<T, E>& kernel);
 
   // Launch everything. The sum of `parts()` numbers, which the blocks leave on the device, is the loss.
   void run();
@@ -58,11 +59,11 @@ class Congruences {
   // What can run at the same time, in the order of its fields.
   struct Round {
     Problems<Gram<T>> grams;
-    Problems<Comparison<T>> comparisons;
+    Problems<Comparison<T, E>> comparisons;
     Problems<Product<T>> products;
     Problems<Fold<T>> folds;
-    Problems<Product<T>> gradients;   // S X and X P
-    Problems<Product<T>> transposed;  // Sᵀ X
+    Problems<Product<T, E>> gradients;   // S X and X P
+    Problems<Product<T, E>> transposed;  // Sᵀ X
     Problems<Diagonal<T>> diagonals;
   };
 
@@ -79,8 +80,11 @@ class Congruences {
     int64_t first, lines, columns, count;  // of so many sets, one matrix each
   };
   // S X for the strip's rows and Sᵀ X for those below it.
-  void add_gradient(Round& round, const Sets& sets, const Strip& strip, const Side<T>& side, T scale);
+  void add_gradient(Round& round, const Sets& sets, const Strip& strip, const Side<T, E>& side, T scale);
 
+  // In whichever form, of rows that are not of half precision.
+  void add_sums(int64_t rows, int64_t positions, const Side<T>& x, const Side<T>& y, const Coefficients& coefficients,
+                const Plan& plan);
   void add_gram(const Sets& sets, int64_t positions, const Side<T>& x, const Side<T>& y, const Coefficients& weights);
   void add_feature(const Sets& sets, const Side<T>& x, const Side<T>& y, double coefficient);
   T* add_norm(Round& round, const Sets& sets, const Side<T>& a, const Side<T>& b, double coefficient, bool keep,

@@ -10,47 +10,55 @@ namespace kdkernels {
 constexpr int kEmbeddingThreads = 128;
 constexpr double kEmbeddingEps = 1e-12;  // embeddings of this norm or less are the zero vector
 
-// One network's embeddings. Rows are `pitch` apart; for rbf they have a one behind them, and so their gradient the sum of the
-// slopes, of which each row's own term is made.
-template <typename T>
+// One network's embeddings. Rows are `pitch` apart; for rbf they may have a one behind them, and so their gradient the sum of the
+// slopes, of which each row's own term is made; of unit rows that is radial, and not needed.
+//
+// Rows of half precision, numbers E, keep their digits: instead of being divided by their norms they are brought to a common size
+// by powers of two, and have factors that make unit vectors of them. Norms are then what the powers have to be taken back by.
+template <typename T, typename E>
 struct Embedding {
   const void* data;
   Element type;
   int64_t row_stride, stride;
   int width, pitch;
   bool normalize;
-  T *rows, *norms;
-  T* terms;  // the square, for rbf, or the mean, for mmd, of a row; null for other kernels
+  E* rows;
+  T *norms, *factors;  // factors: null but for rows of half precision
+  T* terms;            // the square, for rbf, or the mean, for mmd, of a row; null for other kernels
   bool means;
 };
 
 // A block per row.
-template <typename T>
+template <typename T, typename E>
 __global__ void __launch_bounds__(kEmbeddingThreads, 1)
-    embed_kernel(const __grid_constant__ Group<Embedding<T>> group) {
+    embed_kernel(const __grid_constant__ Group<Embedding<T, E>> group) {
   const int index = group.index();
-  const Embedding<T>& p = group.problems[index];
+  const Embedding<T, E>& p = group.problems[index];
   const int64_t row = group.block(index);
   const auto value = [&](int j) { return read<T>(p.data, p.type, row * p.row_stride + j * p.stride); };
   double squares = 0, sum = 0;
   for (int j = threadIdx.x; j < p.width; j += kEmbeddingThreads) squares += double(value(j)) * double(value(j));
   const double norm = sqrt(block_reduce(squares, Sum<double>()));
   const bool dead = p.normalize && norm <= kEmbeddingEps;
-  T* out = p.rows + row * p.pitch;
+  const double power = kIsHalf<E> && p.normalize ? balance(norm) : 1;
+  const double divisor = !p.normalize ? 1 : kIsHalf<E> ? 1 / power : norm;
+  E* out = p.rows + row * p.pitch;
   squares = 0;
   for (int j = threadIdx.x; j < p.pitch; j += kEmbeddingThreads) {
     T result = j == p.width ? T(1) : T(0);
     if (j < p.width) {
-      result = dead ? T(0) : p.normalize ? T(double(value(j)) / norm) : value(j);
+      result = dead ? T(0) : T(double(value(j)) / divisor);
       squares += double(result) * double(result);
       sum += double(result);
     }
-    out[j] = result;
+    out[j] = number<E>(result);
   }
   const double term = block_reduce(p.means ? sum / p.width : squares, Sum<double>());
   if (threadIdx.x > 0) return;
-  p.norms[row] = dead ? T(0) : T(norm);
-  if (p.terms) p.terms[row] = T(term);
+  const T factor = dead ? T(0) : kIsHalf<E> && p.normalize ? T(1 / (norm * power)) : T(1);
+  p.norms[row] = dead ? T(0) : T(kIsHalf<E> ? 1 / power : norm);
+  if (p.factors) p.factors[row] = factor;
+  if (p.terms) p.terms[row] = T(term * double(factor) * double(factor));
 }
 
 // Rows moved to their common centre: distances stay, and less of the products that give them cancels.
@@ -134,18 +142,20 @@ __global__ void __launch_bounds__(kEmbeddingThreads) mean_kernel(Means<T> p, dou
 }
 
 // A gradient of rows taken back to the embeddings: less each row's own term, and through the norm.
-template <typename T>
+template <typename T, typename E>
 struct Return {
-  const T *grad, *rows, *norms;
+  const T* grad;
+  const E* rows;
+  const T *norms, *factors;
   T* out;
   int width, pitch;
   bool normalize;
 };
 
 // A block per row, and one more, the last, that adds up the loss.
-template <typename T>
+template <typename T, typename E>
 __global__ void __launch_bounds__(kEmbeddingThreads)
-    return_kernel(const __grid_constant__ Group<Return<T>> group, const double* partials, int64_t count, T* loss) {
+    return_kernel(const __grid_constant__ Group<Return<T, E>> group, const double* partials, int64_t count, T* loss) {
   if (blockIdx.x == gridDim.x - 1) {
     double sum = 0;
     for (int64_t i = threadIdx.x; i < count; i += kEmbeddingThreads) sum += partials[i];
@@ -154,20 +164,22 @@ __global__ void __launch_bounds__(kEmbeddingThreads)
     return;
   }
   const int index = group.index();
-  const Return<T>& p = group.problems[index];
+  const Return<T, E>& p = group.problems[index];
   const int64_t row = group.block(index);
-  const T *grad = p.grad + row * p.pitch, *own = p.rows + row * p.pitch;
+  const T* const grad = p.grad + row * p.pitch;
   const T slopes = p.pitch > p.width ? grad[p.width] : T(0);
-  const auto value = [&](int j) { return grad[j] - slopes * own[j]; };
+  const T factor = p.factors ? p.factors[row] : T(1);
+  const auto own = [&](int j) { return number<T>(p.rows[row * p.pitch + j]) * factor; };
+  const auto value = [&](int j) { return grad[j] - slopes * own(j); };
   T radial = 0, inverse = 1;
   if (p.normalize) {
     double product = 0;
-    for (int j = threadIdx.x; j < p.width; j += kEmbeddingThreads) product += double(value(j)) * double(own[j]);
+    for (int j = threadIdx.x; j < p.width; j += kEmbeddingThreads) product += double(value(j)) * double(own(j));
     radial = T(block_reduce(product, Sum<double>()));
     inverse = p.norms[row] == 0 ? T(0) : 1 / p.norms[row];
   }
   for (int j = threadIdx.x; j < p.width; j += kEmbeddingThreads)
-    p.out[row * p.width + j] = (value(j) - radial * own[j]) * inverse;
+    p.out[row * p.width + j] = (value(j) - radial * own(j)) * inverse;
 }
 
 }  // namespace kdkernels

@@ -57,6 +57,14 @@ __device__ void write(void* data, Element type, int64_t offset, T value) {
             [&](auto element) { static_cast<decltype(element)*>(data)[offset] = number<decltype(element)>(value); });
 }
 
+// The power of two that brings a row to a norm between 128 and 256, where none of its numbers that counts is beyond what half
+// precision holds.
+__device__ inline double balance(double norm) {
+  int exponent;
+  frexp(norm, &exponent);
+  return ldexp(1.0, 8 - exponent);
+}
+
 // Neighbours that lie at a multiple of their size, or of 16 bytes.
 template <typename E, int N>
 struct alignas(N * sizeof(E) < 16 ? N * sizeof(E) : 16) Neighbours {

@@ -55,6 +55,12 @@ T* data_of(const Tensor& tensor) {
   return tensor.numel() ? tensor.mutable_data_ptr<T>() : nullptr;
 }
 
+// How many numbers T take the memory of so many E.
+template <typename T, typename E>
+int64_t numbers_for(int64_t count) {
+  return (count * int64_t(sizeof(E)) + int64_t(sizeof(T)) - 1) / int64_t(sizeof(T));
+}
+
 // Threads for a block that shares out `count` elements: whole warps, at most 512.
 inline int threads_for(int64_t count, int64_t each) {
   int threads = kWarp;

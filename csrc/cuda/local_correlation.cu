@@ -1,31 +1,36 @@
 #include "local_correlation.cuh"
 
+#include <map>
+
 #include "congruence.h"
 #include "patches.h"
 
 namespace kdkernels {
 namespace {
 
-// One network at one stage.
-template <typename T>
+// One network at one stage. Its rows have numbers E.
+template <typename T, typename E>
 struct Network {
   Cut<T> cut;
-  Tensor memory;  // rows, then norms
-  T *rows, *norms;
+  Tensor memory;  // rows, then norms, then factors
+  E* rows;
+  T *norms, *factors = nullptr;
   Tensor grad;
 
-  Network(Patching<T>& patching, const Tensor& features, int64_t k, const Mask& mask, bool resize, double eps,
+  Network(Patching<T, E>& patching, const Tensor& features, int64_t k, const Mask& mask, bool resize, double eps,
           bool wanted, const Tensor& like)
       : cut(patching.cut(Shape::of(features), k, mask, resize, features)) {
     const int64_t count = features.size(0) * k * k, length = cut.length();
-    memory = new_compact(like, {count * (length + 1)}, kScalarType<T>);
-    rows = data_of<T>(memory);
-    norms = rows + count * length;
+    const int64_t of_rows = numbers_for<T, E>(count * length);
+    memory = new_compact(like, {of_rows + 2 * count}, kScalarType<T>);
+    rows = reinterpret_cast<E*>(data_of<T>(memory));
+    norms = data_of<T>(memory) + of_rows;
+    if constexpr (kIsHalf<E>) factors = norms + count;
     grad = new_compact(like, wanted ? std::vector<int64_t>{count, length} : std::vector<int64_t>{0}, kScalarType<T>);
-    patching.pack(cut, features, rows, norms, eps);
+    patching.pack(cut, features, rows, norms, factors, eps);
   }
 
-  Side<T> side() const { return {rows, cut.length(), data_of<T>(grad)}; }
+  Side<T, E> side() const { return {rows, cut.length(), data_of<T>(grad), factors}; }
 };
 
 std::optional<Tensor> mask_of(const std::vector<Tensor>& masks, int64_t stage) {
@@ -45,33 +50,57 @@ struct Problem {
   bool in_double(int64_t stage) const {
     return students[stage].scalar_type() == ScalarType::Double || teachers[stage].scalar_type() == ScalarType::Double;
   }
+
+  // Whether rows are made of half precision as it is: if elements are only moved and the Gram form multiplies them. The feature
+  // form's products are along the rows, whose norms differ.
+  bool kept(int64_t stage) const {
+    const Tensor &student = students[stage], &teacher = teachers[stage];
+    const int64_t side = k[stage], rows = student.size(0) * side * side;
+    const auto whole = [&](const Tensor& maps) { return maps.size(2) % side == 0 && maps.size(3) % side == 0; };
+    const auto length = [&](const Tensor& maps) { return maps.numel() / rows; };
+    return student.scalar_type() == teacher.scalar_type() && masks.empty() && whole(student) && whole(teacher) &&
+           coefficients[4 * stage] != 0 &&
+           settled(Form(plans[3 * stage]), rows, length(student), length(teacher)) == Form::gram;
+  }
+
+  // The type of each stage's rows. Half precision is kept in all of them or in none: it is not worth launches of its own.
+  std::vector<Element> row_types() const {
+    std::vector<Element> types, floats;
+    bool alike = true;
+    for (size_t s = 0; s < students.size(); ++s) {
+      floats.push_back(in_double(s) ? Element::float64 : Element::float32);
+      types.push_back(in_double(s) || !kept(s) ? floats[s] : element_of(students[s]));
+      alike = alike && types[s] == types[0];
+    }
+    return alike ? types : floats;
+  }
 };
 
-// The loss of some stages, which is written or added to `loss`, and their gradients.
-template <typename T>
+// The loss of some stages, whose rows have numbers E, is written or added to `loss`; and their gradients.
+template <typename T, typename E = T>
 void run(const Problem& p, const std::vector<int64_t>& stages, const OnDevice& device, const Tensor& loss,
          bool accumulate, std::vector<Tensor>& grads) {
   const int64_t count = p.students.size();
-  Patching<T> patching(device);
-  Congruences<T> congruences(device, p.students[0]);
-  std::vector<Network<T>> networks;
+  Patching<T, E> patching(device);
+  Congruences<T, E> congruences(device, p.students[0]);
+  std::vector<Network<T, E>> networks;
   Loss<T> ending{};
-  Group<Projection<T>> projections;
+  Group<Projection<T, E>> projections;
   int longest = 0;
   for (const int64_t s : stages) {
     const Mask mask{mask_of(p.masks, s), p.threshold};
     for (const bool of_teacher : {false, true}) {
       const Tensor& features = of_teacher ? p.teachers[s] : p.students[s];
       const int64_t slot = s + (of_teacher ? count : 0);
-      const Network<T>& network =
+      const Network<T, E>& network =
           networks.emplace_back(patching, features, p.k[s], mask, p.resize, p.eps, p.wanted[slot], p.students[0]);
       grads[slot] = network.grad;
       longest = std::max(longest, network.cut.length());
       T* const grad = data_of<T>(network.grad);
       const int64_t rows = features.size(0) * network.cut.positions();
-      if (grad) projections.add({grad, network.rows, network.norms, grad, network.cut.length()}, rows);
+      if (grad) projections.add({grad, network.rows, network.norms, network.factors, grad, network.cut.length()}, rows);
     }
-    const Network<T>&x = networks[networks.size() - 2], &y = networks.back();
+    const Network<T, E>&x = networks[networks.size() - 2], &y = networks.back();
     const int64_t rows = p.students[s].size(0) * x.cut.positions();
     Coefficients coefficients = coefficients_of(&p.coefficients[4 * s]);
     ending.dead[ending.stages++] = {x.norms, y.norms, rows, coefficients.diagonal};
@@ -85,7 +114,7 @@ void run(const Problem& p, const std::vector<int64_t>& stages, const OnDevice& d
   ending.in_double = loss.scalar_type() == ScalarType::Double;
   ending.result = ending.in_double ? static_cast<void*>(data_of<double>(loss)) : data_of<float>(loss);
   ending.accumulate = accumulate;
-  launch(finish_kernel<T>, projections.blocks() + 1, threads_for(longest, 4), 0, device.stream, projections, ending);
+  launch(finish_kernel<T, E>, projections.blocks() + 1, threads_for(longest, 4), 0, device.stream, projections, ending);
 }
 
 }  // namespace
@@ -96,16 +125,22 @@ std::tuple<Tensor, std::vector<Tensor>> local_correlation(
     std::optional<double> threshold, bool resize, double eps, const std::vector<int64_t>& wanted) {
   const Problem problem{students, teachers, masks, k, coefficients, plans, threshold, resize, eps, wanted};
   const OnDevice device(students[0]);
-  std::vector<int64_t> of_type[2];  // stages in float32, in float64
-  for (size_t s = 0; s < students.size(); ++s) of_type[problem.in_double(s)].push_back(s);
-  const Tensor loss = new_compact(students[0], {}, of_type[true].empty() ? ScalarType::Float : ScalarType::Double);
+  const std::vector<Element> types = problem.row_types();
+  std::map<Element, std::vector<int64_t>> of_type;
+  for (size_t s = 0; s < students.size(); ++s) of_type[types[s]].push_back(s);
+  const Tensor loss =
+      new_compact(students[0], {}, of_type.count(Element::float64) ? ScalarType::Double : ScalarType::Float);
   std::vector<Tensor> grads(2 * students.size());
   bool accumulate = false;
-  for (const bool in_double : {false, true})
-    for (size_t begin = 0; begin < of_type[in_double].size(); begin += kMostStages) {
-      const auto first = of_type[in_double].begin() + begin;
-      const std::vector<int64_t> stages(first, std::min(first + kMostStages, of_type[in_double].end()));
-      (in_double ? run<double> : run<float>)(problem, stages, device, loss, accumulate, grads);
+  for (const auto& [type, all] : of_type)
+    for (size_t begin = 0; begin < all.size(); begin += kMostStages) {
+      const auto first = all.begin() + begin;
+      const std::vector<int64_t> stages(first, std::min(first + kMostStages, all.end()));
+      const auto run_in = type == Element::float64    ? run<double>
+                          : type == Element::bfloat16 ? run<float, BFloat16>
+                          : type == Element::float16  ? run<float, Half>
+                                                      : run<float>;
+      run_in(problem, stages, device, loss, accumulate, grads);
       accumulate = true;
     }
   return {loss, grads};

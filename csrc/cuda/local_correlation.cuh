@@ -47,9 +47,9 @@ __device__ void add_up(const Loss<T>& loss) {
 }
 
 // A block per row of the gradients, and one more for the loss.
-template <typename T>
+template <typename T, typename E>
 __global__ void __launch_bounds__(512, 1)
-    finish_kernel(const __grid_constant__ Group<Projection<T>> group, const __grid_constant__ Loss<T> loss) {
+    finish_kernel(const __grid_constant__ Group<Projection<T, E>> group, const __grid_constant__ Loss<T> loss) {
   if (blockIdx.x == gridDim.x - 1) {
     add_up(loss);
   } else {

@@ -4,8 +4,8 @@
 
 namespace kdkernels {
 
-template <typename T>
-Cut<T> Patching<T>::cut(const Shape& s, int64_t k, const Mask& mask, bool resize, const Tensor& like) {
+template <typename T, typename E>
+Cut<T> Patching<T, E>::cut(const Shape& s, int64_t k, const Mask& mask, bool resize, const Tensor& like) {
   const int64_t patch_height = resize ? (s.height + k - 1) / k : s.height / k;
   const int64_t patch_width = resize ? (s.width + k - 1) / k : s.width / k;
   STD_TORCH_CHECK(s.channels * patch_height * patch_width * k * k <= std::numeric_limits<int>::max(),
@@ -32,25 +32,28 @@ Cut<T> Patching<T>::cut(const Shape& s, int64_t k, const Mask& mask, bool resize
   return cut;
 }
 
-template <typename T>
-void Patching<T>::pack(const Cut<T>& cut, const Tensor& features, T* rows, T* norms, double eps) {
+template <typename T, typename E>
+void Patching<T, E>::pack(const Cut<T>& cut, const Tensor& features, E* rows, T* norms, T* factors, double eps) {
   packings_.push_back({{cut,
                         features.const_data_ptr(),
                         element_of(features),
                         {features.stride(0), features.stride(1), features.stride(2), features.stride(3)},
                         eps,
                         rows,
-                        norms},
+                        norms,
+                        factors},
                        features.size(0) * cut.positions()});
 }
 
-template <typename T>
-void Patching<T>::denormalise(const Cut<T>& cut, int64_t images, const T* grad, const T* rows, const T* norms, T* out) {
-  projections_.push_back({{grad, rows, norms, out, cut.length()}, images * cut.positions()});
+template <typename T, typename E>
+void Patching<T, E>::denormalise(const Cut<T>& cut, int64_t images, const T* grad, const T* rows, const T* norms,
+                                 T* out) {
+  projections_.push_back({{grad, rows, norms, nullptr, out, cut.length()}, images * cut.positions()});
 }
 
-template <typename T>
-Tensor Patching<T>::unpack(const Cut<T>& cut, const Shape& s, const T* grad, const Tensor* scale, const Tensor& like) {
+template <typename T, typename E>
+Tensor Patching<T, E>::unpack(const Cut<T>& cut, const Shape& s, const T* grad, const Tensor* scale,
+                              const Tensor& like) {
   using torch::headeronly::MemoryFormat;
   const Tensor maps =
       torch::stable::empty({s.images, s.channels, s.height, s.width}, kScalarType<T>, std::nullopt, like.device(),
@@ -62,14 +65,14 @@ Tensor Patching<T>::unpack(const Cut<T>& cut, const Shape& s, const T* grad, con
   return maps;
 }
 
-template <typename T>
-void Patching<T>::run() {
+template <typename T, typename E>
+void Patching<T, E>::run() {
   int longest = 0;
   for (const auto& [problem, blocks] : packings_) longest = std::max(longest, problem.cut.length());
   for (const auto& [problem, blocks] : projections_) longest = std::max(longest, problem.length);
   const int threads = threads_for(longest, 4);
   launch(mask_kernel<T>, masks_, kPatchThreads, 0, device_.stream);
-  launch(pack_kernel<T>, packings_, threads, 0, device_.stream);
+  launch(pack_kernel<T, E>, packings_, threads, 0, device_.stream);
   launch(denormalise_kernel<T>, projections_, threads, 0, device_.stream);
   launch(unpack_kernel<T>, unpackings_, kPatchThreads, 0, device_.stream);
   masks_.clear();
@@ -80,6 +83,8 @@ void Patching<T>::run() {
 
 template class Patching<float>;
 template class Patching<double>;
+template class Patching<float, BFloat16>;
+template class Patching<float, Half>;
 
 std::tuple<Tensor, Tensor> patches(const Tensor& features, int64_t k, const std::optional<Tensor>& mask,
                                    std::optional<double> threshold, bool resize, double eps) {
@@ -91,7 +96,7 @@ std::tuple<Tensor, Tensor> patches(const Tensor& features, int64_t k, const std:
     const int64_t count = features.size(0) * k * k;
     const Tensor rows = new_compact(features, {count, cut.length()}, kScalarType<T>);
     const Tensor norms = new_compact(features, {count}, kScalarType<T>);
-    patching.pack(cut, features, data_of<T>(rows), data_of<T>(norms), eps);
+    patching.pack(cut, features, data_of<T>(rows), data_of<T>(norms), nullptr, eps);
     patching.run();
     return std::make_tuple(rows, norms);
   });

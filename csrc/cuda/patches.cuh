@@ -162,28 +162,31 @@ __global__ void __launch_bounds__(kPatchThreads, 1) mask_kernel(const __grid_con
                     down(box.left, p.width, p.mask_width), up(box.right, p.width, p.mask_width)};
 }
 
-template <typename T>
+// Of one network. Rows of half precision, numbers E, keep their digits: they are not divided by their norms but brought to a
+// common size by powers of two, and have factors that make unit vectors of them. Norms are then what the powers are taken back by.
+template <typename T, typename E = T>
 struct Packing {
   Cut<T> cut;
   const void* maps;
   Element type;
   int64_t strides[4];
   double eps;
-  T *rows, *norms;
+  E* rows;
+  T *norms, *factors;  // factors: null but for rows of half precision
 };
 
 // A block per patch: writes its unit vector and the norm it was divided by; a patch of norm <= eps gives zeros and norm 0.
-template <typename T>
-__global__ void __launch_bounds__(512, 1) pack_kernel(const __grid_constant__ Group<Packing<T>> group) {
+template <typename T, typename E>
+__global__ void __launch_bounds__(512, 1) pack_kernel(const __grid_constant__ Group<Packing<T, E>> group) {
   const int index = group.index();
-  const Packing<T>& p = group.problems[index];
+  const Packing<T, E>& p = group.problems[index];
   const Cut<T>& cut = p.cut;
   const int64_t row = group.block(index), image = row / cut.positions();
   const int position = int(row % cut.positions());
   const int top = position / cut.k * cut.patch_height, left = position % cut.k * cut.patch_width;
   const int length = cut.length();
   const Axis<T> down = vertical(cut, image), across = horizontal(cut, image);
-  T* out = p.rows + row * length;
+  E* out = p.rows + row * length;
 
   const auto pixel = [&](int c, int y, int x) {
     const int64_t offset = image * p.strides[0] + c * p.strides[1] + y * p.strides[2] + x * p.strides[3];
@@ -202,39 +205,52 @@ __global__ void __launch_bounds__(512, 1) pack_kernel(const __grid_constant__ Gr
       });
     else
       value = pixel(c, y, x);
-    out[j] = value;
+    out[j] = number<E>(value);
     squares += double(value) * double(value);  // float64 holds the square of every float32
   }
   const double norm = sqrt(block_reduce(squares, Sum<double>()));
   const bool dead = norm <= p.eps, usual = norm > 1e-30 && norm < 1e30;  // else the inverse is no normal float32
-  const T inverse = T(1 / norm);
-  for (int j = threadIdx.x; j < length; j += blockDim.x)
-    out[j] = dead ? T(0) : usual ? out[j] * inverse : T(double(out[j]) / norm);
-  if (threadIdx.x == 0) p.norms[row] = dead ? T(0) : T(norm);
+  if constexpr (kIsHalf<E>) {
+    const double power = balance(norm);
+    for (int j = threadIdx.x; j < length; j += blockDim.x)
+      out[j] = number<E>(dead ? T(0) : T(number<double>(out[j]) * power));
+    if (threadIdx.x > 0) return;
+    p.norms[row] = dead ? T(0) : T(1 / power);
+    p.factors[row] = dead ? T(0) : T(1 / (norm * power));
+  } else {
+    const T inverse = T(1 / norm);
+    for (int j = threadIdx.x; j < length; j += blockDim.x)
+      out[j] = dead ? T(0) : usual ? out[j] * inverse : T(double(out[j]) / norm);
+    if (threadIdx.x == 0) p.norms[row] = dead ? T(0) : T(norm);
+  }
 }
 
-template <typename T>
+template <typename T, typename E = T>
 struct Projection {
-  const T *grad, *rows, *norms;
+  const T* grad;
+  const E* rows;
+  const T *norms, *factors;
   T* out;
   int length;
 };
 
 // By a block, for one row: the gradient before normalisation from that after it, (g − x̂ ⟨g, x̂⟩) / ‖x‖. May be in place.
-template <typename T>
-__device__ void denormalise(const Projection<T>& p, int64_t row) {
+template <typename T, typename E>
+__device__ void denormalise(const Projection<T, E>& p, int64_t row) {
   const int64_t begin = row * p.length;
+  const T norm = p.norms[row], factor = p.factors ? p.factors[row] : T(1);
+  const auto unit = [&](int j) { return number<T>(p.rows[begin + j]) * factor; };
   double product = 0;
-  for (int j = threadIdx.x; j < p.length; j += blockDim.x) product += double(p.grad[begin + j]) * p.rows[begin + j];
-  const T radial = T(block_reduce(product, Sum<double>())), norm = p.norms[row];
+  for (int j = threadIdx.x; j < p.length; j += blockDim.x) product += double(p.grad[begin + j]) * double(unit(j));
+  const T radial = T(block_reduce(product, Sum<double>()));
   for (int j = threadIdx.x; j < p.length; j += blockDim.x)
-    p.out[begin + j] = norm == 0 ? T(0) : (p.grad[begin + j] - p.rows[begin + j] * radial) / norm;
+    p.out[begin + j] = norm == 0 ? T(0) : (p.grad[begin + j] - unit(j) * radial) / norm;
 }
 
 template <typename T>
 __global__ void __launch_bounds__(512, 1) denormalise_kernel(const __grid_constant__ Group<Projection<T>> group) {
   const int index = group.index();
-  denormalise(group.problems[index], group.block(index));
+  denormalise<T, T>(group.problems[index], group.block(index));
 }
 
 template <typename T>

@@ -30,7 +30,8 @@ struct Mask {
 };
 
 // Patches of one or more networks: problems are collected first, and then each step is one launch for all of them.
-template <typename T>
+// Rows have numbers E, which may be of half precision where maps of that are cut without a mask, a crop or a resize.
+template <typename T, typename E = T>
 class Patching {
  public:
   explicit Patching(const OnDevice& device) : device_(device) {}
@@ -38,7 +39,7 @@ class Patching {
   // How maps of this shape are cut. The memory that it needs belongs to this object.
   Cut<T> cut(const Shape& shape, int64_t k, const Mask& mask, bool resize, const Tensor& like);
 
-  void pack(const Cut<T>& cut, const Tensor& features, T* rows, T* norms, double eps);
+  void pack(const Cut<T>& cut, const Tensor& features, E* rows, T* norms, T* factors, double eps);
   void denormalise(const Cut<T>& cut, int64_t images, const T* grad, const T* rows, const T* norms, T* out);
   // `scale` times the gradient of the features, compact in their memory format. The scale is a scalar tensor.
   Tensor unpack(const Cut<T>& cut, const Shape& shape, const T* grad, const Tensor* scale, const Tensor& like);
@@ -50,7 +51,7 @@ class Patching {
   const OnDevice& device_;
   std::vector<Tensor> memory_;
   Problems<Masking<T>> masks_;
-  Problems<Packing<T>> packings_;
+  Problems<Packing<T, E>> packings_;
   Problems<Projection<T>> projections_;
   Problems<Unpacking<T>> unpackings_;
 };

@@ -57,7 +57,7 @@ struct Panel {
     const auto copy = [&](auto together) {
       constexpr int width = decltype(together)::value;
       constexpr int length = Along ? Depth : kTile, lines = Along ? kTile : Depth, pieces = length / width;
-#pragma unroll(width > 1 ? 8 : 4)  // single numbers take registers
+#pragma unroll 2  // more would take registers
       for (int i = threadIdx.x; i < lines * pieces; i += kTileThreads) {
         const int line = i / pieces, column = i % pieces * width;
         const int r = row + (Along ? line : column), k = begin + (Along ? column : line);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, assert_matches
+from helpers import DTYPES, HALF_DTYPES, assert_matches
 from torch import Tensor
 
 import kdkernels
@@ -51,9 +51,28 @@ def test_gradients_where_wanted(learning: tuple[bool, bool]) -> None:
     check(student.requires_grad_(learning[0]), teacher.requires_grad_(learning[1]))
 
 
-@pytest.mark.parametrize("kernel", ["taylor_rbf", "rbf"])
-def test_strips_of_a_large_matrix(kernel: str) -> None:
-    check(embeddings(1100, 4), embeddings(1100, 3).detach(), kernel=kernel)
+@pytest.mark.parametrize("kernel", ["taylor_rbf", "rbf", "bilinear"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_half_precision(order: str, kernel: str, normalize: bool, dtype: torch.dtype) -> None:
+    student, teacher = embeddings(66, 20, dtype=dtype), embeddings(66, 40, dtype=dtype)
+    check(student, teacher, kernel=kernel, normalize=normalize, form="gram")
+
+
+@pytest.mark.parametrize(("dtype", "exponents"), [(torch.float16, 12), (torch.bfloat16, 60)])
+def test_half_precision_rows_of_any_norm(dtype: torch.dtype, exponents: int) -> None:
+    sizes = 2.0 ** torch.randint(-exponents, exponents, (2, 9, 1))
+    sizes[0, 4] = 0
+    student, teacher = ((torch.randn(9, 16) * size).to(dtype).requires_grad_() for size in sizes)
+    check(student, teacher)
+    with torch.no_grad():
+        student[2, 3] = torch.nan
+    assert kdkernels.correlation_congruence_loss(student, teacher, backend="native").isnan()
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), [("taylor_rbf", torch.bfloat16), ("rbf", torch.float32)])
+def test_strips_of_a_large_matrix(kernel: str, dtype: torch.dtype) -> None:
+    check(embeddings(1100, 4, dtype=dtype), embeddings(1100, 3, dtype=dtype).detach(), kernel=kernel)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_close, exactly, loss_and_gradients
+from helpers import HALF_DTYPES, assert_close, assert_matches, exactly, loss_and_gradients
 from torch import Tensor
 
 import kdkernels
@@ -92,15 +92,20 @@ def test_upstream_gradient_and_a_second_backward() -> None:
         assert torch.equal(a, c)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("form", ["gram", "feature"])
+@pytest.mark.parametrize("ks", [[2, 1], [3, 3]], ids=["moved", "resized"])
+def test_half_precision(order: str, dtype: torch.dtype, form: str, ks: list[int]) -> None:
     student, teacher = stages(dtype)
-    loss = kdkernels.local_correlation_loss(student, teacher, [2, 1], backend="native")
-    exact = kdkernels.local_correlation_loss(
-        [x.double() for x in student], [x.double() for x in teacher], [2, 1], backend="reference"
-    )
-    assert loss.dtype == torch.float32
-    assert_close(loss, exact)
+    teacher[0] = teacher[0] * 2.0**-13
+    maps = [x.requires_grad_() for x in (*student, *teacher)]
+
+    def run(*maps: Tensor, backend: str = "reference", form: str = "gram") -> Tensor:
+        settings = {"form": form, "backend": backend, "weights": (1.0, 0.5, 0.3), "partition": "resize"}
+        return kdkernels.local_correlation_loss(maps[:2], maps[2:], ks, **settings)
+
+    assert run(*maps, backend="native").dtype == torch.float32
+    assert_matches(lambda *maps: run(*maps, backend="native", form=form), run, *maps)
 
 
 def test_nan_gives_nan() -> None:

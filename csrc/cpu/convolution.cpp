@@ -259,66 +259,78 @@ class Taps {
   }
 
   void read(Range inputs, Range outputs, T* blocks) const {
-    for_vectors(inputs, outputs, [&](T* data, int64_t place) {
-      V<T> values[3][3], transformed[4][4];
-      for (int64_t i = 0; i < 9; ++i)
-        for (int64_t lane = 0; lane < kLanes<T>; ++lane) values[i / 3][i % 3][lane] = data[tap(i) + lane * output_];
-      transform<Weights>(values, transformed);
-      store_positions<T>(transformed, blocks + place);
-    });
+    Panel panel;
+    for (int64_t j = 0; j < outputs.count; j += kLanes<T>) {
+      for_elements(inputs, outputs.begin + j, panel, [](T& copy, const T& weight) { copy = weight; });
+      for (int64_t i = 0; i < inputs.count; ++i) {
+        V<T> values[3][3], transformed[4][4];
+        for (int64_t tap = 0; tap < 9; ++tap) values[tap / 3][tap % 3] = load<T>(panel[tap][i]);
+        transform<Weights>(values, transformed);
+        store_positions<T>(transformed, blocks + place<T>(i, j));
+      }
+    }
   }
 
   void write(Range inputs, Range outputs, const T* blocks) const {
-    for_vectors(inputs, outputs, [&](T* data, int64_t place) {
-      V<T> positions[4][4], values[3][3];
-      load_positions<T>(blocks + place, positions);
-      transform<WeightGradients>(positions, values);
-      for (int64_t lane = 0; lane < kLanes<T>; ++lane)
-        for (int64_t i = 0; i < 9; ++i) data[tap(i) + lane * output_] = values[i / 3][i % 3][lane];
-    });
+    Panel panel;
+    for (int64_t j = 0; j < outputs.count; j += kLanes<T>) {
+      for (int64_t i = 0; i < inputs.count; ++i) {
+        V<T> positions[4][4], values[3][3];
+        load_positions<T>(blocks + place<T>(i, j), positions);
+        transform<WeightGradients>(positions, values);
+        for (int64_t tap = 0; tap < 9; ++tap) store<T>(panel[tap][i], values[tap / 3][tap % 3]);
+      }
+      for_elements(inputs, outputs.begin + j, panel, [](const T& copy, T& weight) { weight = copy; });
+    }
   }
 
  private:
+  // Weights of a block's inputs and a vector of outputs, which lie far apart in memory.
+  using Panel = T[9][kSide + 1][kLanes<T>];
+
   int64_t input_, output_, down_, across_;
   T* data_;
 
-  int64_t tap(int64_t i) const { return i / 3 * down_ + i % 3 * across_; }
-
-  // Call f with the weights from one input to a vector of outputs, and where that lies in a block.
+  // Call f with every element of a panel and the weight it stands for, in their order in memory.
   template <typename F>
-  void for_vectors(Range inputs, Range outputs, const F& f) const {
-    for (int64_t j = 0; j < outputs.count; j += kLanes<T>)
+  void for_elements(Range inputs, int64_t output, Panel& panel, const F& f) const {
+    T* data = data_ + inputs.begin * input_ + output * output_;
+    const auto for_taps = [&](int64_t i, int64_t lane) {
+      for (int64_t tap = 0; tap < 9; ++tap)
+        f(panel[tap][i][lane], data[i * input_ + lane * output_ + tap / 3 * down_ + tap % 3 * across_]);
+    };
+    if (input_ < output_) {
+      for (int64_t lane = 0; lane < kLanes<T>; ++lane)
+        for (int64_t i = 0; i < inputs.count; ++i) for_taps(i, lane);
+    } else {
       for (int64_t i = 0; i < inputs.count; ++i)
-        f(data_ + (inputs.begin + i) * input_ + (outputs.begin + j) * output_, place<T>(i, j));
+        for (int64_t lane = 0; lane < kLanes<T>; ++lane) for_taps(i, lane);
+    }
   }
 };
 
+// Room for `count` blocks at all positions.
 template <typename T, Scratch use>
-T* scratch_blocks() {
-  return workspace<T, use>(kPositions * kBlock<T>);
+T* scratch_blocks(int64_t count = 1) {
+  return workspace<T, use>(count * kPositions * kBlock<T>);
 }
 
 template <typename T>
 void convolve(const Tiles<T>& maps, const Taps<T>& weight, const Tiles<T>& result) {
   const int64_t rows = blocks_of(maps.count), columns = blocks_of(weight.outputs), depths = blocks_of(weight.inputs);
-  Buffer<T> factors(columns * depths * kPositions * kBlock<T>);
-  const auto factors_at = [&](int64_t column, int64_t depth) {
-    return factors.data() + (column * depths + depth) * kPositions * kBlock<T>;
-  };
-  parallel_blocks(columns * depths, 1, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b)
-      weight.read({b % depths, weight.inputs}, {b / depths, weight.outputs}, factors_at(b / depths, b % depths));
-  });
   parallel_blocks(columns * rows, 1, 1, [&](int64_t begin, int64_t end) {
-    T *inputs = scratch_blocks<T, Scratch::packed_a>(), *sums = scratch_blocks<T, Scratch::product>();
+    T *inputs = scratch_blocks<T, Scratch::packed_a>(), *factors = scratch_blocks<T, Scratch::packed_b>(depths),
+      *sums = scratch_blocks<T, Scratch::product>();
+    const auto factors_at = [&](int64_t depth) { return factors + depth * kPositions * kBlock<T>; };
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t column = b / rows;
-      const Range tiles(b % rows, maps.count), outputs(column, weight.outputs);
+      const Range tiles(b % rows, maps.count), outputs(b / rows, weight.outputs);
+      if (b == begin || b % rows == 0)
+        for (int64_t depth = 0; depth < depths; ++depth)
+          weight.read({depth, weight.inputs}, outputs, factors_at(depth));
       for (int64_t depth = 0; depth < depths; ++depth) {
         const Range channels(depth, weight.inputs);
         maps.template read<Inputs>(tiles, channels, inputs);
-        multiply<T, false>(tiles.count, outputs.count, channels.count, inputs, factors_at(column, depth), sums,
-                           depth > 0);
+        multiply<T, false>(tiles.count, outputs.count, channels.count, inputs, factors_at(depth), sums, depth > 0);
       }
       result.write(tiles, outputs, sums);
     }

@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # The release that goes with it: builds of PyTorch for the CPU bring none, and 3.9 takes 1.5 times as long to compile.
 TRITON ?= triton==3.7.1; sys_platform == 'linux'
 GPU_PYTHON ?= python3
-RESULTS ?= bench/results/cpu.json
+RESULTS ?= bench/results/cpu-amd.json
 DOCUMENTED := kdkernels kdkernels.metrics kdkernels.info kdkernels.integrations.repdistiller kdkernels.integrations.mdistiller
 SOURCES := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 RUFF := $(PYTHON) -m ruff

@@ -167,7 +167,7 @@ def mebibytes(count: float) -> str:
 def curves(file: Path) -> dict[str, list[Result]]:
     """What was measured at several batches, by loss, in order of operators and batches."""
     groups: dict[str, list[Result]] = defaultdict(list)
-    for case in in_order(results.read(file)["results"]):
+    for case in in_order(results.read(file).get("results", [])):
         groups[series(case)[0]].append(case)
     return {loss: group for loss, group in groups.items() if len(group) >= 2}
 
@@ -228,7 +228,7 @@ def draw(column, loss: str, group: list[Result], *, labels: bool) -> None:
         axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
         if label == "share of the limit":
-            axis.set_ylim(0, max(1, axis.get_ylim()[1]))
+            axis.set_ylim(0, max(1, 1.05 * axis.get_ylim()[1]))
         else:
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))

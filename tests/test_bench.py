@@ -101,6 +101,20 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.curves(tmp_path / "x.json") == {}
 
 
+def test_a_file_of_tables_is_shown_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results, report = importlib.import_module("results"), importlib.import_module("report")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    rows = [["KD", [90.0, 92.0], "a text"], ["LKD", [91.0], ""]]
+    table = {"title": "above", "header": ["method", "accuracy", "note"], "rows": rows}
+    results.write(tmp_path / "folder" / "x.json", ORIGIN | {"tables": [table]})
+    lines = report.filled("<!-- results: folder/x.json -->\n<!-- end -->\n").splitlines()
+    assert lines[2] == "above"
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[6:8]]
+    assert cells == [["KD", "91.00 ± 1.41", "a text"], ["LKD", "91.00", ""]]
+    assert lines[9] == "A, PyTorch 2.13.0, 2026-01-02, commit aaa; `bench/results/folder/x.json`."
+    assert report.curves(tmp_path / "folder" / "x.json") == {}
+
+
 def test_figures(tmp_path: Path) -> None:
     results, report = importlib.import_module("results"), importlib.import_module("report")
     file = tmp_path / "x.json"

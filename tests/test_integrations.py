@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close, assert_matches, loss_and_gradients
+from helpers import assert_close, assert_matches, exactly, loss_and_gradients
 from torch import Tensor, nn
 
 from kdkernels.integrations import mdistiller, repdistiller
@@ -116,6 +116,15 @@ def test_relations():
 def test_probabilities():
     student, teacher = torch.randn(9, 5, requires_grad=True), torch.randn(9, 12, requires_grad=True)
     assert_matches(repdistiller.PKT(), original_probabilities, student, teacher)
+
+
+def test_probabilities_of_networks_that_nearly_agree():
+    teacher = torch.randn(16, 24)
+    student = (teacher + 1e-3 * torch.randn(16, 24)).requires_grad_()
+    loss, (gradient, _) = loss_and_gradients(repdistiller.PKT(), student, teacher)
+    expected, (correct, _) = loss_and_gradients(original_probabilities, *exactly(student, teacher))
+    assert_close(loss, expected, "loss")
+    assert_close(gradient, correct, "gradient")
 
 
 def test_dead_rows_have_gradients():
@@ -235,7 +244,8 @@ def test_mdistiller(name):
     logits, losses = distiller(image=image, target=target, epoch=1)
     assert torch.equal(logits, student(image)[0])
     assert_close(losses["loss_ce"], cfg[name].LOSS.CE_WEIGHT * F.cross_entropy(logits, target))
-    assert_close(losses["loss_kd"].double(), EXPECTED[name](student(image), teacher(image)))
+    # In float32, for what is left of float64 where PKT's networks happen to be alike.
+    assert_close(losses["loss_kd"].float(), EXPECTED[name](student(image), teacher(image)))
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in distiller.get_learnable_parameters())
     assert all(p.grad is None for p in teacher.parameters())

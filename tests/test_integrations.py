@@ -363,6 +363,12 @@ def unit(kernel):
         ),
         (
             "SPKDLoss",
+            {**OUTPUTS, "reduction": "sum"},
+            lambda s, t: 25 * original_similarity(s, t, p=1),
+            (5, 6, 4, 4),
+        ),
+        (
+            "SPKDLoss",
             {**OUTPUTS, "reduction": "batchmean", "paper": True},
             original_similarity,
             (5, 6, 4, 4),
@@ -372,9 +378,8 @@ def unit(kernel):
 )
 def test_torchdistill(registry, name, settings, original, shape):
     loss = registry[name](**settings)
-    assert_matches(
-        lambda s, t: loss(io(s), io(t), None), original, torch.randn(shape, requires_grad=True), torch.randn(shape)
-    )
+    student, teacher = (torch.randn(shape, requires_grad=True) for _ in range(2))
+    assert_matches(lambda s, t: loss(io(s), io(t), None), original, student, teacher)
 
 
 def test_torchdistill_with_labels(registry):
@@ -395,11 +400,11 @@ def test_torchdistill_meets_losses_of_its_own(registry):
 
 def test_a_matching_student_has_gradient_zero(registry):
     """Where the Frobenius norm has a corner."""
-    settings = {"kernel_config": {"type": "bilinear"}, "reduction": "batchmean"}
-    loss = registry["CCKDLoss"](**LINEAR, **settings)
-    student = torch.randn(5, 4, requires_grad=True)
-    _, (gradient,) = loss_and_gradients(lambda s: loss(io(s), io(student.detach())), student)
-    assert not gradient.isnan().any()
+    compare = registry["CCKDLoss"](**LINEAR, kernel_config={"type": "bilinear"}, reduction="sum")
+    student = torch.randint(-3, 4, (5, 4)).float().requires_grad_()  # whose products are exact
+    loss, (gradient,) = loss_and_gradients(lambda s: compare(io(s), io(student.detach())), student)
+    assert loss == 0
+    assert not gradient.any()
 
 
 # PyTorch Lightning ----------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from results import Result  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 PLACE = re.compile(r"(<!-- results: (?P<file>\S+)(?P<operators>[^>]*) -->\n).*?(<!-- end -->)", re.DOTALL)
-OPERATORS = ("congruence", "patches", "correlation_congruence", "icc", "gram", "feature_mse", "semckd")
+OPERATORS = ("congruence", "patches", "correlation_congruence", "icc", "gram", "feature_mse", "convolution", "semckd")
 OPERATORS += ("similarity_preserving", "rkd", "kd")
 OVERVIEW = ("congruence", "correlation_congruence", "icc", "rkd")  # whose first curves the overview shows
 FUSED, EAGER, COMPILED, STREAMED = "fused", "eager", ", compiled", "KeOps"

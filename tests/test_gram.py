@@ -11,6 +11,7 @@ from torch import Tensor
 
 import kdkernels
 from kdkernels import native
+from kdkernels.ops.gram import in_memory_order
 
 needs_native = pytest.mark.skipif(
     native.why_not(torch.device("cpu")) is not None, reason=str(native.why_not(torch.device("cpu")))
@@ -103,6 +104,15 @@ def test_gradients_keep_the_memory_format(backend):
     features = [f.detach().to(memory_format=torch.channels_last).requires_grad_() for f in draw([(4, 6, 5, 3)])]
     kdkernels.similarity_matrices(features, backend=backend).sum().backward()
     assert features[0].grad.stride() == features[0].stride()
+
+
+def test_layers_are_read_as_they_lie():
+    """The order of a product's terms is free: it only decides how fast memory is read."""
+    layer = torch.randn(3, 4, 5, 6)
+    assert in_memory_order(layer).stride() == layer.stride()
+    for view in (layer.to(memory_format=torch.channels_last), layer.transpose(1, 2), layer.permute(0, 3, 1, 2)):
+        strides = in_memory_order(view).stride()
+        assert strides[1:] == tuple(sorted(view.stride()[1:], reverse=True))
 
 
 def test_gradients_where_wanted(backend):

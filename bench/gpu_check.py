@@ -90,9 +90,12 @@ def main() -> None:
     today = datetime.datetime.now(datetime.timezone.utc).date()
     arguments.results.mkdir(parents=True, exist_ok=True)
     results = arguments.results / f"{device}-{today}.json"
-    seconds = left(240, spare=20)
+    seconds = left(240, spare=130)
     measure = [python, "bench/gpu.py", "--json", results, "--minutes", max(0.5, (seconds - 60) / 60)]
     outcomes["measurements"] = run("measurements", measure, seconds)
+    tuning = [python, "bench/tune.py", "--json", arguments.results / "tuning" / results.name]
+    seconds = left(120, spare=20)
+    outcomes["tuning"] = run("tuning", [*tuning, "--minutes", max(0.2, (seconds - 30) / 60)], seconds)
     run("figures", [python, "bench/report.py"], left(60))
 
     print("\n" + "\n".join(f"{name}: {'passed' if passed else 'FAILED'}" for name, passed in outcomes.items()))

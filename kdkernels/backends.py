@@ -10,8 +10,8 @@ import torch
 from . import native
 
 BACKENDS = ("auto", "reference", "native", "triton")
-# What "auto" takes where it runs. On CUDA, Triton and native kernels are both there, and neither has been measured yet:
-# it stays Triton, whose kernels cover every operator, until bench/results says otherwise.
+# What "auto" takes where it runs: on CUDA, of Triton and native kernels, those that bench/results has as faster on the
+# published sizes. Neither has been measured yet: until then Triton, which has kernels for one loss more, SP.
 PREFERRED = {"cpu": "native", "cuda": "triton"}
 
 # A plain module variable, like the flags of torch.backends: torch.compile reads and guards it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,28 @@ def test_variants_agree(operator: str) -> None:
 
 def test_every_operator_is_reported() -> None:
     assert sorted(importlib.import_module("report").OPERATORS) == OPERATORS
+
+
+def test_what_is_tried_for_tuning_is_there_and_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    tune = importlib.import_module("tune")
+    numbers = tune.present()
+    read = re.findall(r"&chosen\.(\w+)", (BENCH.parent / "csrc/cuda/host.h").read_text())
+    assert ["capability", *read] == list(numbers)
+    now = " ".join(map(str, list(numbers.values())[1:]))
+    for trial in tune.trials():
+        assert any(case.headline for case in importlib.import_module(f"bench_{trial.operator}").CASES)
+        if trial.setting == "present":
+            continue
+        if trial.backend == "native":
+            assert trial.variables["KDKERNELS_TUNING"] != now
+            continue
+        name, value = json.loads(trial.variables["TRIED"])
+        module = importlib.import_module(f"kdkernels.ops.{trial.operator}.triton")
+        monkeypatch.setattr(module, name, getattr(module, name).copy() if name == "TILES" else getattr(module, name))
+        before = repr(getattr(module, name))
+        tune.apply(trial.operator, name, value)
+        assert repr(getattr(module, name)) != before
 
 
 def test_results_of_the_same_machine_are_kept(tmp_path: Path) -> None:

@@ -10,8 +10,6 @@ namespace {
 // A strip of the matrix of all pairs has at most an eighth of it; but at least the first and at most the second of these
 // numbers of entries.
 constexpr int64_t kFewestEntries = int64_t(1) << 20, kMostEntries = int64_t(1) << 24;
-// A deep product of few tiles is split along its depth into about this many blocks, at least so deep.
-constexpr int64_t kBlocks = 256, kSplitDepth = 256;
 constexpr int kWhole = std::numeric_limits<int>::max() - kTile;  // a depth that is not split
 
 int64_t most_entries(int64_t pairs) { return std::clamp(pairs / 8, kFewestEntries, kMostEntries); }
@@ -235,8 +233,9 @@ T* Congruences<T, E>::add_norm(Round& now, const Sets& sets, const Side<T>& a, c
   const bool symmetric = a.rows == b.rows;
   const int64_t size = a.width * b.width, lines = tiles(a.width), across = tiles(b.width);
   const int64_t each = symmetric ? triangle(int(lines), int(across)) : lines * across;
-  const int64_t splits =
-      std::clamp<int64_t>(kBlocks / (sets.count * each), 1, (sets.size + kSplitDepth - 1) / kSplitDepth);
+  const Tuning tuned = tuning();
+  const int64_t splits = std::clamp<int64_t>(tuned.product_blocks / (sets.count * each), 1,
+                                             (sets.size + tuned.product_depth - 1) / tuned.product_depth);
   T* const parts = new_memory(sets.count * splits * size);
   Product<T> product{{rows_of(a, sets), rows_of(a, sets)},
                      {rows_of(b, sets), rows_of(b, sets)},

@@ -112,8 +112,6 @@ __global__ void __launch_bounds__(kTileThreads, 2) product_kernel(const __grid_c
   });
 }
 
-constexpr int kFoldThreads = 256, kFoldEach = 4;
-
 // The parts of split products, rows x columns each, `splits` of them for each of a batch.
 template <typename T>
 struct Fold {
@@ -148,8 +146,6 @@ __global__ void __launch_bounds__(kFoldThreads)
   squares = block_reduce(squares, Sum<double>());
   if (threadIdx.x == 0) partials[p.partials + group.block(index)] = p.coefficient * squares;
 }
-
-constexpr int kDiagonalThreads = 128;
 
 // c Σ (‖x_r‖² - ‖y_r‖²)² and its gradients, a block per row.
 template <typename T>

@@ -7,7 +7,6 @@
 
 namespace kdkernels {
 
-constexpr int kEmbeddingThreads = 128;
 constexpr double kEmbeddingEps = 1e-12;  // embeddings of this norm or less are the zero vector
 
 // One network's embeddings. Rows are `pitch` apart; for rbf they may have a one behind them, and so their gradient the sum of the
@@ -68,8 +67,6 @@ struct Centring {
   int64_t count;
   int width, pitch;
 };
-
-constexpr int kCentreColumns = 32, kCentreLines = 8;
 
 // A block per 32 columns.
 template <typename T>

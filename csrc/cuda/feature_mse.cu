@@ -7,9 +7,6 @@
 namespace kdkernels {
 namespace {
 
-// The pairs of all samples are cut into parts for about so many blocks, of at least so many numbers.
-constexpr int64_t kBlocks = 2048, kFewestNumbers = 1024;
-
 int64_t size_of(const Tensor& maps) { return maps.size(1) * maps.size(2) * maps.size(3); }
 
 Maps maps_of(const Tensor& maps) {
@@ -55,8 +52,9 @@ std::tuple<Tensor, Tensor> run(const std::vector<Tensor>& projected, const std::
     pairs.push_back(pair_of(projected[p], targets[p], p));
     largest = std::max<int64_t>(largest, pairs.back().grid.size());
   }
-  const int64_t parts =
-      std::clamp<int64_t>((kBlocks + entries - 1) / entries, 1, (largest + kFewestNumbers - 1) / kFewestNumbers);
+  const Tuning tuned = tuning();
+  const int64_t parts = std::clamp<int64_t>((tuned.error_blocks + entries - 1) / entries, 1,
+                                            (largest + tuned.error_numbers - 1) / tuned.error_numbers);
   Problems<Pair> problems;
   for (const Pair& pair : pairs) problems.push_back({pair, batch * parts});
 

@@ -4,11 +4,9 @@
 
 #include "elements.cuh"
 #include "group.cuh"
+#include "tuning.cuh"
 
 namespace kdkernels {
-
-constexpr int kMapThreads = 256;
-constexpr int kLossThreads = 512;
 
 // Divides numbers from 0 to 2^31 by one that the host knows, by a multiplication (Granlund and Montgomery 1994).
 struct Divisor {
@@ -167,8 +165,6 @@ __global__ void __launch_bounds__(kLossThreads)
   sum = block_reduce(sum, Sum<double>());
   if (threadIdx.x == 0) *loss = T(sum);
 }
-
-constexpr int kNumbers = 16 * kMapThreads;  // of a sample, to a block of the backward kernels
 
 // What the loss's slope in the maps is made of.
 struct Slope {

@@ -7,8 +7,6 @@
 namespace kdkernels {
 namespace {
 
-// The depths of all layers are cut into parts for about so many blocks, three on each multiprocessor of an H200, at least so deep.
-constexpr int64_t kBlocks = 384, kPartDepth = 256;
 constexpr int64_t kDeepest = std::numeric_limits<int>::max() - kTile;
 
 struct Axis {
@@ -78,7 +76,9 @@ Tensor run_gram(const std::vector<Tensor>& features) {
 
   int64_t total = 0;
   for (const Tensor& layer : layers) total += layer.numel() / batch;
-  const int64_t length = std::clamp<int64_t>(tiles(total * in_a_part / kBlocks) * int64_t(kTile), kPartDepth, kDeepest);
+  const Tuning tuned = tuning();
+  const int64_t length =
+      std::clamp<int64_t>(tiles(total * in_a_part / tuned.gram_blocks) * int64_t(kTile), tuned.gram_depth, kDeepest);
   const auto parts_of = [&](int64_t l) { return (layers[l].numel() / batch + length - 1) / length; };
   std::vector<int64_t> first_tile(1);  // of each layer's parts
   for (int64_t l = 0; l < count; ++l)

@@ -76,8 +76,6 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   });
 }
 
-constexpr int kPartEntries = 32, kPartLines = 8;
-
 // The tiles of a matrix's parts, and where it goes.
 template <typename T>
 struct Parts {
@@ -108,8 +106,6 @@ __global__ void __launch_bounds__(kPartEntries* kPartLines)
   const int entry = int(first % (kTile * kTile)) + lane;
   write_mirrored(p.matrix, batch, place.row + entry / kTile, place.column + entry % kTile, sum);
 }
-
-constexpr int kSlopeThreads = 256;
 
 // sums = slopes + slopesᵀ, matrix by matrix. The slopes may have any strides.
 template <typename T>

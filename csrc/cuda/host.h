@@ -4,9 +4,13 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <cstdlib>
+#include <sstream>
+
 #include "../cpu/operators.h"
 #include "../cpu/tensors.h"
 #include "logits.cuh"
+#include "tuning.cuh"
 
 namespace kdkernels {
 
@@ -30,6 +34,26 @@ class OnDevice {
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
 };
+
+// The line of kTunings for the current device. KDKERNELS_TUNING has six numbers in place of its own, for measurements.
+inline Tuning tuning() {
+  Tuning chosen = kTunings[0];
+#ifndef KDKERNELS_EMULATED
+  int device = 0, major = 0, minor = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  for (const Tuning& line : kTunings)
+    if (line.capability <= 10 * major + minor) chosen = line;
+#endif
+  static const char* const trial = std::getenv("KDKERNELS_TUNING");
+  if (!trial) return chosen;
+  std::istringstream numbers(trial);
+  for (int64_t* number : {&chosen.gram_blocks, &chosen.gram_depth, &chosen.product_blocks, &chosen.product_depth,
+                          &chosen.error_blocks, &chosen.error_numbers})
+    STD_TORCH_CHECK(numbers >> *number && *number > 0, "KDKERNELS_TUNING must be six positive numbers, got ", trial);
+  return chosen;
+}
 
 inline Element element_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {

@@ -8,12 +8,11 @@
 
 #include "group.cuh"
 #include "logits.cuh"
+#include "tuning.cuh"
 
 namespace kdkernels {
 
-constexpr int kIccThreads = 256;
 constexpr int kIccWarps = kIccThreads / kWarp;
-constexpr int kIccSamples = 4;  // that a thread of the passes by columns works on
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // Entries of the student's map below kLost have lost digits, which matters where the teacher's are not below kFaint: such an

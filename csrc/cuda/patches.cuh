@@ -4,10 +4,9 @@
 
 #include "elements.cuh"
 #include "group.cuh"
+#include "tuning.cuh"
 
 namespace kdkernels {
-
-constexpr int kPatchThreads = 256;
 
 // Half-open bounds of a crop.
 struct Box {

@@ -2,10 +2,9 @@
 #pragma once
 
 #include "device.cuh"
+#include "tuning.cuh"
 
 namespace kdkernels {
-
-constexpr int kReduceThreads = 256;
 
 template <typename T>
 __global__ void __launch_bounds__(kReduceThreads)

@@ -6,21 +6,15 @@
 #include <type_traits>
 
 #include "elements.cuh"
+#include "tuning.cuh"
 
 namespace kdkernels {
 
-constexpr int kTile = 64;                // rows and columns of a tile
-constexpr int kDepth = 16;               // depth of a panel, in units: numbers or pairs of them
-constexpr int kTileThreads = 128;        // four warps, each with a quarter of the tile, 32 x 32
 constexpr int kLines = 2, kColumns = 4;  // blocks of 16 x 8 that make up such a quarter
 
 // What tensor cores multiply numbers A by numbers B in: pairs if both are of half precision, else what they are computed in.
 template <typename T, typename A, typename B>
 using Unit = std::conditional_t<std::is_same_v<A, B> && kIsHalf<A>, HalfPair<A>, T>;
-
-// Panels of both operands that shared memory holds.
-template <typename T>
-inline constexpr int kStages = sizeof(T) == sizeof(float) ? 4 : 2;
 
 // Numbers that lie next to each other along one dimension, and `stride` apart along the other.
 template <typename T>

@@ -16,22 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..autograd import scaled
+from ..tuning import CONGRUENCE_FOLD_BLOCK as FOLD_BLOCK
+from ..tuning import CONGRUENCE_PROGRAMS as PROGRAMS
+from ..tuning import CONGRUENCE_SPLIT_DEPTH as SPLIT_DEPTH
+from ..tuning import CONGRUENCE_TILES as TILES
 from .plan import FEATURE, GRAM, Coefficients, Form, Plan, multiply_adds
 
-# Rows, columns and depth of a tile by dtype and tl.dot's input precision.
-TILES = {
-    (torch.float32, "ieee"): (64, 64, 16),
-    (torch.float32, "tf32"): (128, 64, 32),
-    (torch.float32, "tf32x3"): (64, 64, 32),
-    (torch.float64, "ieee"): (32, 32, 16),
-}
-# A deep product with few tiles is split along its depth into about this many programs, at least SPLIT_DEPTH deep.
-PROGRAMS = 256
-SPLIT_DEPTH = 256
 # A strip of the N x N matrix has at most an eighth of it, in elements at least the first and at most the second number.
 STRIP_ELEMENTS = 2**20, 2**24
 STRIP_ROWS = 128
-FOLD_BLOCK = 1024
 
 View = Callable[[Tensor], Tensor]
 

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from ...native import accumulation_dtype, new_like
 from ..grouped import number, pointer
+from ..tuning import FEATURE_MSE_BLOCK as BLOCK
+from ..tuning import FEATURE_MSE_WARPS as WARPS
 from . import FeatureMSE
-
-BLOCK = 256  # elements of a map that are read at a time
-WARPS = 4
 
 
 def feature_mse(projected: list[Tensor], targets: list[Tensor], weights: Tensor, scale: float) -> Tensor:

@@ -14,17 +14,10 @@ from torch import Tensor
 
 from ...native import accumulation_dtype
 from ..grouped import number, pointer
+from ..tuning import GRAM_FOLD as FOLD
+from ..tuning import GRAM_PROGRAMS as PROGRAMS
+from ..tuning import GRAM_TILES as TILES
 from . import Gram
-
-# Rows and columns of a tile, how many products are summed at a time, and warps, by the dtype of the factors.
-TILES = {
-    torch.float32: (64, 16, 8),
-    torch.float64: (32, 16, 4),
-    torch.bfloat16: (64, 32, 8),
-    torch.float16: (64, 32, 8),
-}
-PROGRAMS = 512  # about how many tiles of parts there are, unless the tiles of whole layers are more
-FOLD = 1024
 
 
 def gram(layers: Sequence[Tensor]) -> Tensor:

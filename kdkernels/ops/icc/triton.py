@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuning import ICC_BLOCK as BLOCK
 from . import Loss, Map
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -18,7 +19,6 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # A derivative of 2⁴⁰ or more is held as minus its logarithm, less 2; the others are above -1.5.
 MOST = tl.constexpr(40.0)
 HELD = 2**22  # entries of the map in a chunk
-BLOCK = 32
 
 
 def icc_map(logits: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..autograd import scaled
+from ..tuning import KD_MAX_BLOCK as MAX_BLOCK
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-MAX_BLOCK = 4096
 
 
 def kd(student: Tensor, teacher: Tensor, temperature: float, scale: float) -> Tensor:

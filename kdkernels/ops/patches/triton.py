@@ -14,9 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..autograd import once
-
-ROW_BLOCK = 4096
-RESAMPLED_BLOCK = 512  # fewer pixels at a time where each has up to 16 taps
+from ..tuning import PATCHES_RESAMPLED_BLOCK as RESAMPLED_BLOCK
+from ..tuning import PATCHES_ROW_BLOCK as ROW_BLOCK
 
 
 def patches(

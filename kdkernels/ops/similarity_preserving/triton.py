@@ -19,9 +19,8 @@ from torch import Tensor
 from ...native import accumulation_dtype
 from ..congruence.triton import _deep_product, _precision, _product
 from ..gram.triton import apply, multiply
+from ..tuning import SIMILARITY_PRESERVING_TILE as TILE
 from .reference import EPS
-
-TILE = (16, 128)  # rows and columns that a program reads at a time
 
 Gradients = Sequence[Tensor | None]
 

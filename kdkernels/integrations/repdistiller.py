@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
+from ..nn.semckd import new_projection, project
 
 __all__ = ["PKT", "Attention", "DistillKL", "HintLoss", "RKDLoss", "SelfA", "SemCKDLoss", "Similarity"]
 
@@ -126,8 +127,9 @@ class SemCKDLoss(nn.Module):
 class SelfA(nn.Module):
     """SemCKD's attention and projections, with the original's parameter names: its checkpoints load.
 
-    The similarity matrices of all layers are one call. A batch smaller than ``input_channel`` works: its similarities
-    are padded with zeros.
+    The similarity matrices of all layers are one call, and the projections are computed as those of
+    ``kdkernels.nn.SemanticCalibration``: they keep less for the backward pass. A batch smaller than ``input_channel``
+    works: its similarities are padded with zeros.
     """
 
     def __init__(
@@ -155,11 +157,9 @@ class SelfA(nn.Module):
         projected: list[list[Tensor]] = []
         targets: list[list[Tensor]] = []
         for i, student in enumerate(feat_s):
-            sizes = [min(student.shape[2], teacher.shape[2]) for teacher in feat_t]
-            projected.append(
-                [getattr(self, f"regressor{i}{j}")(_pooled(student, size)) for j, size in enumerate(sizes)]
-            )
-            targets.append([_pooled(teacher, size) for teacher, size in zip(feat_t, sizes, strict=True)])
+            projections = [getattr(self, f"regressor{i}{j}").regressor for j in range(len(feat_t))]
+            projected.append(project(student, projections, feat_t))
+            targets.append([_pooled(teacher, min(student.shape[2], teacher.shape[2])) for teacher in feat_t])
         return projected, targets, attention
 
     def _embed(self, name: str, similarities: Sequence[Tensor]) -> Tensor:
@@ -184,16 +184,7 @@ class _MLPEmbed(nn.Module):
 class _AAEmbed(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        inner = 2 * outputs
-        self.regressor = nn.Sequential(
-            nn.Conv2d(inputs, inner, 1, bias=False),
-            nn.BatchNorm2d(inner),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(inner, inner, 3, padding=1, bias=False),
-            nn.BatchNorm2d(inner),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(inner, outputs, 1, bias=False),
-        )
+        self.regressor = new_projection(inputs, outputs)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.regressor(features)

@@ -117,7 +117,7 @@ class SemanticCalibration(nn.Module):
             self.queries = embeddings(self.student_shapes, mlp)
         if projection:
             self.projections = nn.ModuleList(
-                nn.ModuleList(_projection(student[0], teacher[0]) for teacher in self.teacher_shapes)
+                nn.ModuleList(new_projection(student[0], teacher[0]) for teacher in self.teacher_shapes)
                 for student in self.student_shapes
             )
         else:
@@ -142,7 +142,7 @@ class SemanticCalibration(nn.Module):
         attention = self._attention(of_student, of_teacher, student[0])
         if self.projection:
             projected = [
-                self._projected(layer, row, teacher) for layer, row in zip(student, self.projections, strict=True)
+                project(layer, row, teacher, self.backend) for layer, row in zip(student, self.projections, strict=True)
             ]
             targets = [list(teacher) for _ in student]
         else:
@@ -190,23 +190,6 @@ class SemanticCalibration(nn.Module):
             scores = _embedded(self.queries, of_student) @ _embedded(self.keys, of_teacher).transpose(1, 2)
             attention = (scores / self.temperature).softmax(-1)
             return attention if self.allocation == "attention" else attention.mean(0).expand(shape)
-
-    def _projected(self, features: Tensor, projections: nn.ModuleList, teacher: list[Tensor]) -> list[Tensor]:
-        """One student layer for every teacher layer (Eq. 6)."""
-        if features.element_size() == 2 and not torch.is_autocast_enabled(features.device.type):
-            features = features.to(projections[0][0].weight.dtype)
-        sizes = [tuple(map(min, features.shape[2:], target.shape[2:])) for target in teacher]
-        # On a CPU, convolutions are a sixth faster with channels last; the loss is, with maps in their targets' order.
-        traced = torch.compiler.is_compiling() or backends.transformed()  # neither follows memory formats
-        turned = features.device.type == "cpu" and features.is_contiguous() and not traced
-        pooled = {size: _averaged(features, size) for size in sizes}
-        if turned:
-            pooled = {size: maps.contiguous(memory_format=torch.channels_last) for size, maps in pooled.items()}
-        projected = [
-            _project(projection, pooled[size], self.backend)
-            for projection, size in zip(projections, sizes, strict=True)
-        ]
-        return [maps.contiguous() for maps in projected] if turned else projected
 
 
 class SemCKDLoss(nn.Module):
@@ -265,7 +248,7 @@ def _unit(rows: Tensor) -> Tensor:
     return torch.where(dead, 0.0, rows / torch.where(dead, 1.0, norms))
 
 
-def _projection(inputs: int, outputs: int) -> nn.Sequential:
+def new_projection(inputs: int, outputs: int) -> nn.Sequential:
     inner = 2 * outputs
     return nn.Sequential(
         nn.Conv2d(inputs, inner, 1, bias=False),
@@ -276,6 +259,25 @@ def _projection(inputs: int, outputs: int) -> nn.Sequential:
         nn.ReLU(inplace=True),
         nn.Conv2d(inner, outputs, 1, bias=False),
     )
+
+
+def project(
+    features: Tensor, projections: Sequence[nn.Sequential], teacher: Sequence[Tensor], backend: str = "auto"
+) -> list[Tensor]:
+    """One student layer for every teacher layer (Eq. 6), each by its own projection."""
+    if features.element_size() == 2 and not torch.is_autocast_enabled(features.device.type):
+        features = features.to(projections[0][0].weight.dtype)
+    sizes = [tuple(map(min, features.shape[2:], target.shape[2:])) for target in teacher]
+    # On a CPU, convolutions are a sixth faster with channels last; the loss is, with maps in their targets' order.
+    traced = torch.compiler.is_compiling() or backends.transformed()  # neither follows memory formats
+    turned = features.device.type == "cpu" and features.is_contiguous() and not traced
+    pooled = {size: _averaged(features, size) for size in sizes}
+    if turned:
+        pooled = {size: maps.contiguous(memory_format=torch.channels_last) for size, maps in pooled.items()}
+    projected = [
+        _project(projection, pooled[size], backend) for projection, size in zip(projections, sizes, strict=True)
+    ]
+    return [maps.contiguous() for maps in projected] if turned else projected
 
 
 def _project(projection: nn.Sequential, features: Tensor, backend: str) -> Tensor:

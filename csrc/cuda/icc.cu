@@ -1,6 +1,6 @@
-#include "icc.cuh"
-
 #include "host.h"
+#include "icc_map.cuh"
+#include "icc_samples.cuh"
 
 namespace kdkernels {
 namespace {

@@ -25,7 +25,7 @@ constexpr int kPartEntries = 32, kPartLines = 8;      // entries of a tile's par
 constexpr int kSlopeThreads = 256;                    // entries of similarity matrices
 constexpr int kMapThreads = 256, kLossThreads = 512;  // a part of a pair of maps; the errors of all (feature_mse.cuh)
 constexpr int kNumbers = 16 * kMapThreads;            // of a sample, to a block of the backward kernels
-constexpr int kIccThreads = 256;                      // rows of the map, or columns (icc.cuh)
+constexpr int kIccThreads = 256;                      // rows of the map, or columns (icc_rows.cuh)
 constexpr int kIccSamples = 4;                        // that a thread of the passes by columns works on
 constexpr int kReduceThreads = 256;                   // a loss's parts (reduce.cuh)
 

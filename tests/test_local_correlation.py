@@ -10,7 +10,7 @@ import torch
 from helpers import DTYPES, HALF_DTYPES, assert_as_good_as, assert_close, loss_and_gradients, relative_error
 from torch import Tensor
 
-from kdkernels import local_correlation, local_correlation_loss
+from kdkernels import explain, local_correlation, local_correlation_loss
 
 FORMS = ("auto", "gram", "feature")
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -258,6 +258,24 @@ def test_dead_patches(backend, form, who):
             maps.view(5, -1, 3, 2, 3, 2).masked_fill_(dead, 0)
     for weights in ((1, 1, 1), (0.2, 3, 1)):
         agree(student, teacher, 3, weights=weights, backend=backend, form=form)
+
+
+@every_form
+@pytest.mark.parametrize(("images", "k"), [(1, 3), (5, 1)], ids=["one image", "one position"])
+def test_dead_patches_where_an_equation_has_all_pairs(backend, form, images, k):
+    """A dead patch differs from a living one on the diagonal, which belongs to Eq. 4 and to Eq. 5."""
+    student, teacher = torch.randn(images, 3, 6, 6), torch.randn(images, 2, 3, 3)
+    student[0, :, : 6 // k, : 6 // k] = 0
+    agree(student, teacher, k, weights=(1, 0.5, 2), backend=backend, form=form)
+
+
+def test_costs_are_those_of_the_resized_maps():
+    costs = []
+    for size, partition in ((7, "resize"), (9, "exact")):
+        maps = torch.randn(4, 3, size, size)
+        told = explain("local_correlation_loss", maps, maps, 3, partition=partition, backend="reference")
+        costs.append([part.costs for parts in told.stages for part in parts])
+    assert costs[0] == costs[1]
 
 
 @every_form

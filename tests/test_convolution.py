@@ -19,7 +19,7 @@ needs_native = pytest.mark.skipif(
 
 ORDERS = (torch.contiguous_format, torch.channels_last)
 SHAPES = [  # batch, channels in and out, height, width
-    (64, 128, 64, 1, 1),
+    (64, 64, 128, 1, 1),
     (7, 96, 160, 5, 7),
     (3, 128, 96, 10, 9),
     (33, 64, 192, 2, 3),

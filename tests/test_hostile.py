@@ -171,7 +171,12 @@ def congruent_rows(draw) -> Problem:
         "form": draw(FORM),
     }
     shapes = [(rows, draw(sizes(9))) for _ in range(2)]
-    return Problem(lambda x, y, backend: congruence(x, y, backend=backend, **given), shapes)
+    of_sizes = given | {"coefficients": [abs(c) for c in given["coefficients"]]}
+
+    def added(x: Tensor, y: Tensor, backend: str) -> Tensor:
+        return congruence(torch.cat([x, y], 1), x.new_zeros(rows, 1), backend=backend, **of_sizes)
+
+    return Problem(lambda x, y, backend: congruence(x, y, backend=backend, **given), shapes, sizes=added)
 
 
 @st.composite

@@ -106,7 +106,7 @@ def test_it_learns_from_labels():
     optimizer = torch.optim.Adam(attention.parameters(), lr=1e-2)
     features, labels = blobs(128, 3)
     first = attention.loss(features, labels)
-    for _ in range(60):
+    for _ in range(150):
         optimizer.zero_grad()
         loss = attention.loss(features, labels)
         loss.backward()

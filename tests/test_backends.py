@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_close, loss_and_gradients, needs_every_library
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels
@@ -235,7 +235,7 @@ OPERATORS = ("patches", "patches_backward", "congruence", "local_correlation", "
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name):
     for arguments in operator_arguments()[name]:
-        torch.library.opcheck(getattr(native.ops, name).default, arguments)
+        library.opcheck(getattr(native.ops, name).default, arguments)
 
 
 @needs_native

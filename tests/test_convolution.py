@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close
-from torch import Tensor
+from torch import Tensor, library
 
 from kdkernels import native
 from kdkernels.ops.convolution import convolution, convolution_backward, winograd
@@ -111,6 +111,6 @@ def test_pytorch_where_it_cannot_run_or_would_be_slower():
 def test_opcheck(order):
     maps, weight, grad = case((5, 32, 64, 3, 4), torch.float32, torch.channels_last)
     weight = weight.contiguous(memory_format=order)
-    torch.library.opcheck(native.ops.convolution.default, (maps, weight, False))
-    torch.library.opcheck(native.ops.convolution.default, (grad, weight, True))
-    torch.library.opcheck(native.ops.convolution_weight.default, (maps, grad, order is torch.channels_last))
+    library.opcheck(native.ops.convolution.default, (maps, weight, False))
+    library.opcheck(native.ops.convolution.default, (grad, weight, True))
+    library.opcheck(native.ops.convolution_weight.default, (maps, grad, order is torch.channels_last))

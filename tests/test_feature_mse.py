@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers import DTYPES, HALF_DTYPES, assert_close, assert_gradients, peak_growth
-from torch import Tensor
+from torch import Tensor, library
 
 import kdkernels
 from kdkernels import native
@@ -277,8 +277,8 @@ def test_opcheck(dtype):
     projected = [torch.randn(3, 4, 5, 2), torch.randn(3, 6, 6, 4).permute(0, 3, 1, 2).to(dtype)]
     targets = [torch.randn(3, 5, 2, 4).permute(0, 3, 1, 2), torch.randn(3, 4, 3, 8)]
     weights = torch.rand(3, 2, 1)
-    torch.library.opcheck(native.ops.feature_mse.default, (projected, targets, weights, 0.5))
-    torch.library.opcheck(
+    library.opcheck(native.ops.feature_mse.default, (projected, targets, weights, 0.5))
+    library.opcheck(
         native.ops.feature_mse_backward.default,
         (torch.tensor(2.0), projected, targets, weights, 0.5, [1, 1, 0, 1]),
     )

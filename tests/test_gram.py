@@ -7,7 +7,7 @@ import multiprocessing
 import pytest
 import torch
 from helpers import DTYPES, HALF_DTYPES, assert_close, assert_gradients, peak_growth, relative_error
-from torch import Tensor
+from torch import Tensor, library
 
 import kdkernels
 from kdkernels import native
@@ -198,8 +198,8 @@ def test_shared_out_over_threads(threads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
     features = [torch.randn(5, 3, 4, 2), torch.randn(5, 4, 4, 3).permute(0, 3, 1, 2).to(dtype), torch.randn(9, 5).t()]
-    torch.library.opcheck(native.ops.gram.default, (features,))
-    torch.library.opcheck(native.ops.gram_backward.default, (torch.randn(3, 5, 5).mT, features))
+    library.opcheck(native.ops.gram.default, (features,))
+    library.opcheck(native.ops.gram_backward.default, (torch.randn(3, 5, 5).mT, features))
 
 
 def test_compiles_into_one_graph(backend):

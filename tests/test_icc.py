@@ -18,7 +18,7 @@ from helpers import (
     needs_every_library,
     relative_error,
 )
-from torch import Tensor
+from torch import Tensor, library
 
 import kdkernels
 from kdkernels import inter_class_correlation, inter_class_correlation_loss, native
@@ -400,10 +400,10 @@ def test_opcheck():
     student, teacher = logits(5, 12).detach(), logits(12, 5, dtype=torch.bfloat16).detach().t()
     for wanted in ((True, False), (True, True), (False, False)):
         for per_sample in (False, True):
-            torch.library.opcheck(native.ops.icc_loss.default, (student, teacher, per_sample, 0.1, *wanted))
+            library.opcheck(native.ops.icc_loss.default, (student, teacher, per_sample, 0.1, *wanted))
     for z in (student, teacher):
-        torch.library.opcheck(native.ops.icc_map.default, (z,))
-        torch.library.opcheck(native.ops.icc_map_backward.default, (torch.randn(12, 12).t(), z))
+        library.opcheck(native.ops.icc_map.default, (z,))
+        library.opcheck(native.ops.icc_map_backward.default, (torch.randn(12, 12).t(), z))
 
 
 def test_compiles_into_one_graph(backend):

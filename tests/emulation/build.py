@@ -16,6 +16,7 @@ import sysconfig
 from pathlib import Path
 
 import torch
+from torch import library as torch_library
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "emulation"
@@ -25,7 +26,7 @@ FLAGS = (
     "-std=c++17 -O2 -g1 -fPIC -Wall -Wno-unknown-pragmas -ffp-contract=off"
     " -DKDKERNELS_EMULATED -DTORCH_TARGET_VERSION=0x020b000000000000"
 )
-operators = torch.library.Library("kdkernels_emulated", "DEF")
+operators = torch_library.Library("kdkernels_emulated", "DEF")
 ORDERS = ("forward", "reverse", "random")
 
 

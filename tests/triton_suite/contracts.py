@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import loss_and_gradients
-from torch import Tensor
+from torch import Tensor, library
 
 import kdkernels
 from kdkernels import inter_class_correlation
@@ -79,23 +79,21 @@ def test_compile_without_graph_breaks(device: str) -> None:
 def test_registration(device: str) -> None:
     features = [draw(2, 3, 4, 4, device=device), laid_out(draw(2, 3, 5, 5, device=device).bfloat16(), "channels_last")]
     bounds = torch.tensor([[0, 1], [2, 3], [0, 1], [2, 3]], dtype=torch.int32, device=device)
-    torch.library.opcheck(ops.bounding_boxes, (torch.rand(2, 5, 3, device=device), 0.5, 7, 7))
+    library.opcheck(ops.bounding_boxes, (torch.rand(2, 5, 3, device=device), 0.5, 7, 7))
     for maps, resize in zip(features, (False, True), strict=True):
         options = (2, torch.rand(2, *maps.shape[-2:], device=device), bounds, resize)
         rows, norms = ops.patches(maps, *options, 1e-8)
-        torch.library.opcheck(ops.patches, (maps, *options, 1e-8))
+        library.opcheck(ops.patches, (maps, *options, 1e-8))
         like = (maps.shape, maps.dtype, resize)
-        torch.library.opcheck(ops.patches_backward, (torch.ones_like(rows), rows, norms, *like, *options))
+        library.opcheck(ops.patches_backward, (torch.ones_like(rows), rows, norms, *like, *options))
     x, y = draw(8, 3, device=device), laid_out(draw(8, 5, device=device), "transposed")
     for feature in (False, True):
-        torch.library.opcheck(ops.congruence, (x, y, 4, [0.7, 0.5, -0.3, 0.2], [feature] * 3, True, False))
-        torch.library.opcheck(
-            ops.similarity_preserving, (features[0], draw(2, 5, device=device), 0.1, feature, True, True)
-        )
-        torch.library.opcheck(ops.similarity_preserving, (*features, 0.1, feature, False, True))
-    torch.library.opcheck(ops.kd, (x, draw(8, 3, device=device), 4.0, 16.0, True, False))
+        library.opcheck(ops.congruence, (x, y, 4, [0.7, 0.5, -0.3, 0.2], [feature] * 3, True, False))
+        library.opcheck(ops.similarity_preserving, (features[0], draw(2, 5, device=device), 0.1, feature, True, True))
+        library.opcheck(ops.similarity_preserving, (*features, 0.1, feature, False, True))
+    library.opcheck(ops.kd, (x, draw(8, 3, device=device), 4.0, 16.0, True, False))
     logits = laid_out(draw(6, 4, device=device), "transposed")
     for per_sample in (False, True):
-        torch.library.opcheck(ops.icc_loss, (logits, draw(6, 4, device=device), per_sample, 0.1, True, per_sample))
-    torch.library.opcheck(ops.icc_map, (logits,))
-    torch.library.opcheck(ops.icc_map_backward, (draw(4, 4, device=device), logits))
+        library.opcheck(ops.icc_loss, (logits, draw(6, 4, device=device), per_sample, 0.1, True, per_sample))
+    library.opcheck(ops.icc_map, (logits,))
+    library.opcheck(ops.icc_map_backward, (draw(4, 4, device=device), logits))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from ..autograd import scaled
 from ..tuning import CONGRUENCE_FOLD_BLOCK as FOLD_BLOCK
@@ -63,19 +63,19 @@ class _Congruence(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-torch.library.define(
+library.define(
     "kdkernels_triton::congruence",
     "(Tensor x, Tensor y, SymInt positions, float[] coefficients, bool[] features, bool grad_x, bool grad_y)"
     " -> (Tensor loss, Tensor grad_x, Tensor grad_y)",
 )
 
 
-@torch.library.register_fake("kdkernels_triton::congruence")
+@library.register_fake("kdkernels_triton::congruence")
 def _allocate(x, y, positions, coefficients, features, grad_x, grad_y):
     return x.new_empty(()), x.new_empty(x.shape if grad_x else 0), x.new_empty(y.shape if grad_y else 0)
 
 
-@torch.library.impl("kdkernels_triton::congruence", "CompositeExplicitAutograd")
+@library.impl("kdkernels_triton::congruence", "CompositeExplicitAutograd")
 def _launch(x, y, positions, coefficients, features, grad_x, grad_y):
     _, *gradients = _allocate(x, y, positions, coefficients, features, grad_x, grad_y)
     sums = _Sums(x, y, *(g if wanted else None for g, wanted in zip(gradients, (grad_x, grad_y), strict=True)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from ...native import accumulation_dtype
 from ..autograd import scaled
@@ -58,19 +58,19 @@ class _Comparison(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
-torch.library.define(
+library.define(
     "kdkernels_triton::kernel_congruence",
     "(Tensor x, Tensor y, int kernel, float gamma, SymInt order, float scale, bool grad_x, bool grad_y)"
     " -> (Tensor loss, Tensor grad_x, Tensor grad_y)",
 )
 
 
-@torch.library.register_fake("kdkernels_triton::kernel_congruence")
+@library.register_fake("kdkernels_triton::kernel_congruence")
 def _allocate(x, y, kernel, gamma, order, scale, grad_x, grad_y):
     return x.new_empty(()), x.new_empty(x.shape if grad_x else 0), x.new_empty(y.shape if grad_y else 0)
 
 
-@torch.library.impl("kdkernels_triton::kernel_congruence", "CompositeExplicitAutograd")
+@library.impl("kdkernels_triton::kernel_congruence", "CompositeExplicitAutograd")
 def _launch(x, y, kernel, gamma, order, scale, grad_x, grad_y):
     _, *gradients = _allocate(x, y, kernel, gamma, order, scale, grad_x, grad_y)
     rows = x.shape[0]

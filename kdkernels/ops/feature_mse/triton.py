@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from ...native import accumulation_dtype, new_like
 from ..grouped import number, pointer
@@ -23,24 +23,24 @@ def feature_mse(projected: list[Tensor], targets: list[Tensor], weights: Tensor,
     return FeatureMSE.apply(torch.ops.kdkernels_triton, scale, weights, *projected, *targets)
 
 
-torch.library.define(
+library.define(
     "kdkernels_triton::feature_mse",
     "(Tensor[] projected, Tensor[] targets, Tensor weights, float scale) -> (Tensor loss, Tensor errors)",
 )
-torch.library.define(
+library.define(
     "kdkernels_triton::feature_mse_backward",
     "(Tensor grad_loss, Tensor[] projected, Tensor[] targets, Tensor weights, float scale, int[] wanted)"
     " -> Tensor[] grads",
 )
 
 
-@torch.library.register_fake("kdkernels_triton::feature_mse")
+@library.register_fake("kdkernels_triton::feature_mse")
 def _fake(projected, targets, weights, scale):
     dtype = accumulation_dtype(*projected, *targets)
     return weights.new_empty((), dtype=dtype), weights.new_empty(weights.shape, dtype=dtype)
 
 
-@torch.library.register_fake("kdkernels_triton::feature_mse_backward")
+@library.register_fake("kdkernels_triton::feature_mse_backward")
 def _fake_backward(grad_loss, projected, targets, weights, scale, wanted):
     orders = [_channels_last(maps) for maps in projected]
     return [
@@ -77,7 +77,7 @@ def _maps(pairs: list[Pair]) -> dict[str, tuple]:
     return arguments
 
 
-@torch.library.impl("kdkernels_triton::feature_mse", ("CPU", "CUDA"))
+@library.impl("kdkernels_triton::feature_mse", ("CPU", "CUDA"))
 def _launch(projected, targets, weights, scale):
     dtype = accumulation_dtype(*projected, *targets)
     errors = weights.new_empty(weights.shape, dtype=dtype)
@@ -90,7 +90,7 @@ def _launch(projected, targets, weights, scale):
     return (weights.to(dtype) * errors).sum(), errors
 
 
-@torch.library.impl("kdkernels_triton::feature_mse_backward", ("CPU", "CUDA"))
+@library.impl("kdkernels_triton::feature_mse_backward", ("CPU", "CUDA"))
 def _launch_backward(grad_loss, projected, targets, weights, scale, wanted):
     count, batch = len(projected), weights.shape[0]
     slopes = (2 * scale * grad_loss * weights.to(grad_loss.dtype)).contiguous()

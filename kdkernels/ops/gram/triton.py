@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from ...native import accumulation_dtype
 from ..grouped import number, pointer
@@ -25,19 +25,17 @@ def gram(layers: Sequence[Tensor]) -> Tensor:
     return Gram.apply(torch.ops.kdkernels_triton, *layers)
 
 
-torch.library.define("kdkernels_triton::gram", "(Tensor[] features) -> Tensor matrices")
-torch.library.define(
-    "kdkernels_triton::gram_backward", "(Tensor grad_matrices, Tensor[] features) -> Tensor[] grad_features"
-)
+library.define("kdkernels_triton::gram", "(Tensor[] features) -> Tensor matrices")
+library.define("kdkernels_triton::gram_backward", "(Tensor grad_matrices, Tensor[] features) -> Tensor[] grad_features")
 
 
-@torch.library.register_fake("kdkernels_triton::gram")
+@library.register_fake("kdkernels_triton::gram")
 def _fake(features):
     batch = features[0].shape[0]
     return features[0].new_empty((len(features), batch, batch), dtype=accumulation_dtype(*features))
 
 
-@torch.library.register_fake("kdkernels_triton::gram_backward")
+@library.register_fake("kdkernels_triton::gram_backward")
 def _fake_backward(grad_matrices, features):
     return [layer.new_empty((layer.shape[0], layer.shape[1:].numel())) for layer in features]
 
@@ -106,7 +104,7 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32"
 
 
-@torch.library.impl("kdkernels_triton::gram", ("CPU", "CUDA"))
+@library.impl("kdkernels_triton::gram", ("CPU", "CUDA"))
 def _launch(features):
     return multiply(features)
 
@@ -150,7 +148,7 @@ def multiply(features: Sequence[Tensor]) -> Tensor:
     return result
 
 
-@torch.library.impl("kdkernels_triton::gram_backward", ("CPU", "CUDA"))
+@library.impl("kdkernels_triton::gram_backward", ("CPU", "CUDA"))
 def _launch_backward(grad_matrices, features):
     slopes = (grad_matrices + grad_matrices.mT).contiguous()
     # The interpreter truncates to bfloat16 where a GPU rounds.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from ..tuning import ICC_BLOCK as BLOCK
 from . import Loss, Map
@@ -31,9 +31,9 @@ def icc_loss(student: Tensor, teacher: Tensor, per_sample: bool, scale: float) -
     return Loss.apply(student, teacher, per_sample, scale, torch.ops.kdkernels_triton)
 
 
-torch.library.define("kdkernels_triton::icc_map", "(Tensor logits) -> Tensor")
-torch.library.define("kdkernels_triton::icc_map_backward", "(Tensor grad_map, Tensor logits) -> Tensor")
-torch.library.define(
+library.define("kdkernels_triton::icc_map", "(Tensor logits) -> Tensor")
+library.define("kdkernels_triton::icc_map_backward", "(Tensor grad_map, Tensor logits) -> Tensor")
+library.define(
     "kdkernels_triton::icc_loss",
     "(Tensor student, Tensor teacher, bool per_sample, float scale, bool grad_student, bool grad_teacher)"
     " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
@@ -44,17 +44,17 @@ def _dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-@torch.library.register_fake("kdkernels_triton::icc_map")
+@library.register_fake("kdkernels_triton::icc_map")
 def _fake_map(logits):
     return logits.new_empty((logits.shape[1], logits.shape[1]), dtype=_dtype(logits))
 
 
-@torch.library.register_fake("kdkernels_triton::icc_map_backward")
+@library.register_fake("kdkernels_triton::icc_map_backward")
 def _fake_map_backward(grad_map, logits):
     return logits.new_empty(logits.shape, dtype=_dtype(logits))
 
 
-@torch.library.register_fake("kdkernels_triton::icc_loss")
+@library.register_fake("kdkernels_triton::icc_loss")
 def _fake_loss(student, teacher, per_sample, scale, grad_student, grad_teacher):
     dtype = _dtype(student, teacher)
     shapes = (student.shape if wanted else (0,) for wanted in (grad_student, grad_teacher))
@@ -86,7 +86,7 @@ class _Logits:
         )
 
 
-@torch.library.impl("kdkernels_triton::icc_map", "CompositeExplicitAutograd")
+@library.impl("kdkernels_triton::icc_map", "CompositeExplicitAutograd")
 def _launch_map(logits):
     dtype = _dtype(logits)
     with torch.cuda.device_of(logits):
@@ -97,7 +97,7 @@ def _launch_map(logits):
     return result
 
 
-@torch.library.impl("kdkernels_triton::icc_map_backward", "CompositeExplicitAutograd")
+@library.impl("kdkernels_triton::icc_map_backward", "CompositeExplicitAutograd")
 def _launch_map_backward(grad_map, logits):
     dtype = _dtype(logits)
     grad = logits.new_zeros(logits.shape, dtype=dtype)
@@ -106,7 +106,7 @@ def _launch_map_backward(grad_map, logits):
     return grad
 
 
-@torch.library.impl("kdkernels_triton::icc_loss", "CompositeExplicitAutograd")
+@library.impl("kdkernels_triton::icc_loss", "CompositeExplicitAutograd")
 def _launch_loss(student, teacher, per_sample, scale, grad_student, grad_teacher):
     dtype = _dtype(student, teacher)
     grads = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from ..autograd import scaled
 from ..tuning import KD_MAX_BLOCK as MAX_BLOCK
@@ -38,7 +38,7 @@ class _KD(torch.autograd.Function):
         return *gradients, None, None
 
 
-torch.library.define(
+library.define(
     "kdkernels_triton::kd",
     "(Tensor student, Tensor teacher, float temperature, float scale, bool grad_student, bool grad_teacher)"
     " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
@@ -55,13 +55,13 @@ def _allocate(student: Tensor, teacher: Tensor, grad_student: bool, grad_teacher
     return [student.new_empty(rows, dtype=dtype), *gradients]
 
 
-@torch.library.register_fake("kdkernels_triton::kd")
+@library.register_fake("kdkernels_triton::kd")
 def _fake(student, teacher, temperature, scale, grad_student, grad_teacher):
     losses, *gradients = _allocate(student, teacher, grad_student, grad_teacher)
     return losses.new_empty(()), *gradients
 
 
-@torch.library.impl("kdkernels_triton::kd", "CompositeExplicitAutograd")
+@library.impl("kdkernels_triton::kd", "CompositeExplicitAutograd")
 def _launch(student, teacher, temperature, scale, grad_student, grad_teacher):
     losses, *gradients = _allocate(student, teacher, grad_student, grad_teacher)
     rows, classes = student.shape

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from ..autograd import once
 from ..tuning import PATCHES_RESAMPLED_BLOCK as RESAMPLED_BLOCK
@@ -63,27 +63,27 @@ def _channels_last(features: Tensor) -> bool:
     return features.shape[1] > 1 and features.stride(1) < features.stride(3)
 
 
-torch.library.define(
+library.define(
     "kdkernels_triton::bounding_boxes",
     "(Tensor mask, float threshold, SymInt height, SymInt width) -> Tensor",
 )
-torch.library.define(
+library.define(
     "kdkernels_triton::patches",
     "(Tensor features, SymInt k, Tensor? mask, Tensor? bounds, bool resize, float eps) -> (Tensor rows, Tensor norms)",
 )
-torch.library.define(
+library.define(
     "kdkernels_triton::patches_backward",
     "(Tensor grad, Tensor rows, Tensor norms, SymInt[] size, ScalarType dtype, bool channels_last, SymInt k,"
     " Tensor? mask, Tensor? bounds, bool resize) -> Tensor",
 )
 
 
-@torch.library.register_fake("kdkernels_triton::bounding_boxes")
+@library.register_fake("kdkernels_triton::bounding_boxes")
 def _allocate_bounds(mask, threshold, height, width) -> Tensor:
     return mask.new_empty((4, mask.shape[0]), dtype=torch.int32)
 
 
-@torch.library.register_fake("kdkernels_triton::patches")
+@library.register_fake("kdkernels_triton::patches")
 def _allocate(features, k, mask, bounds, resize, eps) -> tuple[Tensor, Tensor]:
     n, c, h, w = features.shape
     dtype = _accumulator(features.dtype)
@@ -91,7 +91,7 @@ def _allocate(features, k, mask, bounds, resize, eps) -> tuple[Tensor, Tensor]:
     return rows, features.new_empty(n * k * k, dtype=dtype)
 
 
-@torch.library.register_fake("kdkernels_triton::patches_backward")
+@library.register_fake("kdkernels_triton::patches_backward")
 def _allocate_map(grad, rows, norms, size, dtype, channels_last, k, mask, bounds, resize) -> Tensor:
     return _new_map(rows, size, dtype, channels_last)
 
@@ -101,7 +101,7 @@ def _new_map(like: Tensor, size: tuple[int, ...], dtype: torch.dtype, channels_l
     return torch.empty(size, dtype=dtype, device=like.device, memory_format=memory_format)
 
 
-@torch.library.impl("kdkernels_triton::bounding_boxes", "CompositeExplicitAutograd")
+@library.impl("kdkernels_triton::bounding_boxes", "CompositeExplicitAutograd")
 def _launch_bounding_boxes(mask, threshold, height, width):
     bounds = _allocate_bounds(mask, threshold, height, width)
     n, h, w = mask.shape
@@ -110,7 +110,7 @@ def _launch_bounding_boxes(mask, threshold, height, width):
     return bounds
 
 
-@torch.library.impl("kdkernels_triton::patches", "CompositeExplicitAutograd")
+@library.impl("kdkernels_triton::patches", "CompositeExplicitAutograd")
 def _launch(features, k, mask, bounds, resize, eps):
     rows, norms = _allocate(features, k, mask, bounds, resize, eps)
     n, c, h, w = features.shape
@@ -140,7 +140,7 @@ def _launch(features, k, mask, bounds, resize, eps):
     return rows, norms
 
 
-@torch.library.impl("kdkernels_triton::patches_backward", "CompositeExplicitAutograd")
+@library.impl("kdkernels_triton::patches_backward", "CompositeExplicitAutograd")
 def _launch_backward(grad, rows, norms, size, dtype, channels_last, k, mask, bounds, resize):
     # The interpreter truncates to bfloat16 where compiled kernels round.
     stored = rows.dtype if triton.knobs.runtime.interpret else dtype

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from ...native import accumulation_dtype
 from ..congruence.triton import _deep_product, _precision, _product
@@ -24,14 +24,14 @@ from .reference import EPS
 
 Gradients = Sequence[Tensor | None]
 
-torch.library.define(
+library.define(
     "kdkernels_triton::similarity_preserving",
     "(Tensor student, Tensor teacher, float scale, bool feature, bool grad_student, bool grad_teacher)"
     " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
 )
 
 
-@torch.library.register_fake("kdkernels_triton::similarity_preserving")
+@library.register_fake("kdkernels_triton::similarity_preserving")
 def _allocate(student, teacher, scale, feature, grad_student, grad_teacher):
     dtype = accumulation_dtype(student, teacher)
     of_student, of_teacher = (
@@ -41,7 +41,7 @@ def _allocate(student, teacher, scale, feature, grad_student, grad_teacher):
     return student.new_empty((), dtype=dtype), of_student, of_teacher
 
 
-@torch.library.impl("kdkernels_triton::similarity_preserving", ("CPU", "CUDA"))
+@library.impl("kdkernels_triton::similarity_preserving", ("CPU", "CUDA"))
 def _launch(student, teacher, scale, feature, grad_student, grad_teacher):
     loss, *gradients = _allocate(student, teacher, scale, feature, grad_student, grad_teacher)
     wanted = [

@@ -42,7 +42,7 @@ def inter_class_correlation_loss(
     """Divergence of the student's inter-class correlation map from the teacher's: KL(M_T ‖ M_S) (ICCT Eqs. 5-7).
 
     ICCT's total is ``cross_entropy + λ·loss``; ICCT + SP and ICCT + AT add ``similarity_preserving_loss`` or
-    ``attention_transfer_loss``. Computed in logarithms: finite for all finite logits, however confident the networks.
+    ``attention_transfer_loss``. Computed in logarithms: finite for all logits whose products are, however confident.
 
     Args:
         student_logits: b x K, float32, float64, bfloat16 or float16, any strides.

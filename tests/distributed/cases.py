@@ -299,8 +299,7 @@ def collect() -> None:
             for learns in ((True, False), (False, True)):
                 case(similarity, form, dtype, learns, reduction="sum")
         case(inter_class, dtype)
-        # Products of confident logits are in the hundreds, where float32 has fewer digits left.
-        case(inter_class, dtype, scale=20.0 if dtype == torch.float64 else 3.0, reduction="sum")
+        case(inter_class, dtype, scale=20.0, reduction="sum")
         case(inter_class, dtype, per_sample=True)
         for reduction in ("mean", "sum"):
             case(cross_layer, dtype, reduction)

@@ -36,19 +36,20 @@ def icc_loss(
         own = icc_loss_of_one(student_logits, teacher_logits, per_sample=True, reduction=reduction, backend=backend)
         return distributed.sum_over(ranks, own * (batch / ranks.samples))
     scale = 1.0 if reduction == "sum" else 1.0 / classes
-    run = functools.partial(_divergence_of_maps, ranks=ranks, scale=scale, dtype=dtype)
-    return distributed.loss(ranks, run, student_logits, teacher_logits)
+    run = functools.partial(_divergence_of_maps, ranks=ranks, scale=scale)
+    return distributed.loss(ranks, run, student_logits, teacher_logits).to(dtype)
 
 
 def _divergence_of_maps(
-    student: Tensor, teacher: Tensor, *, ranks: Ranks, scale: float, dtype: torch.dtype, wanted: Sequence[bool]
+    student: Tensor, teacher: Tensor, *, ranks: Ranks, scale: float, wanted: Sequence[bool]
 ) -> LossAndGradients:
-    """KL(M_T ‖ M_S), some rows of the maps at a time.
+    """KL(M_T ‖ M_S), some rows of the maps at a time, in float64: logarithms of confident logits are in the hundreds,
+    where float32 has lost the digits that their exponentials show.
 
     With ``R`` this rank's share of ``b·M``, its logits' derivatives are those of its own log-sum-exp of the rows of
     log P, times ``R`` and the derivative of log M: −M_T of the student, ``M_T (1 + log M_T − log M_S)`` of the teacher.
     """
-    logits = [z.to(dtype).requires_grad_(want) for z, want in zip((student, teacher), wanted, strict=True)]
+    logits = [z.double().requires_grad_(want) for z, want in zip((student, teacher), wanted, strict=True)]
     gradients = [torch.zeros_like(z) if want else None for z, want in zip(logits, wanted, strict=True)]
     loss = student.new_zeros((), dtype=torch.float64)
     classes = student.shape[1]
@@ -64,7 +65,7 @@ def _divergence_of_maps(
             if gradient is not None:
                 share = (part.detach() - log_map - math.log(ranks.samples)).exp()
                 gradient += torch.autograd.grad(part, z, scale * of_log_map * share)[0]
-    return loss.to(dtype), gradients
+    return loss, gradients
 
 
 def _log_maps(ranks: Ranks, own: Tensor) -> Tensor:

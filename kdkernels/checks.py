@@ -15,6 +15,8 @@ def tensor(name: str, value: object, dim: int | None, shape: str) -> Tensor:
     """``dim`` dimensions, or with None any number of at least 2."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
     if value.dim() != dim if dim is not None else value.dim() < 2:
@@ -43,6 +45,15 @@ def logits(student: object, teacher: object) -> tuple[Tensor, Tensor]:
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(f"teacher_logits must have student_logits' {student.shape[1]} classes, got {teacher.shape[1]}")
     return student, teacher
+
+
+def labels(value: object, samples: int) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.int64, torch.uint8):
+        raise TypeError(f"labels must be int64 or uint8 class indices, got {value.dtype}")
+    if value.shape != (samples,):
+        raise ValueError(f"labels must have shape ({samples},), got {tuple(value.shape)}")
 
 
 def maps(student: object, teacher: object) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,10 @@ def _load() -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         return f"the native library does not load: {error}"
-    _register_fakes()
+    try:
+        _register_fakes()
+    except RuntimeError as error:
+        return f"the native library was built from other sources than these, build it again: {error}"
     return None
 
 

@@ -158,13 +158,13 @@ def test_importing_loads_no_library_and_no_compiler():
 
 
 def test_a_library_that_does_not_load_is_explained(tmp_path):
-    """A file that is no library: "auto" computes all the same, "native" says what is wrong."""
+    """A file that is no library, or lacks the operators: "auto" computes all the same, "native" says what is wrong."""
     script = f"""
 import pathlib, torch, kdkernels
 from kdkernels import native
 folder = native._FOLDER = pathlib.Path({str(tmp_path)!r})
 x = torch.randn(2, 3, 4, 4)
-for content in (None, b"not a library"):
+for content in (None, b"not a library", pathlib.Path(torch._C.__file__).read_bytes()):
     native._load.cache_clear()
     if content:
         native.cpu_library().write_bytes(content)
@@ -174,9 +174,10 @@ for content in (None, b"not a library"):
     except RuntimeError as error:
         print(error)
 """
-    first, second, *_ = child("-c", script).split("\n")
+    first, second, third, *_ = child("-c", script).split("\n")
     assert "not built" in first
     assert "does not load" in second
+    assert "built from other sources" in third
 
 
 # The native library ---------------------------------------------------------------------------------------------------

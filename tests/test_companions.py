@@ -147,6 +147,13 @@ def test_modules_are_the_functions():
             ValueError,
             r"alpha must be a number in \[0, 1\], got 2",
         ),
+        (lambda: teacher_free_kd_loss(*torch.ones(2, 2, 3), [0, 1]), TypeError, "labels must be a tensor, got list"),
+        (lambda: teacher_free_kd_loss(*torch.ones(2, 2, 3), torch.ones(2)), TypeError, "labels .* got torch.float32"),
+        (
+            lambda: teacher_free_kd_loss(*torch.ones(2, 2, 3), torch.zeros(3).long()),
+            ValueError,
+            r"labels must have shape \(2,\), got \(3,\)",
+        ),
     ],
 )
 def test_misuse_is_explained(call, error, message):

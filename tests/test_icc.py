@@ -466,6 +466,7 @@ def test_explain():
     [
         ([1.0], torch.ones(2, 3), {}, TypeError, "student_logits must be a tensor, got list"),
         (torch.ones(2, 3).long(), torch.ones(2, 3), {}, TypeError, "student_logits must be float32.*got torch.int64"),
+        (torch.ones(2, 3).to_sparse(), torch.ones(2, 3), {}, TypeError, "student_logits must be a dense .*sparse_coo"),
         (torch.ones(2, 3, 1), torch.ones(2, 3), {}, ValueError, r"student_logits must have shape b x K"),
         (torch.ones(0, 3), torch.ones(0, 3), {}, ValueError, r"student_logits must not be empty, got shape \(0, 3\)"),
         (torch.ones(2, 3), torch.ones(4, 3), {}, ValueError, "teacher_logits must have.*batch size 2, got 4"),

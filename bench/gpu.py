@@ -8,8 +8,10 @@ every backend that can; ``fused`` is the faster one.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,11 +22,10 @@ import bench_gram
 import bench_icc
 import bench_kd
 import bench_patches
-import bench_rkd
 import bench_similarity_preserving
 import results
 import torch
-from measure import Case, Loss, Work, compiled, gradient_bytes, limit, provenance, table
+from measure import Case, Loss, Work, compiled, forget_gradients, gradient_bytes, interleaved, limit, provenance, table
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -33,15 +34,24 @@ from kdkernels import backends
 
 REPLAYS = 20  # of a graph between two events
 SECONDS = 1.0  # for one case, launched or replayed
+LONG = 0.1  # seconds of a step that is not captured: its launches are not what it waits for
 
 
 def cases() -> list[Case]:
-    """Sizes that only a GPU is given, those that tables show, and the rest for the plots."""
-    lkd, cckd = bench_congruence, bench_correlation_congruence
-    others = bench_icc, bench_kd, bench_similarity_preserving, bench_rkd, bench_gram, bench_feature_mse, bench_patches
-    large = [lkd.case(1024, 4, (64, 8), headline=True), cckd.case(8192, 512, headline=True)]
-    shared = [case for module in (lkd, cckd, *others) for case in module.CASES]
-    return [*large, *sorted(shared, key=lambda case: not case.headline)]
+    """One operator after the other, in rounds: sizes that only a GPU is given, those that tables show, the rest."""
+    lkd, cckd, icc, kd = bench_congruence, bench_correlation_congruence, bench_icc, bench_kd
+    large = {
+        lkd: [lkd.case(1024, 4, (64, 8), headline=True)],
+        cckd: [cckd.case(8192, 512, headline=True)],
+        icc: [icc.case(256, 1000, headline=True)],
+        kd: [kd.case(256, 1000, headline=True)],
+    }
+    queues = []
+    for module in (lkd, cckd, icc, bench_gram, bench_feature_mse, kd, bench_similarity_preserving, bench_patches):
+        first = large.get(module, [])
+        shared = [case for case in module.CASES if str(case) not in map(str, first)]
+        queues.append([*first, *sorted(shared, key=lambda case: not case.headline)])
+    return [case for turn in itertools.zip_longest(*queues) for case in turn if case is not None]
 
 
 def on(backend: str, loss: Loss) -> Loss:
@@ -63,9 +73,7 @@ def to_gpu(inputs: tuple) -> tuple:
 
 
 def step(loss: Loss, inputs: tuple) -> None:
-    for leaf in tree_leaves(inputs):
-        if isinstance(leaf, Tensor):
-            leaf.grad = None
+    forget_gradients(inputs)
     loss(*inputs).backward()
 
 
@@ -112,9 +120,7 @@ def replayed(loss: Loss, inputs: tuple) -> Callable[[], float]:
 
 def peak_extra_memory(loss: Loss, inputs: tuple) -> int:
     step(loss, inputs)
-    for leaf in tree_leaves(inputs):
-        if isinstance(leaf, Tensor):
-            leaf.grad = None
+    forget_gradients(inputs)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -125,11 +131,10 @@ def peak_extra_memory(loss: Loss, inputs: tuple) -> int:
 
 def medians(steps: dict[str, Callable[[], float]]) -> dict[str, float]:
     """Each one's median over interleaved rounds."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    end = time.perf_counter() + SECONDS
-    while time.perf_counter() < end or min(map(len, times.values())) < 5:
-        for name, run in steps.items():
-            times[name].append(run())
+    times: dict[str, list[float]] = defaultdict(list)
+    for measured in interleaved(steps, SECONDS) if steps else ():
+        for name, value in measured.items():
+            times[name].append(value)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -158,9 +163,10 @@ def measure(case: Case, rates: Work) -> Iterator[dict]:
     for how, prepare in (("", launched), (", in a CUDA graph", replayed)):
         steps = attempt(variants, lambda loss, prepare=prepare: prepare(loss, inputs), failures)
         seconds = medians(steps)
+        variants = {name: loss for name, loss in variants.items() if seconds.get(name, LONG) < LONG}
         own = {backend: seconds.pop(backend) for backend in ours if backend in seconds}
         if not own:
-            yield case.record() | {"case": f"{case}{how}", "seconds": seconds, "failed": failures}
+            yield case.record() | {"case": f"{case}{how}", "seconds": seconds, "failed": dict(failures)}
             continue
         best = min(own, key=own.__getitem__)
         peaks = {name: memory[name] for name in seconds} | {"fused": memory[best]}
@@ -172,7 +178,7 @@ def measure(case: Case, rates: Work) -> Iterator[dict]:
             "seconds": {"fused": own[best]} | seconds,
             "seconds by backend": own,
             "peak extra bytes": peaks,
-            "failed": failures,
+            "failed": dict(failures),
         } | share
 
 

@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import tempfile
@@ -300,14 +301,19 @@ def _median_seconds(run: Callable[[], object]) -> float:
 
 def provenance() -> dict[str, str]:
     """Machine, versions, commit and date of a measurement."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
     return {
         **{name.strip(): value for name, value in info.rows()},
-        "commit": git.stdout.strip() or "unknown",
+        "commit": os.environ.get("COMMIT") or _commit() or "unknown",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _commit() -> str:
+    """Empty where there is no git, or no repository."""
+    if shutil.which("git") is None:
+        return ""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

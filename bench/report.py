@@ -1,8 +1,8 @@
 """Writes the tables and figures of the documentation from bench/results: ``python bench/report.py``.
 
-A page says where with a pair of comments, between which everything is replaced. They name a file of results, and the
-operators whose every case is shown; without one it is the cases that are marked as headlines, of all operators. A file
-that has tables already, such as those of the examples, is shown whole::
+A page says where with a pair of comments, between which everything is replaced. They name a file of results, or with
+an asterisk any number of them, and the operators whose every case is shown; without one it is the cases that are marked
+as headlines, of all operators. A file that has tables already, such as those of the examples, is shown whole::
 
     <!-- results: cpu.json -->
     <!-- end -->
@@ -46,9 +46,12 @@ def pages() -> list[Path]:
 
 def filled(page: str) -> str:
     """The page with every table as its measurements have it."""
-    return PLACE.sub(
-        lambda place: place[1] + section(RESULTS / place["file"], place["operators"].split()) + place[4], page
-    )
+    return PLACE.sub(lambda place: place[1] + sections(place["file"], place["operators"].split()) + place[4], page)
+
+
+def sections(name: str, operators: list[str]) -> str:
+    files = sorted(RESULTS.glob(name)) if "*" in name else [RESULTS / name]
+    return "".join(section(file, operators) for file in files) or "\nNot yet measured.\n\n"
 
 
 def section(file: Path, operators: list[str]) -> str:

@@ -319,7 +319,8 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teac
       const Room<T> room = Room<T>::of_this_thread(logits.student, per_sample, want_student, want_teacher);
       T* grad_student = want_student ? of_student.begin(block) : nullptr;
       T* grad_teacher = want_teacher ? of_teacher.begin(block) : nullptr;
-      const auto compare = [&](auto&& rows) { losses[block] += rows.run(grad_student, grad_teacher); };
+      double sum = 0;  // not in `losses` row by row: the threads would take its cache line from each other
+      const auto compare = [&](auto&& rows) { sum += rows.run(grad_student, grad_teacher); };
       if (grouped)
         for (int64_t first = begin; first < end; ++first) compare(MapComparison<T, GroupedRow<T>>(logits, first, room));
       else
@@ -330,6 +331,7 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teac
           else
             compare(MapComparison<T, Rows<T, R>>(logits, first, room));
         });
+      losses[block] = sum;
     });
   }
 

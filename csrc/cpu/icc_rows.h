@@ -76,13 +76,16 @@ class Logits {
     with_element_type(tensor, [&](auto element) {
       read(static_cast<const decltype(element)*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1));
     });
-    for (int64_t g = 0; g < groups; ++g) fill_group(g);
+    if (grouped)
+      for (int64_t g = 0; g < groups; ++g) fill_group(g);
+    else
+      for (int64_t s = 0; s < batch; ++s) find_extremes(s);
   }
 
   static int64_t padded(int64_t count) { return round_up(count, lanes); }
   static int64_t size(const Tensor& tensor, bool grouped = false) {
     const int64_t batch = tensor.size(0), classes = tensor.size(1);
-    return batch * padded(classes) + (grouped ? padded(batch) * (classes + 2) : 0);
+    return batch * padded(classes) + (grouped ? padded(batch) * (padded(classes) + 2) : 0);
   }
   // Whether the samples fill the lanes better than the classes do, and one row's exponentials of all of them fit into a cache.
   static bool suits_groups(int64_t batch, int64_t classes) {
@@ -90,10 +93,10 @@ class Logits {
   }
 
   const T* sample(int64_t s) const { return numbers_ + s * stride; }
-  const T* group(int64_t g) const { return numbers_ + batch * stride + g * (classes + 2) * lanes; }
+  const T* group(int64_t g) const { return numbers_ + batch * stride + g * (stride + 2) * lanes; }
   // The logits whose products with those of `z` are largest.
   V partners(int64_t g, V z) const {
-    const T* extremes = group(g) + classes * lanes;
+    const T* extremes = group(g) + stride * lanes;
     return z >= T(0) ? load<T>(extremes + lanes) : load<T>(extremes);
   }
   // The class whose logit has the largest product with z.
@@ -115,31 +118,52 @@ class Logits {
         for (int64_t j = 0; j < classes; ++j) out[j] = static_cast<T>(elements[j]);
       else
         for (int64_t j = 0; j < classes; ++j) out[j] = static_cast<T>(elements[j * column]);
-      V smallest = V{} + out[0], largest = smallest, nan{};
-      for_vectors<T>(0, classes, [&](int64_t j, int64_t count) {
-        const V z = load_first<T>(out + j, count, out[0]);
-        smallest = lesser(smallest, z);
-        largest = greater(largest, z);
-        nan += z * T(0);
-      });
       std::fill(out + classes, out + stride, T(0));
-      const bool finite = sum_of<T>(nan) == 0;
-      smallest_[s] = finite ? std::find(out, out + classes, reduce<T>(smallest, lesser)) - out : -1;
-      largest_[s] = finite ? std::find(out, out + classes, reduce<T>(largest, greater)) - out : -1;
     }
+  }
+
+  void find_extremes(int64_t s) {
+    const T* z = sample(s);
+    V smallest = V{} + z[0], largest = smallest, nan{};
+    for_vectors<T>(0, classes, [&](int64_t j, int64_t count) {
+      const V z_j = load_first<T>(z + j, count, z[0]);
+      smallest = lesser(smallest, z_j);
+      largest = greater(largest, z_j);
+      nan += z_j * T(0);
+    });
+    const bool finite = sum_of<T>(nan) == 0;
+    smallest_[s] = finite ? std::find(z, z + classes, reduce<T>(smallest, lesser)) - z : -1;
+    largest_[s] = finite ? std::find(z, z + classes, reduce<T>(largest, greater)) - z : -1;
   }
 
   // Behind the classes come the smallest logits and the largest. Samples that do not exist are zeros.
   void fill_group(int64_t g) {
     T* out = numbers_ + (group(g) - numbers_);
-    std::fill(out, out + (classes + 2) * lanes, T(0));
-    for (int64_t s = g * lanes; s < std::min(batch, (g + 1) * lanes); ++s, ++out) {
-      const T* z = sample(s);
-      for (int64_t j = 0; j < classes; ++j) out[j * lanes] = z[j];
-      if (finite(s)) {
-        out[classes * lanes] = z[smallest_[s]];
-        out[(classes + 1) * lanes] = z[largest_[s]];
-      }
+    for (int64_t j = 0; j < classes; j += lanes)
+      transpose_block<T>(sample(g * lanes) + j, stride, std::min(lanes, batch - g * lanes), 1, out + j * lanes, lanes);
+    find_extremes_of_group(g, out);
+  }
+
+  void find_extremes_of_group(int64_t g, T* out) {
+    V smallest = load<T>(out), largest = smallest, nan{};
+    Mask<T> at_smallest{}, at_largest{};
+    for (int64_t j = 0; j < classes; ++j) {
+      const V z_j = load<T>(out + j * lanes);
+      const Mask<T> below = z_j < smallest;
+      const Mask<T> above = z_j > largest;
+      const Mask<T> here = Mask<T>{} + Integer<T>(j);
+      smallest = below ? z_j : smallest;
+      largest = above ? z_j : largest;
+      at_smallest = below ? here : at_smallest;
+      at_largest = above ? here : at_largest;
+      nan += z_j * T(0);
+    }
+    store<T>(out + stride * lanes, smallest);
+    store<T>(out + (stride + 1) * lanes, largest);
+    for (int64_t s = g * lanes; s < std::min(batch, (g + 1) * lanes); ++s) {
+      const int64_t lane = s - g * lanes;
+      smallest_[s] = nan[lane] == 0 ? at_smallest[lane] : -1;
+      largest_[s] = nan[lane] == 0 ? at_largest[lane] : -1;
     }
   }
 
@@ -378,14 +402,17 @@ struct GroupedRow {
     const int64_t groups = logits.groups, size = logits.classes * lanes;
     const T* inverse = memory.inverse_sums;
     for (int64_t j = 0; j < logits.classes; j += lanes) {
-      V sums[lanes];
+      V sums[lanes] = {};
       const int64_t width = std::min(lanes, logits.classes - j);
+      for (int64_t g = 0; g < groups; ++g) {
+        const T* e = memory.exponentials + g * size + j * lanes;
+        const V share = load<T>(inverse + g * lanes);
+        if (width == lanes)  // their places are then constants, and the sums stay in registers
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < lanes; ++i) {
-        const T* e = memory.exponentials + (j + std::min(i, width - 1)) * lanes;
-        V sum{};
-        for (int64_t g = 0; g < groups; ++g) sum += load<T>(e + g * size) * load<T>(inverse + g * lanes);
-        sums[i] = sum;
+          for (int64_t i = 0; i < lanes; ++i) sums[i] += load<T>(e + i * lanes) * share;
+        else
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < lanes; ++i) sums[i] += load<T>(e + std::min(i, width - 1) * lanes) * share;
       }
       store_first<T>(map + j, fold_all<T, lanes>(sums), width);
     }

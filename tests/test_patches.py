@@ -109,6 +109,15 @@ def test_boxes_by_hand(backend):
     assert_close(rows, expected / expected.norm())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_mask_at_its_threshold_does_not_exceed_it(backend, dtype):
+    """In the mask's own precision: 0.6 is larger in float32 than in float64."""
+    features, mask = torch.randn(2, 3, 4, 6), torch.full((2, 4, 6), 0.6, dtype=dtype)
+    mask[:, 1:3, 2:] = 0.7
+    at, above = (patches(features, 2, mask=mask, threshold=threshold, backend=backend) for threshold in (0.6, 0.65))
+    assert torch.equal(at, above)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_resampling_is_that_of_pytorch(backend, layout):
     """Crop and interpolate as torch.nn.functional does, image by image."""

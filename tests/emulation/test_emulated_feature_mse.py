@@ -41,9 +41,12 @@ def nest(maps: Sequence[Tensor], rows: int) -> list[list[Tensor]]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
 def test_sizes(order: str, dtype: torch.dtype, channels_last: bool) -> None:
-    """Maps of one size and of others; some can be read four numbers at a time, some are larger than a block's share."""
-    projected = draw((2, 3, 4, 4), (2, 5, 2, 3), (2, 2, 6, 5), (2, 1, 1, 1), (2, 5, 16, 16), dtype=dtype)
-    targets = draw((2, 3, 4, 4), (2, 5, 4, 6), (2, 2, 4, 3), (2, 1, 1, 1), (2, 5, 16, 16), dtype=dtype)
+    """Maps of one size and of others; some can be read four numbers at a time, some are larger than a block's share.
+
+    Of the first, no block's share would be a multiple of four by itself.
+    """
+    projected = draw((2, 3, 6, 6), (2, 5, 2, 3), (2, 2, 6, 5), (2, 1, 1, 1), (2, 5, 16, 16), dtype=dtype)
+    targets = draw((2, 3, 6, 6), (2, 5, 4, 6), (2, 2, 4, 3), (2, 1, 1, 1), (2, 5, 16, 16), dtype=dtype)
     if channels_last:
         projected, targets = (
             [x.detach().to(memory_format=torch.channels_last).requires_grad_() for x in maps]

@@ -87,6 +87,14 @@ def test_masks(order: str, threshold: float | None, mask_shape: tuple[int, int],
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_mask_at_its_threshold_does_not_exceed_it(dtype: torch.dtype) -> None:
+    """In the mask's own precision: 0.6 is larger in float32 than in float64."""
+    mask = torch.full((2, 4, 6), 0.6, dtype=dtype)
+    mask[:, 1:3, 2:] = 0.7
+    check(torch.randn(2, 3, 4, 6), 2, mask=mask, threshold=0.6)
+
+
 def test_resizing_alone() -> None:
     check(torch.randn(2, 3, 7, 4), 3, partition="resize")
 

@@ -4,7 +4,8 @@
 #include "cpu/operators.h"
 
 STABLE_TORCH_LIBRARY(kdkernels, m) {
-  // Gradients are those of the loss, in float32 (float64 for float64 inputs); empty when not wanted.
+  // Gradients are those of the loss, in float32 (float64 for float64 inputs); empty when not wanted. tf32: whether factors of
+  // float32 products may be rounded to it, which the CPU never does.
   m.def(
       "kd(Tensor student, Tensor teacher, float temperature, float scale, bool grad_student, bool grad_teacher)"
       " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)");
@@ -24,12 +25,12 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
       " float? threshold, bool resize) -> Tensor grad_features");
   // coefficients: those of the sums over all pairs, one image's, one position's, the diagonal; plan: three form codes.
   m.def(
-      "congruence(Tensor x, Tensor y, int positions, float[] coefficients, int[] plan, bool grad_x, bool grad_y)"
-      " -> (Tensor loss, Tensor grad_x, Tensor grad_y)");
+      "congruence(Tensor x, Tensor y, int positions, float[] coefficients, int[] plan, bool grad_x, bool grad_y,"
+      " bool tf32=False) -> (Tensor loss, Tensor grad_x, Tensor grad_y)");
   // kernel: 0 taylor_rbf, 1 rbf, 2 bilinear, 3 mmd; plan: three form codes, for the bilinear one.
   m.def(
       "correlation_congruence(Tensor student, Tensor teacher, int kernel, float gamma, int order, bool normalize,"
-      " float scale, int[] plan, bool grad_student, bool grad_teacher)"
+      " float scale, int[] plan, bool grad_student, bool grad_teacher, bool tf32=False)"
       " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)");
   m.def(
       "similarity_preserving(Tensor student, Tensor teacher, float scale, bool feature, bool grad_student,"
@@ -38,14 +39,15 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
   // the gradient of the patches before normalisation for the student's features of every stage, then for the teacher's.
   m.def(
       "local_correlation(Tensor[] students, Tensor[] teachers, Tensor[] masks, int[] k, float[] coefficients,"
-      " int[] plans, float? threshold, bool resize, float eps, int[] wanted) -> (Tensor loss, Tensor[] grad_rows)");
+      " int[] plans, float? threshold, bool resize, float eps, int[] wanted, bool tf32=False)"
+      " -> (Tensor loss, Tensor[] grad_rows)");
   m.def(
       "local_correlation_backward(Tensor grad_loss, Tensor[] grad_rows, int[] shapes, Tensor[] masks, int[] k,"
       " float? threshold, bool resize) -> Tensor[] grad_features");
   // Products of every pair of samples, L x b x b, each layer's features in the order of its dimensions. The gradients are
   // b x depth in that order.
-  m.def("gram(Tensor[] features) -> Tensor matrices");
-  m.def("gram_backward(Tensor grad_matrices, Tensor[] features) -> Tensor[] grad_features");
+  m.def("gram(Tensor[] features, bool tf32=False) -> Tensor matrices");
+  m.def("gram_backward(Tensor grad_matrices, Tensor[] features, bool tf32=False) -> Tensor[] grad_features");
   // scale * Σ weights ∘ errors of pairs of maps, in the order of the weights' last two dimensions, and scale * errors. wanted: a
   // flag for every projected map, then for every target; gradients have their maps' element type.
   m.def(

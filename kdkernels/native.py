@@ -89,10 +89,19 @@ def _cuda_failure(index: int | None) -> str | None:
     return _load_cuda() or _check_gpu(index)
 
 
-# torch.compile calls these while it compiles and takes the answers as constants. Set by hand, because the decorator
-# torch.compiler.assume_constant_result imports all of torch._dynamo.
+def allows_tf32() -> bool:
+    """Whether PyTorch may round the factors of float32 products on a GPU to tf32, by whichever of its settings.
+
+    ``torch.get_float32_matmul_precision`` raises where the newest of them, which is read here, was set by itself.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# torch.compile calls these while it compiles and takes the answers as constants; another precision makes it compile
+# again. Set by hand, because the decorator torch.compiler.assume_constant_result imports all of torch._dynamo.
 _failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _cuda_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
+allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _register_fakes() -> None:
@@ -147,17 +156,18 @@ def _register_fakes() -> None:
         plan: list[int],
         grad_x: bool,
         grad_y: bool,
+        tf32: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         shapes = (x.shape if grad_x else (0,), y.shape if grad_y else (0,))
         return x.new_empty(()), x.new_empty(shapes[0]), x.new_empty(shapes[1])
 
     @library.register_fake("kdkernels::gram")
-    def gram(features: list[Tensor]) -> Tensor:
+    def gram(features: list[Tensor], tf32: bool = False) -> Tensor:
         batch = features[0].shape[0]
         return features[0].new_empty((len(features), batch, batch), dtype=accumulation_dtype(*features))
 
     @library.register_fake("kdkernels::gram_backward")
-    def gram_backward(grad_matrices: Tensor, features: list[Tensor]) -> list[Tensor]:
+    def gram_backward(grad_matrices: Tensor, features: list[Tensor], tf32: bool = False) -> list[Tensor]:
         return [layer.new_empty((layer.shape[0], layer.shape[1:].numel())) for layer in features]
 
     @library.register_fake("kdkernels::correlation_congruence")
@@ -172,6 +182,7 @@ def _register_fakes() -> None:
         plan: list[int],
         grad_student: bool,
         grad_teacher: bool,
+        tf32: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = accumulation_dtype(student, teacher)
         shapes = (student.shape if grad_student else (0,), teacher.shape if grad_teacher else (0,))
@@ -247,6 +258,7 @@ def _register_fakes() -> None:
         resize: bool,
         eps: float,
         wanted: list[int],
+        tf32: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
         dtypes = [accumulation_dtype(*stage) for stage in zip(students, teachers, strict=True)]
         grads = []

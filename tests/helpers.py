@@ -110,6 +110,12 @@ def loss_and_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> tupl
     return loss.detach(), [x.grad for x in leaves]
 
 
+def as_tf32(x: Tensor) -> Tensor:
+    """Rounded to the 11 significant bits of tf32, halves away from zero; in float64."""
+    significand, exponent = torch.frexp(x.detach().double())
+    return torch.ldexp(significand.sign() * (significand.abs() * 2**11 + 0.5).floor(), exponent - 11)
+
+
 def exactly(*inputs: Tensor) -> list[Tensor]:
     """The same values in float64, for the exact result."""
     return [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]

@@ -259,6 +259,31 @@ def test_without_gradient_none_is_computed():
         assert arguments[5] == plain[5]  # nor is the form chosen as if it were
 
 
+@pytest.mark.parametrize(
+    "allow",
+    [
+        lambda: torch.set_float32_matmul_precision("high"),
+        lambda: torch.set_float32_matmul_precision("medium"),
+        lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+        lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    ],
+    ids=["high", "medium", "allow_tf32", "fp32_precision"],
+)
+def test_tf32_by_whichever_of_pytorchs_settings(allow):
+    """Compiled code follows a change of the setting, too."""
+    compiled = torch.compile(lambda x: x + native.allows_tf32(), backend="eager", fullgraph=True)
+    zero = torch.zeros(())
+    assert not native.allows_tf32()
+    assert compiled(zero) == 0
+    try:
+        allow()
+        assert native.allows_tf32()
+        assert compiled(zero) == 1
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert not native.allows_tf32()
+
+
 @needs_native
 @pytest.mark.parametrize("form", ["auto", "gram", "feature"])
 def test_any_number_of_threads(form):

@@ -193,7 +193,7 @@ template double Congruence<double>::run(double*, double*) const;
 
 std::tuple<Tensor, Tensor, Tensor> congruence(const Tensor& rows_x, const Tensor& rows_y, int64_t positions,
                                               const std::vector<double>& coefficients, const std::vector<int64_t>& plan,
-                                              bool want_x, bool want_y) {
+                                              bool want_x, bool want_y, bool) {
   const auto with_contiguous_rows = [](const Tensor& rows) {
     return rows.stride(1) == 1 ? rows : torch::stable::contiguous(rows);
   };

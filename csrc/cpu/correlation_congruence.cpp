@@ -256,7 +256,7 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teac
 std::tuple<Tensor, Tensor, Tensor> correlation_congruence(const Tensor& student, const Tensor& teacher, int64_t kernel,
                                                           double gamma, int64_t order, bool normalize, double scale,
                                                           const std::vector<int64_t>& plan, bool grad_student,
-                                                          bool grad_teacher) {
+                                                          bool grad_teacher, bool) {
   STD_TORCH_CHECK(student.dim() == 2 && teacher.dim() == 2 && student.size(0) == teacher.size(0) &&
                       student.numel() > 0 && teacher.numel() > 0,
                   "correlation_congruence: student must be n x d_S and teacher n x d_T, not empty");

@@ -151,11 +151,11 @@ std::vector<Tensor> run_backward(const Tensor& grad, const std::vector<Tensor>& 
 
 }  // namespace
 
-Tensor gram(const std::vector<Tensor>& features) {
+Tensor gram(const std::vector<Tensor>& features, bool) {
   return any_double(features) ? run_gram<double>(features) : run_gram<float>(features);
 }
 
-std::vector<Tensor> gram_backward(const Tensor& grad, const std::vector<Tensor>& features) {
+std::vector<Tensor> gram_backward(const Tensor& grad, const std::vector<Tensor>& features, bool) {
   const Tensor slopes = torch::stable::contiguous(grad);
   return with_compute_type(grad, [&](auto type) { return run_backward<decltype(type)>(slopes, features); });
 }

@@ -63,7 +63,7 @@ std::optional<Tensor> mask_of(const std::vector<Tensor>& masks, int64_t stage) {
 std::tuple<Tensor, std::vector<Tensor>> local_correlation(
     const std::vector<Tensor>& students, const std::vector<Tensor>& teachers, const std::vector<Tensor>& masks,
     const std::vector<int64_t>& k, const std::vector<double>& coefficients, const std::vector<int64_t>& plans,
-    std::optional<double> threshold, bool resize, double eps, const std::vector<int64_t>& wanted) {
+    std::optional<double> threshold, bool resize, double eps, const std::vector<int64_t>& wanted, bool) {
   const int64_t stages = students.size();
   std::vector<Tensor> grads(2 * stages);
   double loss = 0;

@@ -33,13 +33,13 @@ Tensor patches_backward(const Tensor& grad_rows, const Tensor& rows, const Tenso
 
 std::tuple<Tensor, Tensor, Tensor> congruence(const Tensor& x, const Tensor& y, int64_t positions,
                                               const std::vector<double>& coefficients, const std::vector<int64_t>& plan,
-                                              bool want_x, bool want_y);
+                                              bool want_x, bool want_y, bool tf32);
 
 // kernel: its number in kdkernels/ops/correlation_congruence. plan: three form codes, for the bilinear kernel.
 std::tuple<Tensor, Tensor, Tensor> correlation_congruence(const Tensor& student, const Tensor& teacher, int64_t kernel,
                                                           double gamma, int64_t order, bool normalize, double scale,
                                                           const std::vector<int64_t>& plan, bool grad_student,
-                                                          bool grad_teacher);
+                                                          bool grad_teacher, bool tf32);
 
 std::tuple<Tensor, Tensor, Tensor> similarity_preserving(const Tensor& student, const Tensor& teacher, double scale,
                                                          bool feature, bool grad_student, bool grad_teacher);
@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_preserving(const Tensor& student, 
 std::tuple<Tensor, std::vector<Tensor>> local_correlation(
     const std::vector<Tensor>& students, const std::vector<Tensor>& teachers, const std::vector<Tensor>& masks,
     const std::vector<int64_t>& k, const std::vector<double>& coefficients, const std::vector<int64_t>& plans,
-    std::optional<double> threshold, bool resize, double eps, const std::vector<int64_t>& wanted);
+    std::optional<double> threshold, bool resize, double eps, const std::vector<int64_t>& wanted, bool tf32);
 
 std::vector<Tensor> local_correlation_backward(const Tensor& grad_loss, const std::vector<Tensor>& grad_rows,
                                                const std::vector<int64_t>& shapes, const std::vector<Tensor>& masks,
@@ -55,9 +55,9 @@ std::vector<Tensor> local_correlation_backward(const Tensor& grad_loss, const st
                                                bool resize);
 
 // L x b x b products of the samples of L layers; the gradients are b x depth, in the features' element type.
-Tensor gram(const std::vector<Tensor>& features);
+Tensor gram(const std::vector<Tensor>& features, bool tf32);
 
-std::vector<Tensor> gram_backward(const Tensor& grad, const std::vector<Tensor>& features);
+std::vector<Tensor> gram_backward(const Tensor& grad, const std::vector<Tensor>& features, bool tf32);
 
 // Loss, and the errors of every sample and pair, b x s_L x t_L, times `scale`: the loss's gradient in the weights.
 std::tuple<Tensor, Tensor> feature_mse(const std::vector<Tensor>& projected, const std::vector<Tensor>& targets,

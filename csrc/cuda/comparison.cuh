@@ -51,6 +51,7 @@ struct Comparison {
   // height x (rows - first), null if not wanted.
   T *strip_x, *strip_y;
   int64_t partials;
+  bool tf32;
 };
 
 template <typename T, typename E = T>
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const Matrix<E> x = p.x.from(p.first * p.x.stride), y = p.y.from(p.first * p.y.stride);
   const auto products = [&](const Matrix<E>& rows, int width) {
     return multiply_tiles<T, true, true, Matrix<E>>({rows, rows, 0, width}, {rows, rows, 0, 0}, place.row, p.height,
-                                                    place.column, columns);
+                                                    place.column, columns, p.tf32);
   };
   // One tile waits in shared memory, behind the panels, while the other is computed: registers have no room for both.
   T* const waiting = reinterpret_cast<T*>(dynamic_shared_memory() + kTileBytes<T, true, true, E>) + threadIdx.x;

@@ -120,6 +120,7 @@ void Congruences<T, E>::add_gram(const Sets& sets, int64_t positions, const Side
       gram.strip = strip;
       gram.batch_strip = lines * columns;
       gram.partials = new_parts(blocks);
+      gram.tf32 = tf32_;
       now.grams.push_back({gram, blocks});
 
       for (const auto& [side, scale] : {std::pair(x, T(4)), std::pair(y, T(-4))})
@@ -146,6 +147,7 @@ void Congruences<T, E>::add_gradient(Round& now, const Sets& sets, const Strip& 
   product.batch_out = sets.step * side.width;
   product.scale = scale;
   product.accumulate = written_ || first > 0;
+  product.tf32 = tf32_;
   now.gradients.push_back({product, count * tiles(lines) * tiles(side.width)});
   if (lines == columns) return;
   product.a[0] = S.from(lines);
@@ -181,6 +183,7 @@ void Congruences<T, E>::add_kernel(int64_t rows, const Side<T, E>& x, const Side
     comparison.strip_x = strip_x;
     comparison.strip_y = strip_y;
     comparison.partials = new_parts(blocks);
+    comparison.tf32 = tf32_;
     now.comparisons.push_back({comparison, blocks});
     if (x.grad) add_gradient(now, all, {strip_x, first, lines, columns, 1}, x, 4);
     if (y.grad) add_gradient(now, all, {strip_y, first, lines, columns, 1}, y, -4);
@@ -304,7 +307,7 @@ OF_HALF_PRECISION(Half)
 
 std::tuple<Tensor, Tensor, Tensor> congruence(const Tensor& rows_x, const Tensor& rows_y, int64_t positions,
                                               const std::vector<double>& coefficients, const std::vector<int64_t>& plan,
-                                              bool want_x, bool want_y) {
+                                              bool want_x, bool want_y, bool tf32) {
   const OnDevice device(rows_x);
   const Tensor x = torch::stable::contiguous(rows_x), y = torch::stable::contiguous(rows_y);
   return with_compute_type(x, [&](auto type) {
@@ -313,7 +316,7 @@ std::tuple<Tensor, Tensor, Tensor> congruence(const Tensor& rows_x, const Tensor
       return wanted ? new_compact(rows, {rows.size(0), rows.size(1)}) : new_compact(rows, {0});
     };
     const Tensor loss = new_compact(x, {}), grad_x = gradient(x, want_x), grad_y = gradient(y, want_y);
-    Congruences<T> problem(device, x);
+    Congruences<T> problem(device, x, tf32);
     problem.add(x.size(0), positions, {x.const_data_ptr<T>(), x.size(1), data_of<T>(grad_x), nullptr},
                 {y.const_data_ptr<T>(), y.size(1), data_of<T>(grad_y), nullptr}, coefficients_of(coefficients.data()),
                 plan_of(plan.data()));

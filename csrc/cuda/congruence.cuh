@@ -30,6 +30,7 @@ struct Gram {
   Coefficients coefficients;
   T* strip;  // D times its weights, height x (rows - first); null if not wanted
   int64_t batch_strip, partials;
+  bool tf32;
 };
 
 template <typename T>
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const Matrix<T> x = p.x.from(batch * p.batch_x + p.first * p.x.stride);
   const Matrix<T> y = p.y.from(batch * p.batch_y + p.first * p.y.stride);
   Tile<T> tile = multiply_tiles<T, true, true>({x, x, 0, p.width_x}, {y, y, 0, p.width_y}, place.row, p.height,
-                                               place.column, columns);
+                                               place.column, columns, p.tf32);
 
   const bool on_diagonal = place.row == place.column;
   const bool uniform = p.coefficients.uniform();
@@ -81,7 +82,7 @@ struct Product {
   T* out;
   int64_t line, batch_out;  // of the next part, where there are splits
   T scale;
-  bool accumulate;
+  bool accumulate, tf32;
 };
 
 // A's neighbours in memory lie along the depth or across it, B's across it.
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) product_kernel(const __grid_c
                                       max(begin, end)};
   };
   Tile<T> tile = multiply_tiles<T, AlongA, false, Matrix<T>, Matrix<E>>(term(0), term(1), place.row, p.rows,
-                                                                        place.column, p.columns);
+                                                                        place.column, p.columns, p.tf32);
   tile.for_each([&](int r, int s, T& entry) {
     r += place.row;
     s += place.column;

@@ -40,7 +40,8 @@ struct Sets {
 template <typename T, typename E = T>
 class Congruences {
  public:
-  Congruences(const OnDevice& device, const Tensor& like) : device_(device), like_(like) {}
+  // tf32: whether products in the Gram form may be rounded to it. What the feature form subtracts needs more.
+  Congruences(const OnDevice& device, const Tensor& like, bool tf32) : device_(device), like_(like), tf32_(tf32) {}
 
   // Row r of x and y belongs to image r / positions and position r % positions. Rows of half precision must have the Gram form as
   // their plan for the sum over all pairs, and a coefficient for it.
@@ -93,6 +94,7 @@ class Congruences {
 
   const OnDevice& device_;
   const Tensor& like_;
+  const bool tf32_;
   std::vector<Tensor> memory_;
   std::vector<Round> rounds_;
   size_t next_ = 0;       // round of the pair at hand

@@ -35,7 +35,7 @@ struct Network {
 template <typename T, typename E = T>
 std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, Metric metric, double gamma,
                                        int64_t order, bool normalize, double scale, const Plan& plan, bool grad_student,
-                                       bool grad_teacher) {
+                                       bool grad_teacher, bool tf32) {
   const OnDevice device(student);
   const Network<T, E> x(student, metric, grad_student, student), y(teacher, metric, grad_teacher, student);
   const int64_t count = x.count;
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teac
   launch(square_kernel<T>, squares, kEmbeddingThreads, 0, device.stream);
 
   const Tensor loss = new_compact(student, {}, kScalarType<T>);
-  Congruences<T, E> congruences(device, student);
+  Congruences<T, E> congruences(device, student, tf32);
   Tensor parts;
   const double* part_data = nullptr;
   int64_t part_count = count;
@@ -100,14 +100,14 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teac
 std::tuple<Tensor, Tensor, Tensor> correlation_congruence(const Tensor& student, const Tensor& teacher, int64_t kernel,
                                                           double gamma, int64_t order, bool normalize, double scale,
                                                           const std::vector<int64_t>& plan, bool grad_student,
-                                                          bool grad_teacher) {
+                                                          bool grad_teacher, bool tf32) {
   STD_TORCH_CHECK(student.dim() == 2 && teacher.dim() == 2 && student.size(0) == teacher.size(0) &&
                       student.numel() > 0 && teacher.numel() > 0,
                   "correlation_congruence: student must be n x d_S and teacher n x d_T, not empty");
   const Metric metric = Metric(kernel);
   const auto as = [&](auto run) {
     return run(student, teacher, metric, gamma, order, normalize, scale, plan_of(plan.data()), grad_student,
-               grad_teacher);
+               grad_teacher, tf32);
   };
   const ScalarType type = student.scalar_type();
   if (type == ScalarType::Double || teacher.scalar_type() == ScalarType::Double) return as(run<double>);

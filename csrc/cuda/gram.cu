@@ -68,7 +68,7 @@ void for_each_type(const std::vector<Tensor>& layers, const F& f) {
 }
 
 template <typename T>
-Tensor run_gram(const std::vector<Tensor>& features) {
+Tensor run_gram(const std::vector<Tensor>& features, bool tf32) {
   const OnDevice device(features[0]);
   const std::vector<Tensor> layers = readable(features);
   const int64_t count = layers.size(), batch = layers[0].size(0), in_a_part = triangle(tiles(batch), tiles(batch));
@@ -94,7 +94,7 @@ Tensor run_gram(const std::vector<Tensor>& features) {
       T* const out = parts_of(l) > 1 ? tiles_of(l) : matrix_of(l);
       problems.push_back({{features_of<E>(layers[l]), int(parts_of(l)), int(length), out}, parts_of(l) * in_a_part});
     }
-    launch(similarity_kernel<E>, problems, kTileThreads, kTileBytes<T, true, true, E>, device.stream, int(batch));
+    launch(similarity_kernel<E>, problems, kTileThreads, kTileBytes<T, true, true, E>, device.stream, int(batch), tf32);
   });
 
   Problems<Parts<T>> sums;
@@ -107,7 +107,7 @@ Tensor run_gram(const std::vector<Tensor>& features) {
 
 // (dA + dAᵀ) F, stored in the features' own type.
 template <typename T>
-std::vector<Tensor> run_backward(const Tensor& grad, const std::vector<Tensor>& features) {
+std::vector<Tensor> run_backward(const Tensor& grad, const std::vector<Tensor>& features, bool tf32) {
   const OnDevice device(grad);
   const std::vector<Tensor> layers = readable(features);
   const int64_t count = layers.size(), batch = layers[0].size(0), area = batch * batch;
@@ -127,19 +127,19 @@ std::vector<Tensor> run_backward(const Tensor& grad, const std::vector<Tensor>& 
           {{of_layer, factors, grads[l].mutable_data_ptr()}, int64_t(tiles(batch)) * tiles(factors.depth)});
     }
     launch(feature_gradient_kernel<E>, problems, kTileThreads, kTileBytes<T, true, false, T, E>, device.stream,
-           int(batch));
+           int(batch), tf32);
   });
   return grads;
 }
 
 }  // namespace
 
-Tensor gram(const std::vector<Tensor>& features) {
-  return any_double(features) ? run_gram<double>(features) : run_gram<float>(features);
+Tensor gram(const std::vector<Tensor>& features, bool tf32) {
+  return any_double(features) ? run_gram<double>(features, tf32) : run_gram<float>(features, tf32);
 }
 
-std::vector<Tensor> gram_backward(const Tensor& grad, const std::vector<Tensor>& features) {
-  return with_compute_type(grad, [&](auto type) { return run_backward<decltype(type)>(grad, features); });
+std::vector<Tensor> gram_backward(const Tensor& grad, const std::vector<Tensor>& features, bool tf32) {
+  return with_compute_type(grad, [&](auto type) { return run_backward<decltype(type)>(grad, features, tf32); });
 }
 
 }  // namespace kdkernels

@@ -56,7 +56,7 @@ struct Similarity {
 // A block per part and tile, of those from the diagonal on.
 template <typename E>
 __global__ void __launch_bounds__(kTileThreads, 2)
-    similarity_kernel(const __grid_constant__ Group<Similarity<E>> group, int batch) {
+    similarity_kernel(const __grid_constant__ Group<Similarity<E>> group, int batch, bool tf32) {
   using T = Computed<E>;
   const int index = group.index();
   const Similarity<E>& p = group.problems[index];
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const int end = begin + min(p.part_depth, p.features.depth - begin);
   Tile<T> tile = multiply_tiles<T, true, true, Features<E>>({p.features, p.features, begin, end},
                                                             {p.features, p.features, 0, 0}, place.row, batch,
-                                                            place.column, batch, true, place.row == place.column);
+                                                            place.column, batch, tf32, place.row == place.column);
   tile.for_each([&](int r, int s, T& entry) {
     if (p.parts == 1)
       write_mirrored(p.out, batch, place.row + r, place.column + s, entry);
@@ -129,14 +129,14 @@ struct FeatureGradient {
 // A block per tile of S F.
 template <typename E>
 __global__ void __launch_bounds__(kTileThreads, 2)
-    feature_gradient_kernel(const __grid_constant__ Group<FeatureGradient<E>> group, int batch) {
+    feature_gradient_kernel(const __grid_constant__ Group<FeatureGradient<E>> group, int batch, bool tf32) {
   using T = Computed<E>;
   const int index = group.index();
   const FeatureGradient<E>& p = group.problems[index];
   const int depth = p.features.depth, lines = (batch + kTile - 1) / kTile;
   const int row = int(group.block(index) % lines) * kTile, column = int(group.block(index) / lines) * kTile;
   Tile<T> tile = multiply_tiles<T, true, false, Matrix<T>, Features<E>>(
-      {p.sums, p.features, 0, batch}, {p.sums, p.features, 0, 0}, row, batch, column, depth);
+      {p.sums, p.features, 0, batch}, {p.sums, p.features, 0, 0}, row, batch, column, depth, tf32);
   tile.for_each([&](int r, int s, T& entry) {
     r += row;
     s += column;

@@ -46,6 +46,7 @@ struct Problem {
   bool resize;
   double eps;
   const std::vector<int64_t>& wanted;
+  bool tf32;
 
   bool in_double(int64_t stage) const {
     return students[stage].scalar_type() == ScalarType::Double || teachers[stage].scalar_type() == ScalarType::Double;
@@ -82,7 +83,7 @@ void run(const Problem& p, const std::vector<int64_t>& stages, const OnDevice& d
          bool accumulate, std::vector<Tensor>& grads) {
   const int64_t count = p.students.size();
   Patching<T, E> patching(device);
-  Congruences<T, E> congruences(device, p.students[0]);
+  Congruences<T, E> congruences(device, p.students[0], p.tf32);
   std::vector<Network<T, E>> networks;
   Loss<T> ending{};
   Group<Projection<T, E>> projections;
@@ -122,8 +123,8 @@ void run(const Problem& p, const std::vector<int64_t>& stages, const OnDevice& d
 std::tuple<Tensor, std::vector<Tensor>> local_correlation(
     const std::vector<Tensor>& students, const std::vector<Tensor>& teachers, const std::vector<Tensor>& masks,
     const std::vector<int64_t>& k, const std::vector<double>& coefficients, const std::vector<int64_t>& plans,
-    std::optional<double> threshold, bool resize, double eps, const std::vector<int64_t>& wanted) {
-  const Problem problem{students, teachers, masks, k, coefficients, plans, threshold, resize, eps, wanted};
+    std::optional<double> threshold, bool resize, double eps, const std::vector<int64_t>& wanted, bool tf32) {
+  const Problem problem{students, teachers, masks, k, coefficients, plans, threshold, resize, eps, wanted, tf32};
   const OnDevice device(students[0]);
   const std::vector<Element> types = problem.row_types();
   std::map<Element, std::vector<int64_t>> of_type;

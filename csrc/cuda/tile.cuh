@@ -79,9 +79,9 @@ struct Panel {
 // The first 11 bits of the mantissa, rounded, which are tf32: what remains of x is exact and has no more than 12.
 __device__ inline float upper_half(float x) { return __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u); }
 
-// c += a b, of numbers A and B. `accurate`: the lower halves of floats count as well; those of numbers of half precision are 0.
+// c += a b, of numbers A and B. The lower halves of floats count unless `tf32`; those of numbers of half precision are 0.
 template <typename A, typename B, int M, int N>
-__device__ void multiply_units(float (&c)[M][N][4], const float (&a)[M][4], const float (&b)[N][2], bool accurate) {
+__device__ void multiply_units(float (&c)[M][N][4], const float (&a)[M][4], const float (&b)[N][2], bool tf32) {
   float a_upper[M][4], b_upper[N][2];
 #pragma unroll
   for (int i = 0; i < M; ++i)
@@ -91,7 +91,17 @@ __device__ void multiply_units(float (&c)[M][N][4], const float (&a)[M][4], cons
   for (int j = 0; j < N; ++j)
 #pragma unroll
     for (int e = 0; e < 2; ++e) b_upper[j][e] = kIsHalf<B> ? b[j][e] : upper_half(b[j][e]);
-  if (accurate) {
+  if (tf32) {
+    // The rounding that makes a zero of some NaN leaves a difference that is NaN; others are exact.
+#pragma unroll
+    for (int i = 0; i < M; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) a_upper[i][e] = a[i][e] - (a[i][e] - a_upper[i][e]);
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) b_upper[j][e] = b[j][e] - (b[j][e] - b_upper[j][e]);
+  } else {
     float a_lower[M][4], b_lower[N][2];
 #pragma unroll
     for (int i = 0; i < M; ++i)
@@ -169,11 +179,11 @@ template <typename T, bool AlongA, bool AlongB, typename A = T, typename B = A>
 inline constexpr int kTileBytes = kStages<T> * Stage<T, AlongA, AlongB, A, B>::kBytes;
 
 // The tile at (row, column) of plus.a plus.b - minus.a minus.b, which has so many rows and columns. Sums are carried on from
-// panel to panel by additions that round, since those in the tensor cores do not. `accurate`: floats are not rounded to tf32.
+// panel to panel by additions that round, since those in the tensor cores do not. `tf32`: floats are rounded to it.
 // `mirrored`: a and b are the same, and so are row and column, such that one panel serves for both.
 template <typename T, bool AlongA, bool AlongB, typename SourceA = Matrix<T>, typename SourceB = SourceA>
 __device__ Tile<T> multiply_tiles(const Term<SourceA, SourceB>& plus, const Term<SourceA, SourceB>& minus, int row,
-                                  int rows, int column, int columns, bool accurate = true, bool mirrored = false) {
+                                  int rows, int column, int columns, bool tf32 = false, bool mirrored = false) {
   using NumberA = typename SourceA::Number;
   using NumberB = typename SourceB::Number;
   using Panels = Stage<T, AlongA, AlongB, NumberA, NumberB>;
@@ -225,7 +235,7 @@ __device__ Tile<T> multiply_tiles(const Term<SourceA, SourceB>& plus, const Term
       for (int j = 0; j < kColumns; ++j)
 #pragma unroll
         for (int e = 0; e < 2; ++e) b[j][e] = B::template at<U>(b_panel, my_column + 8 * j, k + my_depth + e * 4);
-      multiply_units<NumberA, NumberB>(sums, a, b, accurate);
+      multiply_units<NumberA, NumberB>(sums, a, b, tf32);
     }
     const T sign = panel < first ? T(1) : T(-1);
 #pragma unroll

@@ -24,6 +24,13 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     build.set_order("forward")
 
 
+@pytest.fixture
+def permit_tf32() -> Iterator[None]:
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(params=build.ORDERS)
 def order(request: pytest.FixtureRequest, seed: int) -> str:
     build.set_order(request.param, seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, HALF_DTYPES, assert_matches
+from helpers import DTYPES, HALF_DTYPES, as_tf32, assert_close, assert_matches, loss_and_gradients, relative_error
 from torch import Tensor
 
 import kdkernels
@@ -73,6 +73,31 @@ def test_half_precision_rows_of_any_norm(dtype: torch.dtype, exponents: int) -> 
 @pytest.mark.parametrize(("kernel", "dtype"), [("taylor_rbf", torch.bfloat16), ("rbf", torch.float32)])
 def test_strips_of_a_large_matrix(kernel: str, dtype: torch.dtype) -> None:
     check(embeddings(1100, 4, dtype=dtype), embeddings(1100, 3, dtype=dtype).detach(), kernel=kernel)
+
+
+@pytest.mark.parametrize("kernel", ["taylor_rbf", "rbf", "bilinear"])
+def test_tf32_where_permitted(permit_tf32: None, kernel: str) -> None:
+    """The matrices are those of rounded unit rows, and so is the gradient but for the rounding of its own factors."""
+    student, teacher = embeddings(66, 20), embeddings(66, 40).detach()
+    settings = {"kernel": kernel, "form": "gram"}
+
+    def fused(s: Tensor, t: Tensor) -> Tensor:
+        return kdkernels.correlation_congruence_loss(s, t, backend="native", **settings)
+
+    def of_rounded(s: Tensor, t: Tensor) -> Tensor:
+        units = (torch.nn.functional.normalize(x) for x in (s, t))
+        rows = (x + (as_tf32(x.float()) - x.detach()) for x in units)
+        if kernel == "rbf":  # by the squares of the rows before they are rounded
+            (a, square_a), (b, square_b) = ((x @ x.T, torch.ones(len(x), dtype=x.dtype)) for x in rows)
+            distances = (v[:, None] + v - 2 * g for g, v in ((a, square_a), (b, square_b)))
+            of_s, of_t = ((-0.4 * d.clamp(min=0).fill_diagonal_(0)).exp() for d in distances)
+            return (of_s - of_t).square().mean()
+        return kdkernels.correlation_congruence_loss(*rows, normalize=False, backend="reference", **settings)
+
+    loss, (gradient, _) = loss_and_gradients(fused, student, teacher)
+    exact, (correct, _) = loss_and_gradients(of_rounded, student.detach().double().requires_grad_(), teacher.double())
+    assert_close(loss, exact)
+    assert 1e-5 < relative_error(gradient, correct) < 2.0**-10
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

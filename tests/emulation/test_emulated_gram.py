@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import DTYPES, HALF_DTYPES, assert_close, assert_gradients
+from helpers import DTYPES, HALF_DTYPES, as_tf32, assert_close, assert_gradients
 from torch import Tensor
 
 import kdkernels
@@ -103,6 +103,26 @@ def test_nan_and_inf(dtype: torch.dtype, value: float) -> None:
     assert broken[:, 66].all()
     assert broken.sum() == 2 * 70 - 1
     assert matrices[1].isfinite().all()
+
+
+def test_tf32_where_permitted(permit_tf32: None) -> None:
+    """Products of rounded factors are exact; those of half precision are not rounded."""
+    layer, slopes = torch.randn(66, 41, requires_grad=True), torch.randn(1, 66, 66)
+    matrices, (gradient,) = run([layer], slopes)
+    rounded = as_tf32(layer)
+    assert_close(matrices[0], rounded @ rounded.T, "matrix")
+    assert_close(gradient, as_tf32(slopes[0] + slopes[0].T) @ rounded, "gradient")
+    half = draw((66, 41), dtype=torch.float16)[0].detach()
+    assert_close(kdkernels.similarity_matrices([half], backend="native")[0], half.double() @ half.double().T)
+
+
+def test_nan_of_any_payload_in_tf32(permit_tf32: None) -> None:
+    """A GPU's own NaN has all bits set, to which nothing may be added."""
+    layer = torch.randn(3, 9)
+    layer[1, 4] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    broken = kdkernels.similarity_matrices([layer], backend="native")[0].isnan()
+    assert broken[1].all()
+    assert broken.sum() == 5
 
 
 def test_launches() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import HALF_DTYPES, assert_close, assert_matches, exactly, loss_and_gradients
+from helpers import HALF_DTYPES, as_tf32, assert_close, assert_matches, exactly, loss_and_gradients
 from torch import Tensor
 
 import kdkernels
+from kdkernels.ops.congruence import congruence
+from kdkernels.ops.patches import patches
 
 from . import build
 
@@ -106,6 +108,18 @@ def test_half_precision(order: str, dtype: torch.dtype, form: str, ks: list[int]
 
     assert run(*maps, backend="native").dtype == torch.float32
     assert_matches(lambda *maps: run(*maps, backend="native", form=form), run, *maps)
+
+
+def test_tf32_where_permitted(request: pytest.FixtureRequest) -> None:
+    def loss() -> Tensor:
+        return kdkernels.local_correlation_loss(student, teacher, 2, form="gram", backend="native")
+
+    student, teacher = torch.randn(9, 5, 6, 6), torch.randn(9, 7, 4, 4)
+    accurate = loss()
+    request.getfixturevalue("permit_tf32")
+    rows = (as_tf32(patches(maps, 2, backend="native")) for maps in (student, teacher))
+    assert_close(loss(), congruence(*rows, form="gram", backend="reference"))
+    assert not torch.equal(loss(), accurate)
 
 
 def test_nan_gives_nan() -> None:

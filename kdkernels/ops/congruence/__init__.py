@@ -86,14 +86,15 @@ def _triton(x: Tensor, y: Tensor, positions: int, coefficients: Coefficients, pl
 def _native(x: Tensor, y: Tensor, positions: int, coefficients: Coefficients, plan: Plan) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         return _Native.apply(x, y, positions, coefficients, plan)[0]
-    return native.ops.congruence(x, y, positions, coefficients, plan.codes, False, False)[0]
+    return native.ops.congruence(x, y, positions, coefficients, plan.codes, False, False, native.allows_tf32())[0]
 
 
 class _Native(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, positions, coefficients, plan):
         want_x, want_y, *_ = ctx.needs_input_grad
-        loss, grad_x, grad_y = native.ops.congruence(x, y, positions, coefficients, plan.codes, want_x, want_y)
+        settings = positions, coefficients, plan.codes, want_x, want_y, native.allows_tf32()
+        loss, grad_x, grad_y = native.ops.congruence(x, y, *settings)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_x, grad_y)
         return loss, grad_x, grad_y

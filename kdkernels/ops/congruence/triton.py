@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
+from ...native import allows_tf32
 from ..autograd import scaled
 from ..tuning import CONGRUENCE_FOLD_BLOCK as FOLD_BLOCK
 from ..tuning import CONGRUENCE_PROGRAMS as PROGRAMS
@@ -200,7 +201,7 @@ def _strip_rows(batch: int, rows: int) -> int:
 
 def _precision(x: Tensor, feature: bool = False) -> str:
     """Full float32 precision unless PyTorch allows less; and where large norms cancel, never plain tf32."""
-    if x.dtype == torch.float64 or torch.version.hip or torch.get_float32_matmul_precision() == "highest":
+    if x.dtype == torch.float64 or torch.version.hip or not allows_tf32():
         return "ieee"
     return "tf32x3" if feature else "tf32"
 

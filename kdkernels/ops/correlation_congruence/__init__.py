@@ -95,7 +95,7 @@ def _native(student: Tensor, teacher: Tensor, kernel: Kernel, normalize: bool, s
     settings = (KERNELS.index(kernel.name), float(kernel.gamma), kernel.order, normalize, scale, plan.codes)
     if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
         return _Native.apply(student, teacher, *settings)
-    return native.ops.correlation_congruence(student, teacher, *settings, False, False)[0]
+    return native.ops.correlation_congruence(student, teacher, *settings, False, False, native.allows_tf32())[0]
 
 
 def _triton(student: Tensor, teacher: Tensor, kernel: Kernel, normalize: bool, scale: float, plan: Plan) -> Tensor:
@@ -110,7 +110,8 @@ class _Native(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor, *settings) -> Tensor:
         needed = ctx.needs_input_grad[:2]
-        loss, *gradients = native.ops.correlation_congruence(student, teacher, *settings, *needed)
+        settings = *settings, *needed, native.allows_tf32()
+        loss, *gradients = native.ops.correlation_congruence(student, teacher, *settings)
         ctx.save_for_backward(*gradients)
         # Not saved: only their place in the graph is asked for, so they may be overwritten.
         ctx.inputs = student, teacher

@@ -41,7 +41,7 @@ def _native(features: list[Tensor]) -> Tensor:
     layers = [in_memory_order(layer) for layer in features]
     if torch.is_grad_enabled() and any(layer.requires_grad for layer in layers):
         return Gram.apply(native.ops, *layers)
-    return native.ops.gram(layers)
+    return native.ops.gram(layers, native.allows_tf32())
 
 
 def _triton(features: list[Tensor]) -> Tensor:
@@ -68,7 +68,7 @@ class Gram(torch.autograd.Function):
     def forward(ctx, ops, *layers):
         ctx.save_for_backward(*layers)
         ctx.ops = ops
-        return ops.gram(layers)
+        return ops.gram(layers, native.allows_tf32())
 
     @staticmethod
     def backward(ctx, grad_matrices):
@@ -86,4 +86,4 @@ def _gradients(ops, grad_matrices: Tensor, layers: Sequence[Tensor], wanted: Seq
     """Those of the layers that want one."""
     if len(wanted) < len(layers):
         grad_matrices = torch.stack([grad_matrices[i] for i in wanted])
-    return ops.gram_backward(grad_matrices, [layers[i] for i in wanted])
+    return ops.gram_backward(grad_matrices, [layers[i] for i in wanted], native.allows_tf32())

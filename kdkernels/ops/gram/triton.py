@@ -25,18 +25,21 @@ def gram(layers: Sequence[Tensor]) -> Tensor:
     return Gram.apply(torch.ops.kdkernels_triton, *layers)
 
 
-library.define("kdkernels_triton::gram", "(Tensor[] features) -> Tensor matrices")
-library.define("kdkernels_triton::gram_backward", "(Tensor grad_matrices, Tensor[] features) -> Tensor[] grad_features")
+library.define("kdkernels_triton::gram", "(Tensor[] features, bool tf32=False) -> Tensor matrices")
+library.define(
+    "kdkernels_triton::gram_backward",
+    "(Tensor grad_matrices, Tensor[] features, bool tf32=False) -> Tensor[] grad_features",
+)
 
 
 @library.register_fake("kdkernels_triton::gram")
-def _fake(features):
+def _fake(features, tf32=False):
     batch = features[0].shape[0]
     return features[0].new_empty((len(features), batch, batch), dtype=accumulation_dtype(*features))
 
 
 @library.register_fake("kdkernels_triton::gram_backward")
-def _fake_backward(grad_matrices, features):
+def _fake_backward(grad_matrices, features, tf32=False):
     return [layer.new_empty((layer.shape[0], layer.shape[1:].numel())) for layer in features]
 
 
@@ -97,19 +100,17 @@ def _starts(layers: list[Layer], length: int) -> tuple[int, ...]:
     return tuple(starts)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """Full float32 precision unless PyTorch allows less; half precision is exact in any."""
-    if dtype != torch.float32 or torch.version.hip or torch.get_float32_matmul_precision() == "highest":
-        return "ieee"
-    return "tf32"
+def _precision(dtype: torch.dtype, tf32: bool) -> str:
+    """Full float32 precision unless less is allowed; half precision is exact in any."""
+    return "tf32" if tf32 and dtype == torch.float32 and not torch.version.hip else "ieee"
 
 
 @library.impl("kdkernels_triton::gram", ("CPU", "CUDA"))
-def _launch(features):
-    return multiply(features)
+def _launch(features, tf32=False):
+    return multiply(features, tf32)
 
 
-def multiply(features: Sequence[Tensor]) -> Tensor:
+def multiply(features: Sequence[Tensor], tf32: bool) -> Tensor:
     """F Fᵀ of every layer F."""
     batch, dtype = features[0].shape[0], accumulation_dtype(*features)
     result = features[0].new_empty((len(features), batch, batch), dtype=dtype)
@@ -128,7 +129,7 @@ def multiply(features: Sequence[Tensor]) -> Tensor:
                 parts=parts,
                 batch=batch,
                 length=length,
-                PRECISION=_precision(layers[0].features.dtype),
+                PRECISION=_precision(layers[0].features.dtype, tf32),
                 UPCAST=triton.knobs.runtime.interpret,
                 BLOCK=block,
                 DEPTH=depth,
@@ -149,16 +150,16 @@ def multiply(features: Sequence[Tensor]) -> Tensor:
 
 
 @library.impl("kdkernels_triton::gram_backward", ("CPU", "CUDA"))
-def _launch_backward(grad_matrices, features):
+def _launch_backward(grad_matrices, features, tf32=False):
     slopes = (grad_matrices + grad_matrices.mT).contiguous()
     # The interpreter truncates to bfloat16 where a GPU rounds.
     held = {layer.dtype: slopes.dtype if triton.knobs.runtime.interpret else layer.dtype for layer in features}
     grads = [layer.new_empty((layer.shape[0], layer.shape[1:].numel()), dtype=held[layer.dtype]) for layer in features]
-    apply(slopes, features, grads)
+    apply(slopes, features, grads, tf32)
     return [grad.to(layer.dtype) for grad, layer in zip(grads, features, strict=True)]
 
 
-def apply(slopes: Tensor, features: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+def apply(slopes: Tensor, features: Sequence[Tensor], grads: Sequence[Tensor], tf32: bool) -> None:
     """Write S F of every layer to ``grads``: b x b slopes of its matrix, symmetric, times its features."""
     batch = slopes.shape[1]
     block, depth, warps = TILES[slopes.dtype]
@@ -172,7 +173,7 @@ def apply(slopes: Tensor, features: Sequence[Tensor], grads: Sequence[Tensor]) -
                 slopes=slopes,
                 grads=tuple(grads[layer.place] for layer in layers),
                 batch=batch,
-                PRECISION=_precision(slopes.dtype),
+                PRECISION=_precision(slopes.dtype, tf32),
                 BLOCK=block,
                 DEPTH=depth,
                 num_warps=warps,

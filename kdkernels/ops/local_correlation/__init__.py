@@ -115,7 +115,8 @@ def _native(stages: Sequence[Stage], settings: Settings) -> Tensor:
 
 def _call(arguments: tuple, features: Sequence[Tensor], wanted: list[int]) -> tuple[Tensor, list[Tensor]]:
     stages = len(features) // 2
-    return native.ops.local_correlation(features[:stages], features[stages:], *arguments, wanted)
+    settings = *arguments, wanted, native.allows_tf32()
+    return native.ops.local_correlation(features[:stages], features[stages:], *settings)
 
 
 class _Native(torch.autograd.Function):

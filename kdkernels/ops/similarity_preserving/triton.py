@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
-from ...native import accumulation_dtype
+from ...native import accumulation_dtype, allows_tf32
 from ..congruence.triton import _deep_product, _precision, _product
 from ..gram.triton import apply, multiply
 from ..tuning import SIMILARITY_PRESERVING_TILE as TILE
@@ -58,7 +58,7 @@ def _launch(student, teacher, scale, feature, grad_student, grad_teacher):
 
 
 def _gram_form(student: Tensor, teacher: Tensor, scale: float, gradients: Gradients) -> Tensor:
-    g, h = multiply([student, teacher])
+    g, h = multiply([student, teacher], allows_tf32())
     rows = len(g)
     inverse_x, inverse_y, defects, _ = _reduce_rows(g, g, h, h, g)
     grid = tuple(triton.cdiv(rows, block) for block in TILE)
@@ -79,7 +79,7 @@ def _gram_form(student: Tensor, teacher: Tensor, scale: float, gradients: Gradie
     )
     for slopes, features, gradient in zip((g, h), (student, teacher), gradients, strict=True):
         if gradient is not None:
-            apply(slopes[None], [features], [gradient])
+            apply(slopes[None], [features], [gradient], allows_tf32())
     return scale * partials.sum()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.autograd import forward_ad
 
 from . import native
 
@@ -38,9 +39,7 @@ def choose(backend: str, *tensors: torch.Tensor, native_on: tuple[str, ...] = ("
 
     Raises ``RuntimeError`` when the backend asked for by name cannot run, saying why.
     """
-    _check(backend)
-    if backend == "auto":
-        backend = _default
+    backend = asked(backend)
     if backend != "auto":
         reason = why_not(backend, *tensors, native_on=native_on)
         if reason is not None:
@@ -50,12 +49,20 @@ def choose(backend: str, *tensors: torch.Tensor, native_on: tuple[str, ...] = ("
     return preferred if why_not(preferred, *tensors, native_on=native_on) is None else "reference"
 
 
+def asked(backend: str) -> str:
+    """The backend that a call names, or else its block; "auto" if neither does."""
+    _check(backend)
+    return _default if backend == "auto" else backend
+
+
 def why_not(backend: str, *tensors: torch.Tensor, native_on: tuple[str, ...] = ("cpu", "cuda")) -> str | None:
     """Why ``backend`` cannot run on ``tensors``, in one sentence; None when it can."""
     if backend == "reference":
         return None
     if transformed():
         return "the transforms of torch.func (grad, vmap, jvp and others) see through operations of PyTorch alone"
+    if forward_ad._current_level >= 0:
+        return "forward-mode automatic differentiation sees through operations of PyTorch alone"
     device = tensors[0].device
     if backend == "native" and device.type == "cuda" and "cuda" not in native_on:
         return "this operator has no native kernels for cuda tensors yet"

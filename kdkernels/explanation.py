@@ -127,7 +127,7 @@ def _correlation_congruence_stages(
 ) -> tuple[Tensor, list]:
     metric = correlation_congruence.Kernel(kernel, gamma, order)
     correlation_congruence.check(student, teacher, metric, reduction, form)
-    plan = correlation_congruence.make_plan(student, teacher, metric, 1.0, form)
+    plan = correlation_congruence.make_plan(student, teacher, metric, form)
     rows = student.shape[0]
     wanted = [torch.is_grad_enabled() and embeddings.requires_grad for embeddings in (student, teacher)]
     forms = candidates(True, wanted[1]) if kernel == "bilinear" else (GRAM,)

@@ -50,3 +50,12 @@ def recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
     if backends.transformed():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False)
+
+
+def times(factor: float, loss: Callable[[float], Tensor]) -> Tensor:
+    """``loss(factor)``, a loss that is multiplied by a number inside; by one that may depend on the size of the batch.
+
+    Operators take plain numbers, for each of which torch.compile would make a graph of its own: there it is multiplied
+    outside.
+    """
+    return factor * loss(1.0) if torch.compiler.is_compiling() else loss(factor)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import backends, checks, native
 from ...native import accumulation_dtype
-from ..autograd import scaled
+from ..autograd import scaled, times
 from ..congruence import plan_for
 from ..congruence.plan import FORMS, GRAM, Coefficients, Plan
 from ..congruence.reference import feature_form
@@ -31,7 +31,8 @@ def correlation_congruence(
     check(student, teacher, kernel, reduction, form)
     scale = 1.0 / student.shape[0] ** 2 if reduction == "mean" else 1.0
     run = {"reference": _reference, "native": _native, "triton": _triton}[backends.choose(backend, student)]
-    return run(student, teacher, kernel, bool(normalize), scale, make_plan(student, teacher, kernel, scale, form))
+    plan = make_plan(student, teacher, kernel, form)
+    return times(scale, lambda scale: run(student, teacher, kernel, bool(normalize), scale, plan))
 
 
 def kernel_matrix(x: Tensor, y: Tensor | None, *, kernel: Kernel, normalize: bool) -> Tensor:
@@ -74,11 +75,11 @@ def _embeddings(name: str, value: object, shape: str) -> Tensor:
     return checks.tensor(name, value, 2, shape)
 
 
-def make_plan(student: Tensor, teacher: Tensor, kernel: Kernel, scale: float, form: str) -> Plan:
+def make_plan(student: Tensor, teacher: Tensor, kernel: Kernel, form: str) -> Plan:
     """The forms of the sum over all pairs: the bilinear kernel has a choice."""
     if kernel.name != "bilinear":
         return Plan(GRAM, GRAM, GRAM)
-    return plan_for(student, teacher, 1, Coefficients(scale, 0.0, 0.0, 0.0), form)
+    return plan_for(student, teacher, 1, Coefficients(1.0, 0.0, 0.0, 0.0), form)
 
 
 def _reference(student: Tensor, teacher: Tensor, kernel: Kernel, normalize: bool, scale: float, plan: Plan) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import backends, checks, native
-from ..autograd import once, scaled
+from ..autograd import once, scaled, times
 from . import reference
 
 REDUCTIONS = ("mean", "sum")
@@ -26,7 +26,10 @@ def feature_mse(
     projected, targets = check(projected, targets, weights, reduction)
     scale = 1.0 if reduction == "sum" else 1.0 / (weights.shape[0] * weights.shape[1])
     run = {"reference": _reference, "native": _native, "triton": _triton}[backends.choose(backend, projected[0])]
-    return run(projected, targets, weights, scale)
+    if torch.compiler.is_compiling():
+        # Dynamo takes no tensor twice, and a teacher's layer is the target of every student layer.
+        projected, targets = ([layer.view_as(layer) for layer in maps] for maps in (projected, targets))
+    return times(scale, lambda scale: run(projected, targets, weights, scale))
 
 
 def check(projected: object, targets: object, weights: object, reduction: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -69,9 +72,6 @@ def _reference(projected: list[Tensor], targets: list[Tensor], weights: Tensor, 
 
 def _native(projected: list[Tensor], targets: list[Tensor], weights: Tensor, scale: float) -> Tensor:
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*projected, *targets, weights)):
-        if torch.compiler.is_compiling():
-            # Dynamo takes no tensor twice, and a teacher's layer is the target of every student layer.
-            targets = [target.view_as(target) for target in targets]
         return FeatureMSE.apply(native.ops, scale, weights, *projected, *targets)
     return native.ops.feature_mse(projected, targets, weights, scale)[0]
 

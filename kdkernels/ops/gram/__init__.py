@@ -57,6 +57,9 @@ def in_memory_order(layer: Tensor) -> Tensor:
     """
     if layer.is_contiguous():
         return layer
+    if torch.compiler.is_compiling():  # which cannot sort strides that it does not know
+        channels_last = layer.dim() == 4 and layer.is_contiguous(memory_format=torch.channels_last)
+        return layer.permute(0, 2, 3, 1) if channels_last else layer
     order = sorted(range(1, layer.dim()), key=lambda d: -layer.stride(d))
     return layer.permute(0, *order)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import backends, checks, native
-from ..autograd import scaled
+from ..autograd import scaled, times
 from ..congruence.plan import FEATURE, FORMS, GRAM, Form, similarity_costs
 from ..gram import in_memory_order
 from . import reference
@@ -21,7 +21,8 @@ def similarity_preserving(
     check(student, teacher, reduction, form)
     scale = 1.0 / student.shape[0] ** 2 if reduction == "mean" else 1.0
     run = {"reference": _reference, "native": _native, "triton": _triton}[choose_backend(backend, student)]
-    return run(student, teacher, scale, choose_form(student, teacher, form))
+    form = choose_form(student, teacher, form)
+    return times(scale, lambda scale: run(student, teacher, scale, form))
 
 
 def choose_backend(backend: str, student: Tensor) -> str:

@@ -494,12 +494,26 @@ def test_projections_under_autocast():
         assert (ours - theirs).norm() <= 0.05 * theirs.norm()
 
 
-def test_projections_of_one_number_and_a_second_derivative_raise():
+def test_projections_of_one_number_raise():
     calibration = SemanticCalibration((3,), (4,), BATCH)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         calibration([torch.randn(1, 3, 1, 1)], [torch.randn(1, 4, 1, 1)])
-    student = torch.randn(BATCH, 3, 4, 4, requires_grad=True)
-    projected = calibration([student], [torch.randn(BATCH, 4, 4, 4)]).projected[0][0]
-    (gradient,) = torch.autograd.grad(projected.square().sum(), student, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+
+
+def test_a_second_derivative_of_projections_raises_or_is_right():
+    """Where the gradient arriving from a loss does not depend on anything, too."""
+    calibration = SemanticCalibration((3,), (4,), BATCH, allocation="equal").double()
+    student, teacher = torch.randn(BATCH, 3, 4, 4).double(), [torch.randn(BATCH, 4, 4, 4).double()]
+    weight = calibration.projections[0][0][3].weight
+    for loss in (Tensor.sum, lambda projected: projected.square().sum()):
+        projected = calibration([student], teacher).projected[0][0]
+        (gradient,) = torch.autograd.grad(loss(projected), weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient.square().sum().backward()
+
+    def of_weight(weight: Tensor) -> Tensor:
+        given = {"projections.0.0.3.weight": weight}
+        return torch.func.functional_call(calibration, given, ([student], teacher)).projected[0][0].square().mean()
+
+    with kdkernels.use_backend("reference"):
+        assert torch.autograd.gradgradcheck(of_weight, weight, fast_mode=True)

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import backends, checks, functional
 from ..native import accumulation_dtype
+from ..ops.autograd import once
 from ..ops.convolution import convolution, convolution_backward
 
 __all__ = ["Calibration", "SemCKDLoss", "SemanticCalibration"]
@@ -74,7 +74,8 @@ class SemanticCalibration(nn.Module):
     layers alike, where theirs is NaN; and they skip batches smaller than B.
 
     Memory: (s_L + t_L)·b² similarities; for each pair of layers the projection keeps two maps of 2·c_j channels, since
-    what the normalisations give is computed again in the backward pass, which cannot be differentiated itself.
+    what the normalisations give is computed again in the backward pass, which raises if it is differentiated itself.
+    With backend="reference" it is kept, and second derivatives work.
     """
 
     def __init__(
@@ -284,6 +285,7 @@ def _project(projection: nn.Sequential, features: Tensor, backend: str) -> Tenso
     """``projection(features)``, which in training keeps half as much for the backward pass."""
     first, *rest = projection
     plain = torch.compiler.is_compiling() or backends.transformed() or not torch.is_grad_enabled()
+    plain = plain or backends.asked(backend) == "reference"  # which has second derivatives
     single = features[:, 0].numel() == 1  # which has no variance, as the layers say
     if plain or single or not all(type(layer) is nn.BatchNorm2d and layer.training for layer in rest[::3]):
         return projection(features)
@@ -307,8 +309,14 @@ class _NormConv(torch.autograd.Function):
         return convolution(normal.relu_(), weight, backend=backend)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        with torch.no_grad():
+            gradients = _NormConv._gradients(ctx, grad)
+        x, scale, shift, weight, *_ = ctx.saved_tensors
+        return tuple(g if g is None else once(g, grad, x, scale, shift, weight) for g in gradients)
+
+    @staticmethod
+    def _gradients(ctx, grad):
         x, scale, shift, weight, mean, inverse = ctx.saved_tensors
         aten, eps = torch.ops.aten, ctx.eps
         of_x, _, of_scale, of_shift, of_weight, _ = ctx.needs_input_grad

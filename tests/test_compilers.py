@@ -104,7 +104,8 @@ def test_compiled_with_one_map_for_several_pairs():
     def loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
         return kdkernels.cross_layer_mse([[student, student]], [[teacher, teacher]], weights)
 
-    student, teacher, weights = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 2, 2), torch.rand(2, 1, 2)
+    student, teacher = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 2, 2)
+    weights = torch.rand(2, 1, 2)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     found, expected = (torch.autograd.grad(f(student, teacher, weights), student)[0] for f in (compiled, loss))
     assert_close(found, expected)

@@ -26,6 +26,8 @@ def backend(request: pytest.FixtureRequest) -> str:
     reason = backends.why_not(request.param, torch.empty(0, device="cuda"))
     if reason is not None:
         pytest.skip(reason)
+    if request.param == "native" and request.node.callspec.params.get("loss") in SP.values():
+        pytest.skip("SP has no kernels in CUDA")
     return request.param
 
 
@@ -86,6 +88,7 @@ def in_form(loss: Loss, form: str) -> Loss:
     return run
 
 
+SP: dict[str, Loss] = {"sp, Gram form": in_form(sp, "gram"), "sp, feature form": in_form(sp, "feature")}
 LOSSES: dict[str, Loss] = {
     "kd": kd,
     "lkd": lkd,
@@ -96,8 +99,7 @@ LOSSES: dict[str, Loss] = {
     "cckd, rbf": functools.partial(cckd, kernel="rbf"),
     "cckd, bilinear": functools.partial(cckd, kernel="bilinear"),
     "cckd, mmd": functools.partial(cckd, kernel="mmd"),
-    "sp, Gram form": in_form(sp, "gram"),
-    "sp, feature form": in_form(sp, "feature"),
+    **SP,
     "icct": icct,
     "icct, per sample": functools.partial(icct, per_sample=True),
     "icct, maps": icct_maps,
@@ -126,7 +128,10 @@ def check(loss: Loss, backend: str, inputs: list[Tensor]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
 def test_against_float64(loss: Loss, backend: str, shapes: tuple, dtype: torch.dtype, channels_last: bool) -> None:
-    check(loss, backend, maps(shapes, dtype, channels_last))
+    inputs = maps(shapes, dtype, channels_last)
+    if loss is SP["sp, feature form"] and len(inputs[0]) == 1:
+        pytest.skip("one sample resembles itself alone: the gradient is 0, from numbers that cancel")
+    check(loss, backend, inputs)
 
 
 @every_loss

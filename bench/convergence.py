@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import datetime
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from tqdm import tqdm
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "examples")]
 
 import measure  # noqa: E402
+import results  # noqa: E402
 import train_cckd  # noqa: E402
 import train_icct  # noqa: E402
 import train_lkd  # noqa: E402
@@ -183,7 +183,7 @@ def run_all(
             nudged = backend == NUDGED
             run = train(method, study, teachers[method], seed, PRECISIONS[precision], steps, every, nudged=nudged)
             training.write_json(file, run)
-        for quantity, curve in json.loads(file.read_text()).items():
+        for quantity, curve in results.read(file).items():
             curves[method][precision][quantity][backend].append(curve)
     return curves
 

@@ -12,7 +12,10 @@ SAME_MACHINE = ("processor", "PyTorch")
 
 
 def read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text())
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is truncated or corrupt: {error}") from error
 
 
 def add(file: Path, provenance: dict[str, Any], measured: Iterable[Result]) -> None:

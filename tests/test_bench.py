@@ -84,6 +84,14 @@ def test_results_of_the_same_machine_are_kept(tmp_path: Path) -> None:
     assert [r["seconds"]["fused"] for r in json.loads(file.read_text())["results"]] == [5.0]
 
 
+def test_a_truncated_file_of_results_is_named(tmp_path):
+    results, file = importlib.import_module("results"), tmp_path / "cpu.json"
+    results.write(file, {"results": []})
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"cpu\.json is truncated or corrupt: "):
+        results.add(file, ORIGIN, [])
+
+
 def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results, report = importlib.import_module("results"), importlib.import_module("report")
     monkeypatch.setattr(report, "RESULTS", tmp_path)

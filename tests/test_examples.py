@@ -429,6 +429,17 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, content: object, 
         fit_tiny(tmp_path / "tiny.pt")
 
 
+@pytest.mark.parametrize(
+    "other", [{"module": {}}, {"optimizer": {}}, {"scheduler": 5}, {"rng": torch.zeros(3)}], ids=str
+)
+def test_a_checkpoint_of_something_else_is_named(tmp_path: Path, other: dict) -> None:
+    path = tmp_path / "tiny.pt"
+    fit_tiny(path)
+    torch.save(training.read(path) | other, path)
+    with pytest.raises(training.CheckpointError, match=r"tiny\.pt does not hold what this training saves"):
+        fit_tiny(path)
+
+
 def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     path = tmp_path / "tiny.pt"
     torch.save({"settings": Interrupted()}, path)

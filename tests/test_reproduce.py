@@ -210,6 +210,13 @@ def test_a_folder_that_is_wrong_is_named(folders: Path, change: Callable[[Path],
         data.load("imagenet", folders)
 
 
+def test_half_a_photograph_is_named(folders: Path) -> None:
+    path = folders / "val" / "n1" / "0.png"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"n1/0\.png cannot be read as an image: .*truncated"):
+        list(data.load("imagenet", folders).test_batches("cpu"))
+
+
 def test_a_row_of_imagenet_runs(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(photographs, "SIDE", 32)
     for name in ("resnet34-224", "resnet18-224"):

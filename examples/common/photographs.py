@@ -105,7 +105,7 @@ class FileBatches:
 
 class Reader(torch.utils.data.Dataset):
     """Pixels and labels of files: of a random part, which depends on ``seed`` and the file's number alone, or, without
-    a seed, of the middle."""
+    a seed, of the middle. A file that is no image, or half of one, raises a ``ValueError`` that names it."""
 
     def __init__(self, files: Files, seed: int | None = None) -> None:
         self.files = files
@@ -115,18 +115,25 @@ class Reader(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        path = self.files.paths[number]
+        try:
+            pixels = self._pixels(path, number)
+        except Exception as error:  # Pillow's own are of many kinds
+            raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), self.files.labels[number]
+
+    def _pixels(self, path: Path, number: int) -> np.ndarray:
         from PIL import Image
 
         mirrored = False
-        with Image.open(self.files.paths[number]) as image:
+        with Image.open(path) as image:
             if self.seed is None:
                 box = middle(*image.size)
             else:
                 random = np.random.default_rng((self.seed, number))
                 box, mirrored = random_part(*image.size, random), random.random() < 0.5
             pixels = np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR, box))
-        pixels = pixels[:, ::-1] if mirrored else pixels
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), self.files.labels[number]
+        return pixels[:, ::-1] if mirrored else pixels
 
 
 def middle(width: int, height: int) -> Box:

@@ -26,6 +26,10 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be read or belongs to other settings."""
 
 
+# What PyTorch raises where a file holds the state of something else.
+MISFITS = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """SGD with momentum, or Adam; the learning rate is multiplied by ``decay`` at each milestone, in epochs, or follows
@@ -164,9 +168,12 @@ def restore(checkpoint: Path, state: dict[str, object], settings: dict[str, obje
         raise CheckpointError(
             f"{checkpoint} was trained with {', '.join(differences)}: give another --out, or start over with --fresh"
         )
-    for key, value in state.items():
-        value.load_state_dict(content[key])
-    torch.set_rng_state(content["rng"])
+    try:
+        for key, value in state.items():
+            value.load_state_dict(content[key])
+        torch.set_rng_state(content["rng"])
+    except MISFITS as error:
+        raise CheckpointError(f"{checkpoint} does not hold what this training saves: {error}") from error
     if "cuda_rng" in content and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(content["cuda_rng"])
     return content["history"]
@@ -197,7 +204,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     content = read(path)
     try:
         module.load_state_dict(content.get("module", content))
-    except (AttributeError, RuntimeError) as error:
+    except MISFITS as error:
         raise CheckpointError(f"{path} does not hold this network's weights: {error}") from error
 
 

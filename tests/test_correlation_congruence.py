@@ -198,6 +198,23 @@ def test_zero_and_duplicate_rows(backend, kernel, normalize):
         assert_close(gradient, correct)
 
 
+@every_kernel
+def test_rows_too_small_for_a_direction_count_as_zero(backend, kernel):
+    x, y = embeddings(8, 5), embeddings(8, 7)
+    results = []
+    for size in (0, 1e-13):
+        with torch.no_grad():
+            x[6] = y[0] = size
+        results.append(
+            loss_and_gradients(
+                lambda s, t: kdkernels.correlation_congruence_loss(s, t, kernel=kernel, backend=backend), x, y
+            )
+        )
+    (zero, of_zero), (tiny, of_tiny) = results
+    assert torch.equal(zero, tiny)
+    assert all(map(torch.equal, of_zero, of_tiny))
+
+
 def test_rbf_of_coincident_points(backend):
     """Far from the origin, where squares would drown the distances; coincident points have no pull on each other."""
     centre = torch.full((1, 8), 64.0)

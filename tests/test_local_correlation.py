@@ -471,10 +471,12 @@ def test_no_grad(backend):
 
 
 @every_form
-def test_second_backward_is_right(backend, form):
+@pytest.mark.parametrize("resampled", [False, True])
+def test_second_backward_is_right(backend, form, resampled):
     """Saved tensors are not changed by the first one."""
     student, teacher = (torch.randn(4, 3, 4, 4, requires_grad=True) for _ in range(2))
-    loss = local_correlation_loss(student, teacher, 2, backend=backend, form=form)
+    k, settings = (3, {"mask": torch.rand(4, 4, 4), "partition": "resize"}) if resampled else (2, {})
+    loss = local_correlation_loss(student, teacher, k, backend=backend, form=form, **settings)
     first, second, tripled = (
         torch.autograd.grad(factor * loss, (student, teacher), retain_graph=True) for factor in (1, 1, 3)
     )

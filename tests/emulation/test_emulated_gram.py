@@ -74,6 +74,17 @@ def test_strides(dtype: torch.dtype, view: Callable[[Tensor], Tensor]) -> None:
     check([view(x.detach()).requires_grad_() for x in draw((5, 4, 4, 6), (5, 16, 2, 3), dtype=dtype)])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_that_are_not_read_in_vectors(dtype: torch.dtype) -> None:
+    """Which take more than a row of whole vectors: where it begins, how long it is and where the next one lies."""
+    rows = [(48, 0, 32), (48, 0, 33), (45, 0, 32), (48, 1, 33)]
+    check([torch.randn(5, width).to(dtype)[:, begin:end].requires_grad_() for width, begin, end in rows])
+
+
+def test_more_parts_than_are_added_at_once() -> None:
+    check(draw((3, 2100)))
+
+
 def test_mixed_dtypes() -> None:
     mixed = [x for dtype in DTYPES for x in draw((6, 4, 4, 3), (6, 7), dtype=dtype)]
     check(mixed)

@@ -17,7 +17,7 @@ from . import build
 def stages(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor]]:
     student = [torch.randn(3, 2, 6, 6), torch.randn(3, 5, 4, 4)]
     teacher = [torch.randn(3, 4, 6, 4), torch.randn(3, 3, 7, 5).to(memory_format=torch.channels_last)]
-    student[0][1, :, :3, :3] = 0  # a patch that is dead in one network
+    student[0][1:, :, :3, :3] = teacher[0][2, :, :3, :2] = 0  # a patch that is dead in one network, and one in both
     return [x.to(dtype) for x in student], [x.to(dtype) for x in teacher]
 
 
@@ -96,15 +96,16 @@ def test_upstream_gradient_and_a_second_backward() -> None:
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 @pytest.mark.parametrize("form", ["gram", "feature"])
-@pytest.mark.parametrize("ks", [[2, 1], [3, 3]], ids=["moved", "resized"])
-def test_half_precision(order: str, dtype: torch.dtype, form: str, ks: list[int]) -> None:
+@pytest.mark.parametrize(("ks", "masked"), [([2, 1], False), ([3, 3], False), ([2, 1], True)])
+def test_half_precision(order: str, dtype: torch.dtype, form: str, ks: list[int], masked: bool) -> None:
     student, teacher = stages(dtype)
+    masks = [torch.rand(3, *x.shape[-2:]) for x in teacher] if masked else None
     teacher[0] = teacher[0] * 2.0**-13
     maps = [x.requires_grad_() for x in (*student, *teacher)]
 
     def run(*maps: Tensor, backend: str = "reference", form: str = "gram") -> Tensor:
         settings = {"form": form, "backend": backend, "weights": (1.0, 0.5, 0.3), "partition": "resize"}
-        return kdkernels.local_correlation_loss(maps[:2], maps[2:], ks, **settings)
+        return kdkernels.local_correlation_loss(maps[:2], maps[2:], ks, mask=masks, **settings)
 
     assert run(*maps, backend="native").dtype == torch.float32
     assert_matches(lambda *maps: run(*maps, backend="native", form=form), run, *maps)

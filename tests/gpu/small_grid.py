@@ -8,8 +8,8 @@ from torch import Tensor
 import kdkernels
 
 
-def draw(*shape: int) -> Tensor:
-    return torch.randn(shape, device="cuda", requires_grad=True)
+def draw(*shape: int, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(shape, device="cuda")).requires_grad_()
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
         kdkernels.kd_loss(draw(rows, classes), draw(rows, classes), backend="native").backward()
     for rows, classes in ((1, 1), (7, 10), (3, 37), (2, 1030)):
         for scale in (1, 20):
-            logits = [scale * draw(rows, classes) for _ in range(2)]
+            logits = [draw(rows, classes, scale=scale) for _ in range(2)]
             for per_sample in (False, True):
                 settings = {"per_sample": per_sample, "backend": "native"}
                 kdkernels.inter_class_correlation_loss(*logits, **settings).backward()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import DTYPES, assert_matches, loss_and_gradients
+from helpers import DTYPES, assert_matches, loss_and_gradients, relative_error
 from torch import Tensor
 
 import kdkernels
@@ -203,6 +203,23 @@ def test_on_a_side_stream(loss: Loss, backend: str) -> None:
         result = loss(*inputs, backend=backend)
     side.synchronize()
     assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("name", ["lkd, Gram form", "cckd", "similarities"])
+def test_tf32_where_permitted(name: str, backend: str) -> None:
+    def run() -> tuple[Tensor, list[Tensor | None]]:
+        return loss_and_gradients(lambda *x: loss(*x, backend=backend), *inputs)
+
+    loss, inputs = LOSSES[name], maps(SHAPES[2])
+    accurate, gradients = run()
+    try:
+        torch.set_float32_matmul_precision("high")
+        rounded, others = run()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert not torch.equal(rounded, accurate)
+    for result, expected in zip((rounded, *others), (accurate, *gradients), strict=True):
+        assert relative_error(result, expected) <= 2e-3
 
 
 @pytest.mark.parametrize("loss", [kd, lkd], ids=["kd", "lkd"])

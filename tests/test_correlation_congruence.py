@@ -215,6 +215,20 @@ def test_rows_too_small_for_a_direction_count_as_zero(backend, kernel):
     assert all(map(torch.equal, of_zero, of_tiny))
 
 
+@every_kernel
+def test_only_the_directions_of_normalised_rows_count(backend, kernel):
+    x, y, sizes = embeddings(8, 5), embeddings(8, 7), 2.0 ** torch.randint(-34, 60, (8, 1))
+    larger = (sizes * x).detach().requires_grad_()
+    (loss, of_x), (again, of_larger) = (
+        loss_and_gradients(
+            lambda s: kdkernels.correlation_congruence_loss(s, y.detach(), kernel=kernel, backend=backend), rows
+        )
+        for rows in (x, larger)
+    )
+    assert_close(again, loss)
+    assert_close(sizes * of_larger[0], of_x[0])
+
+
 def test_rbf_of_coincident_points(backend):
     """Far from the origin, where squares would drown the distances; coincident points have no pull on each other."""
     centre = torch.full((1, 8), 64.0)

@@ -136,6 +136,7 @@ def test_gradient_at_dead_patches_is_zero(backend):
     features[1, :, 2:, :2] = 0
     features[2, :, :2, :2] *= 1e-12
     agree(features, 2, backend=backend)
+    assert patches(features, 2, eps=0, backend=backend)[4 + 2].eq(0).all()
     features.requires_grad_()
     rows = patches(features, 2, backend=backend)
     assert rows[4 + 2].eq(0).all()

@@ -1,7 +1,6 @@
 """Semantic calibration (SemCKD): which teacher layers a student layer learns from, and its loss."""
 
-from __future__ import annotations
-
+# Annotations are not put off here: those of a NamedTuple would stay names, which pdoc looks up in the wrong module.
 from collections.abc import Sequence
 from itertools import pairwise
 from math import prod

@@ -1,6 +1,7 @@
 #include "correlation_congruence.cuh"
 
 #include <cmath>
+#include <limits>
 
 #include "congruence.h"
 
@@ -104,6 +105,9 @@ std::tuple<Tensor, Tensor, Tensor> correlation_congruence(const Tensor& student,
   STD_TORCH_CHECK(student.dim() == 2 && teacher.dim() == 2 && student.size(0) == teacher.size(0) &&
                       student.numel() > 0 && teacher.numel() > 0,
                   "correlation_congruence: student must be n x d_S and teacher n x d_T, not empty");
+  STD_TORCH_CHECK(std::max({student.size(0), student.size(1), teacher.size(1)}) <=
+                      std::numeric_limits<int>::max() - kEmbeddingThreads,
+                  "correlation_congruence: more than 2^31 embeddings, or components of one");
   const Metric metric = Metric(kernel);
   const auto as = [&](auto run) {
     return run(student, teacher, metric, gamma, order, normalize, scale, plan_of(plan.data()), grad_student,

@@ -1,3 +1,5 @@
+#include <limits>
+
 #include "host.h"
 #include "icc_map.cuh"
 #include "icc_samples.cuh"
@@ -42,6 +44,8 @@ struct Memory {
 
   Memory(const Tensor& logits, const IccRows& rows, int64_t held, bool wanted, const Tensor& like) {
     const int64_t batch = logits.size(0), classes = logits.size(1), pack = rows.lanes * Pack<T>::kSize;
+    STD_TORCH_CHECK(std::max(batch, classes) <= std::numeric_limits<int>::max() - kIccThreads,
+                    "icc: more than 2^31 samples, or classes");
     const int64_t pitch = divided(classes, pack) * pack, of_rows = wanted ? held * pitch : 0;
     constexpr int64_t of_term = sizeof(Term<T>) / sizeof(T), of_extremes = sizeof(Extremes<T>) / sizeof(T);
     numbers = new_compact(like, {batch * (pitch + of_term * classes + of_extremes) + 2 * of_rows}, kScalarType<T>);

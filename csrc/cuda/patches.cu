@@ -8,7 +8,8 @@ template <typename T, typename E>
 Cut<T> Patching<T, E>::cut(const Shape& s, int64_t k, const Mask& mask, bool resize, const Tensor& like) {
   const int64_t patch_height = resize ? (s.height + k - 1) / k : s.height / k;
   const int64_t patch_width = resize ? (s.width + k - 1) / k : s.width / k;
-  STD_TORCH_CHECK(s.channels * patch_height * patch_width * k * k <= std::numeric_limits<int>::max(),
+  // A thread's last index is past the end by as much as a block has threads.
+  STD_TORCH_CHECK(s.channels * patch_height * patch_width * k * k <= std::numeric_limits<int>::max() - 512,
                   "patches: one image's maps must have fewer than 2^31 elements");
   Cut<T> cut{int(s.channels), int(s.height), int(s.width), int(k), int(patch_height), int(patch_width)};
   cut.resized = patch_height * k != s.height || patch_width * k != s.width;

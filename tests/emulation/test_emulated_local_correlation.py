@@ -71,11 +71,13 @@ def test_many_stages() -> None:
     check(student, [torch.randn(2, 3, 4, 4) for _ in range(19)], [2] * 19)
 
 
-@pytest.mark.parametrize(("form", "launches"), [("gram", 4), ("feature", 5)])
-def test_launches(form: str, launches: int) -> None:
-    """The paper's three stages together take as many as one."""
-    student = [torch.randn(2, c, 8, 8).requires_grad_() for c in (2, 3, 4)]
-    teacher = [torch.randn(2, c, 8, 8) for c in (2, 3, 4)]
+@pytest.mark.parametrize(
+    ("form", "channels", "launches"), [("gram", (2, 3, 4), 4), ("feature", (2, 3, 4), 5), ("auto", (40, 2, 1), 6)]
+)
+def test_launches(form: str, channels: tuple[int, ...], launches: int) -> None:
+    """The paper's three stages together take as many as one, and one more where their forms differ."""
+    student = [torch.randn(2, c, 8, 8).requires_grad_() for c in channels]
+    teacher = [torch.randn(2, c, 8, 8) for c in channels]
     loss = kdkernels.local_correlation_loss(student, teacher, 4, form=form, backend="native")
     assert build.launches() == launches
     loss.backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import DTYPES, assert_close, assert_matches, exactly, loss_and_gradients, relative_error
 from torch import Tensor, library
 
@@ -116,6 +117,28 @@ def test_a_good_student_keeps_its_digits(backend):
     exact, (correct,) = loss_and_gradients(lambda s: definition(s, teacher.double()), *exactly(student))
     assert relative_error(loss, exact) < 1e-3
     assert relative_error(gradient, correct) < 1e-2
+
+
+@needs_native
+def test_nearly_collinear_features_keep_the_digits_of_textbook_code():
+    """Rows of both matrices are nearly the same there: errors of their norms must not remain in the gradient."""
+
+    def collinear() -> Tensor:
+        return torch.randn(400) + 0.1 * torch.randn(256, 400)
+
+    def textbook(student: Tensor, teacher: Tensor) -> Tensor:
+        return (F.normalize(student @ student.T) - F.normalize(teacher @ teacher.T)).square().mean()
+
+    def native(student: Tensor, teacher: Tensor) -> Tensor:
+        return kdkernels.similarity_preserving_loss(student, teacher, form="gram", backend="native")
+
+    errors = {textbook: 0.0, native: 0.0}
+    for _ in range(8):
+        inputs = collinear().requires_grad_(), collinear()
+        _, (correct, _) = loss_and_gradients(textbook, *exactly(*inputs))
+        for loss in errors:
+            errors[loss] += relative_error(loss_and_gradients(loss, *inputs)[1][0], correct)
+    assert errors[native] < 2.5 * errors[textbook]
 
 
 def test_no_overflow_where_half_precision_has_it(backend):

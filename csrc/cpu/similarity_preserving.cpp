@@ -1,6 +1,7 @@
 // The whole SP loss in one call. With r_i and s_i the inverse norms of rows of G = X Xᵀ and H = Y Yᵀ it sums 2 − 2 cos_i, where
-// cos_i = r_i s_i (G_i · H_i), and its gradient in G is −2 (s_i r_i H_i − cos_i r_i² G_i): a row's own and, since G is symmetric,
-// the same of its column.
+// cos_i = r_i s_i (G_i · H_i), and its gradient in G is 2 (cos_i r_i² G_i − r_i s_i H_i): a row's own and, since G is symmetric,
+// the same of its column. Of similar networks the terms nearly cancel; where the entries of both matrices are at hand it is
+// 2 r_i ((r_i G_i − s_i H_i) − (1 − cos_i) r_i G_i).
 #include <vector>
 
 #include "operators.h"
@@ -15,17 +16,17 @@ namespace {
 constexpr double kEps = 1e-12;   // a sample whose similarities have this norm or less resembles nothing
 constexpr int64_t kWhole = 512;  // samples up to which the Gram matrices are computed once and held
 
-// What the rows of both Gram matrices give: inverse norms, and the factors of G and of H in the gradients.
+// What the rows of both Gram matrices give: inverse norms, and the factors of G and of H in either form of the gradients.
 template <typename T>
 struct Rows {
-  std::vector<T> inverse_x, inverse_y, own_x, own_y, cross;
+  std::vector<T> inverse_x, inverse_y, own_x, own_y, cross, defect_x, defect_y;
   std::vector<double> cosines;
   double alive = 0;  // rows that are not zero, of either matrix
 
   // From sums of squares of the rows and of their products.
   Rows(const std::vector<double>& xx, const std::vector<double>& yy, const std::vector<double>& xy) {
     const int64_t rows = xx.size();
-    for (auto* numbers : {&inverse_x, &inverse_y, &own_x, &own_y, &cross}) numbers->resize(rows);
+    for (auto* numbers : {&inverse_x, &inverse_y, &own_x, &own_y, &cross, &defect_x, &defect_y}) numbers->resize(rows);
     cosines.resize(rows);
     for (int64_t i = 0; i < rows; ++i) {
       // Squares beyond the range of T make the row NaN, not zero.
@@ -40,6 +41,10 @@ struct Rows {
       cross[i] = T(r * s);
       own_x[i] = T(cosines[i] * r * r);
       own_y[i] = T(cosines[i] * s * s);
+      // (1 - cos) r² of the norms as they were rounded: what they are off is a multiple of the row, which must cancel.
+      const double x = inverse_x[i], y = inverse_y[i];
+      defect_x[i] = T(x != 0 ? x * x - x * y * xy[i] / xx[i] : 0);
+      defect_y[i] = T(y != 0 ? y * y - x * y * xy[i] / yy[i] : 0);
     }
   }
 };
@@ -53,17 +58,20 @@ struct Similarity {
   double operator()(int64_t r, int64_t length, const std::array<T*, 2>& entries) const {
     using V = typename Vec<T>::type;
     const auto [of_x, of_y] = entries;
-    const T x = rows.inverse_x[r], y = rows.inverse_y[r], cross = rows.cross[r];
+    const T x = rows.inverse_x[r], y = rows.inverse_y[r];
     const T own_first = of_x[0] * x - of_y[0] * y;
     const double total = sum_vectors<T>(0, length, [&](int64_t j, int64_t count) {
       const auto of_rows = [&](const std::vector<T>& numbers) {
         return load_first<T>(numbers.data() + r + j, count, 0);
       };
       const V g = load_first<T>(of_x + j, count, 0), h = load_first<T>(of_y + j, count, 0);
-      const V mine = x * g - y * h, theirs = of_rows(rows.inverse_x) * g - of_rows(rows.inverse_y) * h;
-      const V both = cross + of_rows(rows.cross);
-      if (grad_x) store_first<T>(of_x + j, (rows.own_x[r] + of_rows(rows.own_x)) * g - both * h, count);
-      if (grad_y) store_first<T>(of_y + j, (rows.own_y[r] + of_rows(rows.own_y)) * h - both * g, count);
+      const V their_x = of_rows(rows.inverse_x), their_y = of_rows(rows.inverse_y);
+      const V mine = x * g - y * h, theirs = their_x * g - their_y * h;
+      if (grad_x)
+        store_first<T>(of_x + j, x * mine + their_x * theirs - (rows.defect_x[r] + of_rows(rows.defect_x)) * g, count);
+      if (grad_y)
+        store_first<T>(of_y + j, -(y * mine + their_y * theirs + (rows.defect_y[r] + of_rows(rows.defect_y)) * h),
+                       count);
       return mine * mine + theirs * theirs;
     });
     return total - double(own_first) * own_first;

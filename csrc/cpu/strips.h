@@ -117,21 +117,26 @@ struct Strip {
   }
 
   // Add to sums[r], r counted from `begin`, what row r of a symmetric matrix (an antisymmetric one with sign -1) has in the
-  // strip. value(entries, count) are up to a vector of its elements.
+  // strip, in float64. value(entries, count) are up to a vector of its elements.
   template <typename F>
   void add_row_sums(double* sums, double sign, const F& value) const {
+    using V = typename Vec<T>::type;
+    using Wide = typename Doubles<T>::type;
     for_rows([&](int64_t i) {
-      sums[i] += sum_vectors<T>(i, columns, [&](int64_t j, int64_t lanes) { return value(at(i, j), lanes); });
+      Wide sum = {};
+      for_vectors<T>(i, columns, [&](int64_t j, int64_t lanes) {
+        sum += __builtin_convertvector(first_lanes<T>(lanes) ? value(at(i, j), lanes) : V{}, Wide);
+      });
+      for (int64_t lane = 0; lane < Vec<T>::size; ++lane) sums[i] += sum[lane];
     });
-    constexpr int64_t rows = 8;  // that are added up before their sum is taken on in float64
+    constexpr int64_t rows = 8;
     parallel_blocks(columns, Vec<T>::size, 1 + (1 << 15) / count, [&](int64_t j0, int64_t j1) {
       for (int64_t i0 = 0; i0 < count; i0 += rows)
         for_vectors<T>(std::max(j0, i0 + 1), j1, [&](int64_t j, int64_t lanes) {
-          typename Vec<T>::type sum = {};
+          Wide sum = {};
           for (int64_t i = i0; i < std::min(count, i0 + rows); ++i) {
-            auto values = value(at(i, j), lanes);
-            if (j <= i) values = lane_numbers<T>() > Integer<T>(i - j) ? values : typename Vec<T>::type{};
-            sum += values;
+            const V values = value(at(i, j), lanes);
+            sum += __builtin_convertvector(lane_numbers<T>() > Integer<T>(i - j) ? values : V{}, Wide);
           }
           for (int64_t lane = 0; lane < lanes; ++lane) sums[j + lane] += sign * sum[lane];
         });

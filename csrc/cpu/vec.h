@@ -22,6 +22,15 @@ struct Vec {
   static constexpr int64_t size = kVectorBytes / sizeof(T);
 };
 
+// As many doubles as Vec<T> has lanes.
+template <typename T>
+struct Doubles {
+  typedef double type __attribute__((vector_size(2 * kVectorBytes)));
+};
+
+template <>
+struct Doubles<double> : Vec<double> {};
+
 template <typename T>
 inline typename Vec<T>::type load(const T* source) {
   typename Vec<T>::type value;

@@ -52,6 +52,11 @@ def sp(form: str, shape: tuple[int, int], numbers: int) -> Case:
     return Case(functools.partial(kdkernels.similarity_preserving_loss, form=form), (shape, shape), numbers)
 
 
+def pkt(rows: int, student: int, teacher: int) -> Case:
+    numbers = 8 * rows**2 + rows * max(6 * student, 2 * student + 3 * teacher)
+    return Case(kdkernels.probabilistic_transfer_loss, ((rows, student), (rows, teacher)), 2 * numbers)
+
+
 def icct(per_sample: bool) -> Case:
     loss = functools.partial(kdkernels.inter_class_correlation_loss, per_sample=per_sample)
     return Case(loss, ((128, 2000),) * 2, 5 * 128 * 2000)  # a third of K²
@@ -84,7 +89,9 @@ CASES = {
     "rkd": Case(
         kdkernels.relational_kd_loss, ((768, 512), (768, 256)), 2 * (5 * 768**2 + 768 * (1024 + 256)) + 2 * 768 * 512
     ),
-    "pkt": Case(kdkernels.probabilistic_transfer_loss, ((1024, 512),) * 2, 2 * (8 * 1024**2 + 1024 * 512)),
+    "pkt": pkt(1024, 512, 512),
+    "pkt wide": pkt(200, 10000, 5000),
+    "pkt wide teacher": pkt(200, 2000, 10000),
     "attention_transfer": Case(kdkernels.attention_transfer_loss, ((64, 64, 32, 32),) * 2, 2 * 64 * 64 * 1024),
     "kernel_matrix": Case(lambda x: kdkernels.kernel_matrix(x).sum(), ((1024, 64),), 6 * 1024**2),
     "local_correlation matrices": Case(lambda x: kdkernels.local_correlation(x, 4).sum(), ((128, 4, 8, 8),), 2048**2),

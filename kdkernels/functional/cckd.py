@@ -98,6 +98,7 @@ def kernel_matrix(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what it got.
 
-    Memory: the result is what the loss avoids holding, and with the gradient up to six matrices of its size.
+    Memory: the result is what the loss avoids holding, and with the gradient up to six matrices of its size, and three
+    copies of x and of y.
     """
     return _congruence.kernel_matrix(x, y, kernel=Kernel(kernel, gamma, order), normalize=normalize)

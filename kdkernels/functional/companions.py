@@ -323,8 +323,8 @@ def probabilistic_transfer_loss(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what it got.
 
-    Memory: eight b x b matrices and one b x d in float64: networks that nearly agree have a loss of which float32 keeps
-    no digits.
+    Memory: at most eight b x b matrices and b·max(6·d_S, 2·d_S + 3·d_T) numbers in float64: networks that
+    nearly agree have a loss of which float32 keeps no digits.
     """
     checks.embeddings(student, teacher)
     checks.non_negative("eps", eps)

@@ -60,9 +60,7 @@ def why_not(backend: str, *tensors: torch.Tensor, native_on: tuple[str, ...] = (
     if backend == "reference":
         return None
     if transformed():
-        return "the transforms of torch.func (grad, vmap, jvp and others) see through operations of PyTorch alone"
-    if forward_ad._current_level >= 0:
-        return "forward-mode automatic differentiation sees through operations of PyTorch alone"
+        return "the transforms of torch.func (grad, vmap, jvp) and forward mode see through operations of PyTorch alone"
     device = tensors[0].device
     if backend == "native" and device.type == "cuda" and "cuda" not in native_on:
         return "this operator has no native kernels for cuda tensors yet"
@@ -70,8 +68,8 @@ def why_not(backend: str, *tensors: torch.Tensor, native_on: tuple[str, ...] = (
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func is at work. PyTorch has no public way to ask."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether a transform of torch.func or forward mode is at work. PyTorch has no public way to ask."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _why_not_triton(device: torch.device) -> str | None:

@@ -50,7 +50,7 @@ def meet(group: object, samples: int, device: torch.device, **terms: object) -> 
 
     Raises:
         TypeError, ValueError: if it is no such group, or a term differs: on every rank, naming term, ranks and values.
-        RuntimeError: under a transform of torch.func.
+        RuntimeError: under a transform of torch.func or in forward mode.
     """
     if not isinstance(group, dist.ProcessGroup):
         if group is dist.GroupMember.NON_GROUP_MEMBER:
@@ -59,7 +59,9 @@ def meet(group: object, samples: int, device: torch.device, **terms: object) -> 
     if not dist.is_initialized():
         raise ValueError("group must be an initialised process group: call torch.distributed.init_process_group first")
     if backends.transformed():
-        raise RuntimeError("group must be None under the transforms of torch.func, which cannot see through messages")
+        raise RuntimeError(
+            "group must be None under the transforms of torch.func and forward mode: neither sees through messages"
+        )
     rank = dist.get_rank(group)
     own = torch.tensor([samples, zlib.crc32(repr(terms).encode())], device=device)
     sizes, checksums = torch.stack(_gather(group, own), 1).tolist()

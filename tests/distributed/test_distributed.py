@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
 
 import kdkernels
 
@@ -79,6 +80,8 @@ def test_a_group_of_an_earlier_life():
     torch.testing.assert_close(alone, kdkernels.correlation_congruence_loss(rows, rows.flip(0)))
     with pytest.raises(RuntimeError, match=r"group must be None under the transforms of torch\.func"):
         torch.func.grad(lambda x: kdkernels.correlation_congruence_loss(x, rows, group=group))(rows)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="and forward mode: neither sees through messages"):
+        kdkernels.correlation_congruence_loss(forward_ad.make_dual(rows, rows), rows, group=group)
     dist.destroy_process_group()
     with pytest.raises(ValueError, match="group must be an initialised process group"):
         kdkernels.correlation_congruence_loss(rows, rows, group=group)

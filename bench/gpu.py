@@ -153,6 +153,7 @@ def _attempt(name: str, loss: Loss, prepare: Callable[[Loss], object], failures:
 
 
 def measure(case: Case, rates: Work) -> Iterator[dict]:
+    torch.compiler.reset()
     inputs = to_gpu(case.inputs(*case.arguments))
     tensor = next(leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
     failures: dict[str, str] = {}
@@ -233,15 +234,17 @@ def main() -> None:
     rates = machine_rates()
     origin = provenance() | {"processor": torch.cuda.get_device_name(0), "rates": rates._asdict()}
     rows = []
-    for case in cases():
-        if arguments.only not in str(case) or time.perf_counter() > end:
-            continue
-        measured = list(measure(case, rates))
-        if arguments.json:
-            results.add(arguments.json, origin, measured)
-        for result in measured:
-            rows += lines(result)
-    print(table(("forward + backward", "", "time", "of the fastest fused"), rows))
+    try:
+        for case in cases():
+            if arguments.only not in str(case) or time.perf_counter() > end:
+                continue
+            measured = list(measure(case, rates))
+            if arguments.json:
+                results.add(arguments.json, origin, measured)
+            for result in measured:
+                rows += lines(result)
+    finally:  # also when it is interrupted
+        print(table(("forward + backward", "", "time", "of the fastest fused"), rows))
 
 
 def lines(result: dict) -> Iterator[tuple[str, ...]]:

@@ -115,7 +115,7 @@ def main() -> None:
         outcomes[step] = run(step, what, seconds, **variables(step))
         if step == "build":
             run("what runs here", [sys.executable, "-m", "kdkernels.info"], 60)
-    run("figures", [sys.executable, "bench/report.py"], 30)
+    run("figures", [sys.executable, "bench/report.py"], 45)
 
     print("\n" + "\n".join(f"{step}: {'passed' if passed else 'FAILED'}" for step, passed in outcomes.items()))
     if results.exists():

@@ -132,18 +132,20 @@ def main() -> None:
     end = time.perf_counter() + 60 * arguments.minutes
     before: dict[tuple[str, str, str], float] = {}
     rows, found = [], []
-    for trial in trials():
-        if time.perf_counter() > end:
-            break
-        for case, value in measured(trial).items():
-            key = trial.operator, trial.backend, case
-            ratio = before.setdefault(key, value) / value
-            rows.append((case, f"{trial.backend}, {trial.setting}", f"{value * 1e6:.1f} µs", f"{ratio:.2f}x"))
-            found.append({"case": case, "backend": trial.backend, "setting": trial.setting, "seconds": value})
-        if arguments.json:
-            origin = provenance() | {"processor": torch.cuda.get_device_name(0)}
-            results.write(arguments.json, origin | {"results": found})
-    print(table(("forward + backward, in a CUDA graph", "setting", "time", "faster than at present"), rows))
+    try:
+        for trial in trials():
+            if time.perf_counter() > end:
+                break
+            for case, value in measured(trial).items():
+                key = trial.operator, trial.backend, case
+                ratio = before.setdefault(key, value) / value
+                rows.append((case, f"{trial.backend}, {trial.setting}", f"{value * 1e6:.1f} µs", f"{ratio:.2f}x"))
+                found.append({"case": case, "backend": trial.backend, "setting": trial.setting, "seconds": value})
+            if arguments.json:
+                origin = provenance() | {"processor": torch.cuda.get_device_name(0)}
+                results.write(arguments.json, origin | {"results": found})
+    finally:  # also when it is interrupted
+        print(table(("forward + backward, in a CUDA graph", "setting", "time", "faster than at present"), rows))
 
 
 if __name__ == "__main__":

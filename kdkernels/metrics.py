@@ -44,7 +44,7 @@ def linear_cka(x: Tensor, y: Tensor, *, form: str = "auto") -> Tensor:
     dtype = accumulation_dtype(x, y)
     with torch.autocast(x.device.type, enabled=False):
         a, b = (_centred(features.flatten(1).to(dtype)) for features in (x, y))
-        feature = _feature_form_is_cheaper(len(a), a.shape[1], b.shape[1]) if form == "auto" else form == "feature"
+        feature = _feature_form_is_cheaper(*a.shape, b.shape[1]) if form == "auto" else form == "feature"
         if feature:
             cross, own_a, own_b = ((p.T @ q).double().norm() for p, q in ((a, b), (a, a), (b, b)))
             return (cross.square() / (own_a * own_b)).to(dtype)

@@ -91,7 +91,7 @@ def teacher_free_kd_loss(
     """
     checks.fraction("alpha", alpha)
     soft = kd(student_logits, own_logits, temperature=temperature, scale=scale, backend=backend)
-    checks.labels(labels, len(student_logits))
+    checks.labels(labels, student_logits.shape[0])
     with torch.autocast(student_logits.device.type, enabled=False):
         return (1 - alpha) * F.cross_entropy(student_logits.to(soft.dtype), labels) + alpha * soft
 

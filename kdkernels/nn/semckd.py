@@ -166,7 +166,7 @@ class SemanticCalibration(nn.Module):
                 checks.same_batch(f"{name}[{index}]", layer, "student[0]", student[0])
                 checks.same_device(f"{name}[{index}]", layer, "student[0]", student[0])
         if self.group is None:  # or all processes learn together whether there are too many
-            self._check_batch(len(student[0]))
+            self._check_batch(student[0].shape[0])
         return student, teacher
 
     def _check_batch(self, samples: int) -> None:
@@ -183,7 +183,7 @@ class SemanticCalibration(nn.Module):
         return list(F.pad(matrices, (0, self.batch_size - matrices.shape[2])).unbind())
 
     def _attention(self, of_student: list[Tensor], of_teacher: list[Tensor], like: Tensor) -> Tensor:
-        shape = (len(like), len(self.student_shapes), len(self.teacher_shapes))
+        shape = (like.shape[0], len(self.student_shapes), len(self.teacher_shapes))
         if self.allocation == "equal":
             return like.new_full(shape, 1 / shape[2], dtype=accumulation_dtype(like))
         with torch.autocast(like.device.type, enabled=False):

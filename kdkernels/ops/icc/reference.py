@@ -34,7 +34,7 @@ def _divergence_of_maps(rows: slice, z_s: Tensor, z_t: Tensor) -> Tensor:
 
 def _divergence_of_samples(rows: slice, z_s: Tensor, z_t: Tensor) -> Tensor:
     log_q, log_p = log_correlations(rows, z_s), log_correlations(rows, z_t)
-    return _divergence(log_q, log_p) / len(log_q)
+    return _divergence(log_q, log_p) / log_q.shape[0]
 
 
 def _divergence(log_q: Tensor, log_p: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def correlation(rows: Tensor, positions: int, relation: str) -> Tensor:
     full = rows @ rows.T
     if relation == "full":
         return full
-    index = torch.arange(len(rows), device=rows.device)
+    index = torch.arange(rows.shape[0], device=rows.device)
     image, position = index // positions, index % positions
     related = (image[:, None] == image) | (position[:, None] == position)
     return full.masked_fill(related, 0)

@@ -190,6 +190,7 @@ def test_shared_out_over_threads(threads):
     try:
         check("native", draw([(40, 4000), (40, 3), (40, 700), (40, 2, 30, 31)]))
         check("native", draw([(40, 40), (40, 5000)], torch.bfloat16))
+        check("native", draw([(40, 4096)] * 2))  # of two threads, one begins where a layer does
     finally:
         torch.set_num_threads(before)
 

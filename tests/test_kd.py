@@ -142,6 +142,15 @@ def test_a_small_divergence_is_precise(noise, shape):
         assert relative_error(gradient, expected) < 1e-6 / noise
 
 
+@needs_native
+def test_a_confident_teachers_gradient_is_precise():
+    """One probability is nearly 1 there, and the others' logarithms are far from its own."""
+    student, teacher = logits(200, 3, scale=10.0, requires_grad=False), logits(200, 3, scale=10.0)
+    _, (_, gradient) = loss_and_gradients(lambda s, t: kdkernels.kd_loss(s, t, backend="native"), student, teacher)
+    _, (_, correct) = loss_and_gradients(lambda s, t: definition(s, t, 4.0), *exactly(student, teacher))
+    assert max(map(relative_error, gradient, correct)) < 1e-5
+
+
 def test_excluded_classes(backend):
     """-inf in the student alone is a class it gives no probability: the loss is infinite, the gradient finite."""
     student, teacher = logits(4, 6).detach(), logits(4, 6).detach()

@@ -1,5 +1,6 @@
 // Temperature-softened KL divergence. Each row of logits is passed over three times while it is in cache: for its maxima,
 // for the exponentials and their sums, for the divergence and the student's gradient.
+#include <algorithm>
 #include <cmath>
 
 #include "exp.h"
@@ -75,8 +76,8 @@ struct Row {
       V sum_s{}, sum_t{};
       for_vectors<T>(begin, std::min(begin + kBlock, classes), [&](int64_t j, int64_t count) {
         const auto valid = first_lanes<T>(count);
-        const V s = valid ? exp_nonpositive<T>(below_max(student, max_student, j, count) * inverse_temperature) : V{};
-        const V t = valid ? exp_nonpositive<T>(below_max(teacher, max_teacher, j, count) * inverse_temperature) : V{};
+        const V s = valid ? exp_nonpositive<T>(below(student, max_student, j, count) * inverse_temperature) : V{};
+        const V t = valid ? exp_nonpositive<T>(below(teacher, max_teacher, j, count) * inverse_temperature) : V{};
         store_first<T>(exp_student + j, s, count);
         store_first<T>(exp_teacher + j, t, count);
         sum_s += s;
@@ -98,7 +99,7 @@ struct Row {
       for_vectors<T>(begin, std::min(begin + kBlock, classes), [&](int64_t j, int64_t count) {
         const V p = load_first<T>(exp_teacher + j, count, T(0)) * inverse_p;
         const V q = load_first<T>(exp_student + j, count, T(0)) * inverse_q;
-        const V d = log_ratio(j, count, log_sums), pd = p * d;
+        const V d = log_ratio(max_student, j, count, log_sums), pd = p * d;
         const auto small = (d < T(0.5)) & (d > T(-0.5));
         const V term = small ? p * exp_remainder<T>(d) : pd - (p - q);
         block += first_lanes<T>(count) ? term : V{};
@@ -109,21 +110,32 @@ struct Row {
     return total;
   }
 
-  // factor p (log(p / q) - divergence)
-  void gradient_teacher(double factor, double divergence, T* out) const {
-    const T scale = T(factor / sum_teacher), constant = T(std::log(sum_student / sum_teacher) - divergence);
+  // factor p (log(p / q) - divergence), with logarithms counted from that of the teacher's largest class: where its p is nearly
+  // 1 the divergence is nearly its logarithm, and the difference would be lost.
+  void gradient_teacher(double factor, T* out) const {
+    const int64_t top = std::min(std::find(teacher, teacher + classes, max_teacher) - teacher, classes - 1);
+    const auto ratio = [&](int64_t j, int64_t count) { return log_ratio(student[top], j, count, T(0)); };
+    const auto exponentials = [&](int64_t j, int64_t count) { return load_first<T>(exp_teacher + j, count, T(0)); };
+    double total = 0;
+    for (int64_t begin = 0; begin < classes; begin += kBlock) {
+      V block{};
+      for_vectors<T>(begin, std::min(begin + kBlock, classes),
+                     [&](int64_t j, int64_t count) { block += exponentials(j, count) * ratio(j, count); });
+      total += sum(block);
+    }
+    const T scale = T(factor / sum_teacher), mean = T(total / sum_teacher);
     for_vectors<T>(0, classes, [&](int64_t j, int64_t count) {
-      store_first<T>(out + j, load_first<T>(exp_teacher + j, count, T(0)) * scale * log_ratio(j, count, constant),
-                     count);
+      store_first<T>(out + j, exponentials(j, count) * scale * (ratio(j, count) - mean), count);
     });
   }
 
  private:
-  // The maximum is subtracted before anything is rounded: near it the difference is exact.
-  V below_max(const T* row, T max, int64_t j, int64_t count) const { return load_first<T>(row + j, count, max) - max; }
+  // Subtracted before anything is rounded: near the maximum the difference is exact.
+  V below(const T* row, T max, int64_t j, int64_t count) const { return load_first<T>(row + j, count, max) - max; }
 
-  V log_ratio(int64_t j, int64_t count, T constant) const {
-    const V difference = below_max(teacher, max_teacher, j, count) - below_max(student, max_student, j, count);
+  // log(p / q) but for a constant, from the differences to the teacher's largest logit and to one of the student's.
+  V log_ratio(T of_student, int64_t j, int64_t count, T constant) const {
+    const V difference = below(teacher, max_teacher, j, count) - below(student, of_student, j, count);
     return difference * inverse_temperature + constant;
   }
 
@@ -154,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teac
           buffer + 3 * classes};
       row.exponentials();
       losses[i] = row.divergence(factor, student_out ? student_out + i * classes : nullptr);
-      if (teacher_out) row.gradient_teacher(factor, losses[i], teacher_out + i * classes);
+      if (teacher_out) row.gradient_teacher(factor, teacher_out + i * classes);
     }
   });
   double loss = 0;

@@ -2,6 +2,8 @@
 // maxima, for the sums of exponentials, for the divergence and the student's gradient.
 #pragma once
 
+#include <cmath>
+
 #include "logits.cuh"
 
 namespace kdkernels {
@@ -54,11 +56,21 @@ __global__ void __launch_bounds__(512, 1)
   const double divergence = block_reduce(part, Sum<double>());
   if (threadIdx.x == 0) losses[row] = divergence;
 
-  if (grad_teacher)
-    for (int64_t j = first; j < classes; j += step) {
-      const T d = (of_teacher(j) - max_teacher - (of_student(j) - max_student)) * inverse_temperature + log_sums;
-      grad_teacher[row * classes + j] = factor * exp(below_teacher(j)) * inverse_p * (d - T(divergence));
-    }
+  if (!grad_teacher) return;
+  // p (log(p / q) - divergence), with logarithms counted from that of the teacher's largest class: where its p is nearly 1 the
+  // divergence is nearly its logarithm, and the difference would be lost.
+  T student_there = -T(INFINITY);
+  for (int64_t j = first; j < classes; j += step)
+    if (of_teacher(j) == max_teacher) student_there = Largest<T>()(student_there, of_student(j));
+  student_there = block_reduce(student_there, Largest<T>());
+  const auto log_ratio = [&](int64_t j) {
+    return (of_teacher(j) - max_teacher - (of_student(j) - student_there)) * inverse_temperature;
+  };
+  double part_mean = 0;
+  for (int64_t j = first; j < classes; j += step) part_mean += double(exp(below_teacher(j)) * log_ratio(j));
+  const T mean = T(block_reduce(part_mean, Sum<double>()) / sum_teacher);
+  for (int64_t j = first; j < classes; j += step)
+    grad_teacher[row * classes + j] = factor * exp(below_teacher(j)) * inverse_p * (log_ratio(j) - mean);
 }
 
 }  // namespace kdkernels

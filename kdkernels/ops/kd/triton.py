@@ -154,11 +154,25 @@ def _kd_kernel(
             tl.store(grad_student_ptr + columns, gradient, mask=inside)
     tl.store(losses_ptr + row, divergence * factor)
 
+    # Logarithms are counted from that of the teacher's largest class: where its p is nearly 1 the divergence is nearly
+    # its logarithm, and the difference would be lost.
     if GRAD_TEACHER:
+        student_there = tl.full((), -float("inf"), dtype)
         for start in range(0, classes, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            inside = columns < classes
-            log_q = _exponents(student_ptr, student_stride, columns, classes, scale, dtype, 0) - log_sum_s
-            log_p = _exponents(teacher_ptr, teacher_stride, columns, classes, scale, dtype, 0) - log_sum_t
-            gradient = tl.exp2(log_p) * ((log_p - log_q) * LN_2 - divergence) * slope
-            tl.store(grad_teacher_ptr + columns, gradient, mask=inside)
+            s = _exponents(student_ptr, student_stride, columns, classes, scale, dtype, -float("inf"))
+            t = _exponents(teacher_ptr, teacher_stride, columns, classes, scale, dtype, -float("inf"))
+            student_there = tl.maximum(student_there, tl.max(tl.where(t == largest_t, s, -float("inf")), 0))
+        mean = tl.full((), 0, dtype)
+        for start in range(0, classes, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            s = _exponents(student_ptr, student_stride, columns, classes, scale, dtype, 0)
+            t = _exponents(teacher_ptr, teacher_stride, columns, classes, scale, dtype, 0)
+            terms = tl.exp2(t - log_sum_t) * (t - largest_t - (s - student_there))
+            mean += tl.sum(tl.where(columns < classes, terms, 0), 0)
+        for start in range(0, classes, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            s = _exponents(student_ptr, student_stride, columns, classes, scale, dtype, 0)
+            t = _exponents(teacher_ptr, teacher_stride, columns, classes, scale, dtype, 0)
+            gradient = tl.exp2(t - log_sum_t) * (t - largest_t - (s - student_there) - mean) * (LN_2 * slope)
+            tl.store(grad_teacher_ptr + columns, gradient, mask=columns < classes)

@@ -269,6 +269,13 @@ def test_dead_patches_where_an_equation_has_all_pairs(backend, form, images, k):
     agree(student, teacher, k, weights=(1, 0.5, 2), backend=backend, form=form)
 
 
+@every_form
+def test_one_patch_alone_that_is_dead_in_one_network(backend, form):
+    student, teacher = torch.zeros(1, 3, 6, 6), torch.randn(1, 2, 3, 3)
+    loss = local_correlation_loss(student, teacher, 1, weights=(1, 0.5, 2), backend=backend, form=form)
+    assert_close(loss, torch.tensor(1.5))
+
+
 def test_costs_are_those_of_the_resized_maps():
     costs = []
     for size, partition in ((7, "resize"), (9, "exact")):
@@ -314,6 +321,19 @@ def test_tiny_patches_are_dead(backend, form):
     agree(student, teacher, 2, backend=backend, form=form)
     student *= 1e-30
     agree(student, teacher, 2, backend=backend, form=form)
+
+
+def test_nan_counts_where_no_pair_does(backend):
+    student, teacher = torch.randn(2, 1, 3, 4, 4)
+    student[0, 1, 2, 3] = torch.nan
+    assert local_correlation_loss(student, teacher, 1, weights=(0, 0, 1), backend=backend).isnan()
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_one_stage_in_float64(backend, place):
+    student, teacher = ([torch.randn(3, 2, 4, 4), torch.randn(3, 3, 4, 4)] for _ in range(2))
+    student[place] = student[place].double()
+    agree(student, teacher, 2, backend=backend)
 
 
 @every_form

@@ -113,9 +113,12 @@ def test_dead_tiny_and_huge_patches() -> None:
     maps[..., :2, 2:] *= 1e-33
     maps[..., 2:, :2] *= 1e33
     check(maps, 2, eps=0.0)
-    rows = patches(maps, 2, eps=1e-8, backend="native")
+    leaf = maps.detach().requires_grad_()
+    rows = patches(leaf, 2, eps=1e-8, backend="native")
     assert (rows[:2] == 0).all()
     assert_close(rows[2:].square().sum(1), torch.ones(2))
+    (rows * torch.randn_like(rows)).sum().backward()
+    assert (leaf.grad[..., :2, :] == 0).all()
 
 
 def test_nan_and_inf_give_nan() -> None:

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kdkernels
 from kdkernels import distributed
+from kdkernels.ops.icc import distributed as icc_over_ranks
 
 CASES: dict[str, Callable[[], None]] = {}
 
@@ -99,6 +100,13 @@ def similarity(form: str, dtype: torch.dtype, learns: tuple[bool, bool] = (True,
 def inter_class(dtype: torch.dtype, scale: float = 1.0, **settings: object) -> None:
     loss = functools.partial(kdkernels.inter_class_correlation_loss, **settings)
     agree(loss, *((scale * whole_batch(6, dtype=dtype)).requires_grad_() for _ in range(2)))
+
+
+def inter_class_of_many_classes() -> None:
+    """Maps of which only some rows are held at a time, here for want of room for four entries."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(icc_over_ranks, "HELD", 4)
+        inter_class(torch.float32)
 
 
 def embeddings(dtype: torch.dtype, loss: Callable[..., Tensor], learns: tuple[bool, bool]) -> None:
@@ -310,6 +318,7 @@ def collect() -> None:
     for form in ("feature", "gram"):
         case(parallel_training, form)
     for function in (
+        inter_class_of_many_classes,
         without_gradients,
         explanation,
         half_precision_under_autocast,

@@ -14,9 +14,13 @@ from torch import Tensor
 from ... import backends, distributed
 from ...distributed import LossAndGradients, Ranks
 from ...native import accumulation_dtype
-from . import check
+from . import check, icc_map
 from . import icc_loss as icc_loss_of_one
 from .reference import CHUNK, log_correlations
+
+HELD = 2**22  # entries of maps that are held whole
+# Entries of the student's map below LOST have lost digits, which matters where the teacher's are not below FAINT.
+LOST, FAINT = 2.0**-900, 2.0**-200
 
 
 def icc_loss(
@@ -36,27 +40,51 @@ def icc_loss(
         own = icc_loss_of_one(student_logits, teacher_logits, per_sample=True, reduction=reduction, backend=backend)
         return distributed.sum_over(ranks, own * (batch / ranks.samples))
     scale = 1.0 if reduction == "sum" else 1.0 / classes
-    run = functools.partial(_divergence_of_maps, ranks=ranks, scale=scale)
+    run = functools.partial(_divergence_of_maps, ranks=ranks, scale=scale, backend=backend)
     return distributed.loss(ranks, run, student_logits, teacher_logits).to(dtype)
 
 
 def _divergence_of_maps(
-    student: Tensor, teacher: Tensor, *, ranks: Ranks, scale: float, wanted: Sequence[bool]
+    student: Tensor, teacher: Tensor, *, ranks: Ranks, scale: float, backend: str, wanted: Sequence[bool]
 ) -> LossAndGradients:
-    """KL(M_T ‖ M_S), some rows of the maps at a time, in float64: logarithms of confident logits are in the hundreds,
-    where float32 has lost the digits that their exponentials show.
+    """KL(M_T ‖ M_S) as the sum of p log(p / q) - p + q, from the sums of all ranks' maps in float64.
+
+    Maps too large to hold, or with entries that even float64 cannot, are compared in logarithms.
+    """
+    logits = [z.double().requires_grad_(want) for z, want in zip((student, teacher), wanted, strict=True)]
+    batch, classes = student.shape
+    if classes**2 > HELD:
+        return _divergence_in_logarithms(logits, ranks, scale)
+    share = batch / ranks.samples
+    with torch.set_grad_enabled(any(wanted)):
+        own = [icc_map(z, backend=backend) for z in logits]
+    q, p = distributed.add(ranks, *(share * part.detach() for part in own))
+    faint = p < FAINT
+    if bool(((q < LOST) & ~faint).any()):
+        return _divergence_in_logarithms(logits, ranks, scale)
+    log_ratio = (p / q).log().masked_fill(faint, 0)
+    loss = scale * (p * log_ratio - p + q).sum()
+    of_maps = 1 - (p / q).masked_fill(faint, 0), log_ratio
+    gradients = [
+        torch.autograd.grad(part, z, scale * share * of_map)[0] if z.requires_grad else None
+        for z, part, of_map in zip(logits, own, of_maps, strict=True)
+    ]
+    return loss, gradients
+
+
+def _divergence_in_logarithms(logits: Sequence[Tensor], ranks: Ranks, scale: float) -> LossAndGradients:
+    """The same, some rows of the maps at a time: logarithms of confident logits are in the hundreds.
 
     With ``R`` this rank's share of ``b·M``, its logits' derivatives are those of its own log-sum-exp of the rows of
     log P, times ``R`` and the derivative of log M: −M_T of the student, ``M_T (1 + log M_T − log M_S)`` of the teacher.
     """
-    logits = [z.double().requires_grad_(want) for z, want in zip((student, teacher), wanted, strict=True)]
-    gradients = [torch.zeros_like(z) if want else None for z, want in zip(logits, wanted, strict=True)]
-    loss = student.new_zeros((), dtype=torch.float64)
-    classes = student.shape[1]
+    gradients = [torch.zeros_like(z) if z.requires_grad else None for z in logits]
+    loss = logits[0].new_zeros(())
+    classes = logits[0].shape[1]
     step = max(1, CHUNK // (max(ranks.sizes) * classes))  # equal on all ranks
     for begin in range(0, classes, step):
         rows = slice(begin, begin + step)
-        with torch.set_grad_enabled(any(wanted)):
+        with torch.set_grad_enabled(any(z.requires_grad for z in logits)):
             own = [torch.logsumexp(log_correlations(rows, z), dim=0) for z in logits]
         q, p = log_maps = _log_maps(ranks, torch.stack([part.detach() for part in own]))
         loss += scale * F.kl_div(q, p, reduction="sum", log_target=True)

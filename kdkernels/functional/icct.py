@@ -60,7 +60,8 @@ def inter_class_correlation_loss(
         RuntimeError: when a backend asked for by name cannot run.
 
     Memory: 4 + t times b x K on t threads: the logits of both networks, t partial gradients, and the gradient before
-    and after it is scaled. A teacher that learns takes 2 + t more. Never b·K², nor K².
+    and after it is scaled. A teacher that learns takes 2 + t more. Never b·K², nor K²; but over a group a
+    few times K² in float64, of more than 2048 classes some rows of the maps at a time.
     """
     if group is not None:
         from ..ops.icc.distributed import icc_loss as over_ranks

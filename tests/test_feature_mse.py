@@ -176,7 +176,7 @@ def test_maps_larger_than_a_block(backend):
         check(backend, draw(2, [(64, 64)], [(17, 64, 64)], torch.bfloat16, change))
 
 
-@pytest.mark.parametrize("students", [(8, 4, 2), (2, 9, 4, 4), (7, 5, 1)], ids=str)
+@pytest.mark.parametrize("students", [(8, 4, 2), (2, 9, 4, 4), (7, 5, 1), (8, 4, 3)], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_one_target_for_every_student_layer(backend, students, channels_last):
     """The same tensors again and again, as in SemCKD; one that requires grad collects the gradients of all pairs."""
@@ -190,6 +190,13 @@ def test_one_target_for_every_student_layer(backend, students, channels_last):
     assert_close(fused, exact)
     for grad, correct in zip(torch.autograd.grad(fused, teachers), torch.autograd.grad(exact, teachers), strict=True):
         assert_close(grad, correct)
+
+
+def test_targets_that_begin_at_one_place(backend):
+    """They are not the same tensor for that."""
+    problem = draw(3, [(6, 6), (6, 6)], [(4, 6, 6)])
+    target = problem.targets[0][0].detach()
+    check(backend, problem._replace(targets=[[target], [target.mT]]))
 
 
 @pytest.mark.parametrize("wanted", range(8))

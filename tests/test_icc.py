@@ -301,6 +301,26 @@ def test_nan_and_inf_give_nan(backend, value, column, where):
     assert gradient.isnan().any()
 
 
+def test_nan_of_a_sample_stays_with_it(backend):
+    """Of the form per sample, whose other gradients do not depend on it."""
+    student, teacher = logits(4, 19, requires_grad=False), logits(4, 19, requires_grad=False)
+    student[2, 5] = torch.nan
+    loss, (gradient,) = loss_and_gradients(
+        lambda s: inter_class_correlation_loss(s, teacher, per_sample=True, backend=backend), student.requires_grad_()
+    )
+    assert loss.isnan()
+    assert gradient[2].isnan().any()
+    assert gradient[[0, 1, 3]].isfinite().all()
+
+
+def test_nan_does_not_stay_in_scratch_memory(backend):
+    """Vectors that hold the last of 20 classes hold what is behind the last of 17."""
+    x, y = logits(3, 20), logits(3, 17)
+    of_x, of_y = (inter_class_correlation(z, backend=backend) for z in (x, y))
+    assert torch.autograd.grad(of_x, x, torch.full((20, 20), torch.nan))[0].isnan().any()
+    assert torch.autograd.grad(of_y, y, torch.randn(17, 17))[0].isfinite().all()
+
+
 def test_one_class(backend):
     """The softmax over one class is 1, whatever the logits."""
     student, teacher = logits(5, 1, scale=20), logits(5, 1)
@@ -313,6 +333,7 @@ def test_one_class(backend):
         assert loss == 0
         assert all(gradient.isfinite().all() for gradient in gradients)
     assert torch.equal(inter_class_correlation(student, backend=backend), torch.ones(1, 1))
+    assert torch.equal(inter_class_correlation(torch.full((2, 1), 3e38), backend=backend), torch.ones(1, 1))
 
 
 def test_upstream_gradient_and_a_second_backward(backend):

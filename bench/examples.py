@@ -28,10 +28,10 @@ EXAMPLES = {  # by the name of the file
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=EXAMPLES, metavar="NAME", help=f"default: {' '.join(EXAMPLES)}")
+    parser.add_argument("--only", nargs="+", choices=EXAMPLES, default=list(EXAMPLES), help="these examples alone")
     parser.add_argument("--out", type=Path, default=Path("runs/examples"), help="default: %(default)s")
     arguments = parser.parse_args()
-    for name in arguments.names or EXAMPLES:
+    for name in arguments.only:
         script, *options = EXAMPLES[name]
         folder = arguments.out / name
         command = [sys.executable, ROOT / "examples" / script, *options, "--threads", "1", "--out", folder]

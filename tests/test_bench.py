@@ -41,6 +41,25 @@ def test_variants_agree(operator: str) -> None:
         measure.agree(case, wrong, inputs)
 
 
+def test_every_example_is_run_and_filed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    examples = importlib.import_module("examples")
+    (tmp_path / "bench" / "results" / "examples").mkdir(parents=True)
+
+    def run(command: list, check: bool) -> None:
+        folder = Path(command[command.index("--out") + 1])
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps({"tables": [command[1].name]}))
+
+    monkeypatch.setattr(examples, "ROOT", tmp_path)
+    monkeypatch.setattr(examples.subprocess, "run", run)
+    monkeypatch.setattr(examples, "provenance", dict)
+    monkeypatch.setattr("sys.argv", ["examples.py", "--out", str(tmp_path / "runs")])
+    examples.main()
+    filed = (tmp_path / "bench" / "results" / "examples").glob("*.json")
+    tables = {path.stem: json.loads(path.read_text())["tables"] for path in filed}
+    assert tables == {name: [script] for name, (script, *_) in examples.EXAMPLES.items()}
+
+
 def test_every_operator_is_reported() -> None:
     assert sorted(importlib.import_module("report").OPERATORS) == OPERATORS
 

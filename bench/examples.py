@@ -31,13 +31,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=EXAMPLES, default=list(EXAMPLES), help="these examples alone")
     parser.add_argument("--out", type=Path, default=Path("runs/examples"), help="default: %(default)s")
     arguments = parser.parse_args()
+    origin = provenance()  # before what is written makes the working tree another than the commit's
     for name in arguments.only:
         script, *options = EXAMPLES[name]
         folder = arguments.out / name
         command = [sys.executable, ROOT / "examples" / script, *options, "--threads", "1", "--out", folder]
         subprocess.run(command, check=True)
         tables = results.read(folder / "results.json")["tables"]
-        results.write(ROOT / "bench" / "results" / "examples" / f"{name}.json", provenance() | {"tables": tables})
+        results.write(ROOT / "bench" / "results" / "examples" / f"{name}.json", origin | {"tables": tables})
 
 
 if __name__ == "__main__":

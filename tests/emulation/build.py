@@ -16,7 +16,7 @@ import sysconfig
 from pathlib import Path
 
 import torch
-from torch import library as torch_library
+from torch import library
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "emulation"
@@ -26,7 +26,7 @@ FLAGS = (
     "-std=c++17 -O2 -g1 -fPIC -Wall -Wno-unknown-pragmas -ffp-contract=off"
     " -DKDKERNELS_EMULATED -DTORCH_TARGET_VERSION=0x020b000000000000"
 )
-operators = torch_library.Library("kdkernels_emulated", "DEF")
+operators = library.Library("kdkernels_emulated", "DEF")
 ORDERS = ("forward", "reverse", "random")
 
 
@@ -49,7 +49,7 @@ def find(tool: str) -> str | None:
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def load() -> ctypes.CDLL:
     """Compile what has changed and load it."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / "build.ninja").write_text(ninja_file())
@@ -84,9 +84,9 @@ def ninja_file() -> str:
 
 def set_order(order: str, seed: int = 0) -> None:
     """In which order the threads of a block, and the blocks of a grid, run."""
-    library().set_order(ORDERS.index(order), ctypes.c_uint64(seed))
+    load().set_order(ORDERS.index(order), ctypes.c_uint64(seed))
 
 
 def launches() -> int:
     """How many kernels have been launched since it was last asked."""
-    return library().launches()
+    return load().launches()

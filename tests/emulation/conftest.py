@@ -17,7 +17,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     reason = native.why_not(torch.device("cpu")) or build.why_not()
     if reason is not None:
         pytest.skip(reason)
-    build.library()
+    build.load()
     monkeypatch.setattr(native, "ops", torch.ops.kdkernels_emulated)
     build.launches()
     yield

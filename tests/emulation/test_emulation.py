@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from .build import ORDERS, library, set_order
+from .build import ORDERS, load, set_order
 
 
 def run(name: str, order: str, *, wait: bool) -> Tensor | None:
     set_order(order, seed=torch.randint(2**31, ()).item())
     out = torch.zeros(64)
-    run_example = library().run_example
+    run_example = load().run_example
     run_example.restype = ctypes.c_bool
     pointers = (ctypes.c_void_p(x.data_ptr()) for x in (inputs, out))
     return out if run_example(name.encode(), wait, *pointers) else None

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
+from ...native import accumulation_dtype
 from ..tuning import ICC_BLOCK as BLOCK
 from . import Loss, Map
 
@@ -40,23 +41,19 @@ library.define(
 )
 
 
-def _dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-
-
 @library.register_fake("kdkernels_triton::icc_map")
 def _fake_map(logits):
-    return logits.new_empty((logits.shape[1], logits.shape[1]), dtype=_dtype(logits))
+    return logits.new_empty((logits.shape[1], logits.shape[1]), dtype=accumulation_dtype(logits))
 
 
 @library.register_fake("kdkernels_triton::icc_map_backward")
 def _fake_map_backward(grad_map, logits):
-    return logits.new_empty(logits.shape, dtype=_dtype(logits))
+    return logits.new_empty(logits.shape, dtype=accumulation_dtype(logits))
 
 
 @library.register_fake("kdkernels_triton::icc_loss")
 def _fake_loss(student, teacher, per_sample, scale, grad_student, grad_teacher):
-    dtype = _dtype(student, teacher)
+    dtype = accumulation_dtype(student, teacher)
     shapes = (student.shape if wanted else (0,) for wanted in (grad_student, grad_teacher))
     return student.new_empty((), dtype=dtype), *(student.new_empty(shape, dtype=dtype) for shape in shapes)
 
@@ -88,7 +85,7 @@ class _Logits:
 
 @library.impl("kdkernels_triton::icc_map", "CompositeExplicitAutograd")
 def _launch_map(logits):
-    dtype = _dtype(logits)
+    dtype = accumulation_dtype(logits)
     with torch.cuda.device_of(logits):
         z = _Logits(logits, dtype)
         result = logits.new_empty((z.classes, z.classes), dtype=dtype)
@@ -99,7 +96,7 @@ def _launch_map(logits):
 
 @library.impl("kdkernels_triton::icc_map_backward", "CompositeExplicitAutograd")
 def _launch_map_backward(grad_map, logits):
-    dtype = _dtype(logits)
+    dtype = accumulation_dtype(logits)
     grad = logits.new_zeros(logits.shape, dtype=dtype)
     with torch.cuda.device_of(logits):
         _Logits(logits, dtype).pull_back(-grad_map.to(dtype).contiguous(), 0, 1.0, grad, derivative=False)
@@ -108,7 +105,7 @@ def _launch_map_backward(grad_map, logits):
 
 @library.impl("kdkernels_triton::icc_loss", "CompositeExplicitAutograd")
 def _launch_loss(student, teacher, per_sample, scale, grad_student, grad_teacher):
-    dtype = _dtype(student, teacher)
+    dtype = accumulation_dtype(student, teacher)
     grads = [
         student.new_zeros(student.shape if wanted else (0,), dtype=dtype) for wanted in (grad_student, grad_teacher)
     ]

@@ -1,5 +1,5 @@
 // Temperature-softened KL divergence. Each row of logits is passed over three times while it is in cache: for its maxima,
-// for the exponentials and their sums, for the divergence and the student's gradient.
+// for the exponentials and their sums, for the divergence and the student's gradient; twice more for the teacher's.
 #include <algorithm>
 #include <cmath>
 

@@ -1,5 +1,5 @@
 // Temperature-softened KL divergence, a block per row of logits: three passes over the row, which the caches keep, for its
-// maxima, for the sums of exponentials, for the divergence and the student's gradient.
+// maxima, for the sums of exponentials, for the divergence and the student's gradient; and three more for the teacher's.
 #pragma once
 
 #include <cmath>

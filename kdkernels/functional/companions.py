@@ -233,8 +233,8 @@ def _averaging(length: int, shorter: int, like: Tensor) -> Tensor:
     """The shorter x length matrix of adaptive average pooling, whose own gradient does not repeat bitwise on GPUs."""
     position, target = torch.arange(length), torch.arange(shorter)[:, None]
     begin, end = target * length // shorter, -(-(target + 1) * length // shorter)
-    inside = (position >= begin) & (position < end)
-    return (inside / inside.sum(1, keepdim=True)).to(like)
+    inside = ((position >= begin) & (position < end)).to(like)
+    return inside / inside.sum(1, keepdim=True)
 
 
 def hint_loss(student: Tensor, teacher: Tensor, *, backend: str = "auto") -> Tensor:

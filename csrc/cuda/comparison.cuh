@@ -19,8 +19,9 @@ template <typename T>
 __device__ Entry<T> taylor_rbf(T g, T gamma, T constant, int order) {
   if (order == 0) return {0, 0};
   T series = 1, slope = 0;
+#pragma unroll 1  // orders are low, and entries many
   for (int p = order; p > 1; --p) {
-    const T ratio = 2 * gamma / T(p);
+    const T ratio = 2 * gamma * fast_reciprocal(T(p));
     slope = ratio * (series + g * slope);
     series = 1 + ratio * g * series;
   }
@@ -42,7 +43,7 @@ struct Comparison {
   Metric metric;
   T gamma, constant;  // exp(−2γ)
   int order, positions, width_x, width_y;
-  Coefficients coefficients;
+  Weights<T> weights;
   const T *terms_x, *terms_y;      // squares of the rows, for rbf
   const T *factors_x, *factors_y;  // of half precision, what rows are multiplied by to have the norm that counts
   Matrix<E> x, y;
@@ -79,40 +80,46 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   Tile<T> of_y = products(y, p.width_y);
 
   const bool on_diagonal = place.row == place.column;
-  const bool uniform = p.coefficients.uniform();
-  const auto factor = [&](const T* factors, int row, int column) {
+  const Metric metric = p.metric;
+  const T gamma = p.gamma, constant = p.constant;
+  const int order = p.order, first = p.first, height = p.height;
+  const T *const terms_x = p.terms_x, *const terms_y = p.terms_y;
+  const T *const factors_x = p.factors_x, *const factors_y = p.factors_y;
+  T *const strip_x = p.strip_x, *const strip_y = p.strip_y;
+  const Weights<T> weights = p.weights;
+  const Patches<T> patches(first + place.row, first + place.column, p.positions);
+  const auto factor = [](const T* factors, int row, int column) {
     return kIsHalf<E> ? factors[row] * factors[column] : T(1);
   };
   const auto entry = [&](T g, const T* terms, int row, int column) {
-    if (p.metric == Metric::bilinear) return Entry<T>{g, 1};
-    if (p.metric == Metric::taylor_rbf) return taylor_rbf(g, p.gamma, p.constant, p.order);
+    if (metric == Metric::bilinear) return Entry<T>{g, 1};
+    if (metric == Metric::taylor_rbf) return taylor_rbf(g, gamma, constant, order);
     if (row == column) return Entry<T>{1, 0};  // the distance of a row to itself, from which nothing is to be learnt
-    return rbf(g, p.gamma, terms[row], terms[column]);
+    return rbf(g, gamma, terms[row], terms[column]);
   };
-  double sum = 0;
+  T sum = 0;
   place_of = 0;
-  of_y.for_each([&](int r, int s, T& product) {
+  of_y.for_each([&](int i, int j, T& product) {
     const T other = waiting[place_of++ * kTileThreads];
-    r += place.row;
-    s += place.column;
-    if (r >= p.height || s >= columns) return;
-    const int row = p.first + r, column = p.first + s;
-    const T factor_x = factor(p.factors_x, row, column), factor_y = factor(p.factors_y, row, column);
-    const Entry<T> a = entry(other * factor_x, p.terms_x, row, column);
-    const Entry<T> b = entry(product * factor_y, p.terms_y, row, column);
+    const int r = place.row + of_y.row(i), s = place.column + of_y.column(j);
+    if (r >= height || s >= columns) return;
+    const int row = first + r, column = first + s;
+    const T factor_x = factor(factors_x, row, column), factor_y = factor(factors_y, row, column);
+    const Entry<T> a = entry(other * factor_x, terms_x, row, column);
+    const Entry<T> b = entry(product * factor_y, terms_y, row, column);
     const T difference = a.value - b.value;
-    const double weight = uniform ? p.coefficients.full : p.coefficients.weight(row, column, p.positions);
-    sum += (on_diagonal ? 1 : 2) * weight * double(difference) * double(difference);
+    const T weighted = weights.between(patches.rows[i], patches.columns[j]) * difference;
+    sum += weighted * difference;
     const auto store = [&](T* strip, T value) {
       if (!strip) return;
       strip[int64_t(r) * columns + s] = value;
-      if (!on_diagonal && s < p.height) strip[int64_t(s) * columns + r] = value;
+      if (!on_diagonal && s < height) strip[int64_t(s) * columns + r] = value;
     };
-    store(p.strip_x, T(weight) * difference * a.slope * factor_x);
-    store(p.strip_y, T(weight) * difference * b.slope * factor_y);
+    store(strip_x, weighted * a.slope * factor_x);
+    store(strip_y, weighted * b.slope * factor_y);
   });
-  sum = block_reduce(sum, Sum<double>());
-  if (threadIdx.x == 0) partials[p.partials + group.block(index)] = sum;
+  const double of_block = block_reduce((on_diagonal ? 1 : 2) * double(sum), Sum<double>());
+  if (threadIdx.x == 0) partials[p.partials + group.block(index)] = of_block;
 }
 
 }  // namespace kdkernels

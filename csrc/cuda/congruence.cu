@@ -116,7 +116,7 @@ void Congruences<T, E>::add_gram(const Sets& sets, int64_t positions, const Side
       gram.height = int(lines);
       gram.rows = int(size);
       gram.positions = int(positions);
-      gram.coefficients = weights;
+      gram.weights = weights;
       gram.strip = strip;
       gram.batch_strip = lines * columns;
       gram.partials = new_parts(blocks);

@@ -9,15 +9,45 @@ namespace kdkernels {
 // Factors of the sum of D² over all pairs, pairs of one image, pairs of one position, and the diagonal.
 struct Coefficients {
   double full, intra, inter_same, diagonal;
+};
 
-  __device__ bool uniform() const { return intra == 0 && inter_same == 0 && diagonal == 0; }
-  // What the square of one entry is multiplied by; row r belongs to image r / positions and position r % positions.
-  __device__ double weight(int row, int column, int positions) const {
-    double weight = full;
-    if (row / positions == column / positions) weight += intra;
-    if (row % positions == column % positions) weight += inter_same;
-    if (row == column) weight += diagonal;
-    return weight;
+// Whose patch a row is.
+struct Patch {
+  int image, position;
+
+  Patch() = default;
+  __device__ Patch(int row, int positions) : image(row / positions), position(row % positions) {}
+};
+
+// What the squares of entries are multiplied by: of pairs that share nothing, the image, the position, both.
+template <typename T>
+struct Weights {
+  T other, intra, inter_same, diagonal;
+
+  Weights() = default;
+  Weights(const Coefficients& c)
+      : other(T(c.full)),
+        intra(T(c.full + c.intra)),
+        inter_same(T(c.full + c.inter_same)),
+        diagonal(T(c.full + c.intra + c.inter_same + c.diagonal)) {}
+
+  __device__ T between(const Patch& a, const Patch& b) const {
+    const T in_image = a.position == b.position ? diagonal : intra;
+    const T elsewhere = a.position == b.position ? inter_same : other;
+    return a.image == b.image ? in_image : elsewhere;
+  }
+};
+
+// The patches of this thread's rows and columns.
+template <typename T>
+struct Patches {
+  Patch rows[Tile<T>::kMyRows], columns[Tile<T>::kMyColumns];
+
+  __device__ Patches(int first_row, int first_column, int positions) {
+#pragma unroll
+    for (int i = 0; i < Tile<T>::kMyRows; ++i) rows[i] = {first_row + Tile<T>::row(i), positions};
+#pragma unroll
+    for (int j = 0; j < Tile<T>::kMyColumns; ++j) columns[j] = {first_column + Tile<T>::column(j), positions};
   }
 };
 
@@ -27,7 +57,7 @@ struct Gram {
   Matrix<T> x, y;
   int64_t batch_x, batch_y;
   int width_x, width_y, first, height, rows, positions;
-  Coefficients coefficients;
+  Weights<T> weights;
   T* strip;  // D times its weights, height x (rows - first); null if not wanted
   int64_t batch_strip, partials;
   bool tf32;
@@ -50,24 +80,23 @@ __global__ void __launch_bounds__(kTileThreads, 2)
                                                place.column, columns, p.tf32);
 
   const bool on_diagonal = place.row == place.column;
-  const bool uniform = p.coefficients.uniform();
-  double sum = 0;
-  tile.for_each([&](int r, int s, T& entry) {
-    r += place.row;
-    s += place.column;
-    if (r >= p.height || s >= columns) return;
-    const Coefficients& c = p.coefficients;
-    const double weight = uniform ? c.full : c.weight(p.first + r, p.first + s, p.positions);
-    // Entries below the diagonal, but for those of this tile or of later strips' rows, are not computed: they count twice.
-    sum += (on_diagonal ? 1 : 2) * weight * double(entry) * double(entry);
-    if (!p.strip) return;
-    T* strip = p.strip + batch * p.batch_strip;
-    const T value = T(weight) * entry;
-    strip[int64_t(r) * columns + s] = value;
-    if (!on_diagonal && s < p.height) strip[int64_t(s) * columns + r] = value;
+  const int height = p.height;
+  const Weights<T> weights = p.weights;
+  const Patches<T> patches(p.first + place.row, p.first + place.column, p.positions);
+  T* const strip = p.strip ? p.strip + batch * p.batch_strip : nullptr;
+  T sum = 0;
+  tile.for_each([&](int i, int j, T& entry) {
+    const int r = place.row + tile.row(i), s = place.column + tile.column(j);
+    if (r >= height || s >= columns) return;
+    const T weighted = weights.between(patches.rows[i], patches.columns[j]) * entry;
+    sum += weighted * entry;
+    if (!strip) return;
+    strip[int64_t(r) * columns + s] = weighted;
+    if (!on_diagonal && s < height) strip[int64_t(s) * columns + r] = weighted;
   });
-  sum = block_reduce(sum, Sum<double>());
-  if (threadIdx.x == 0) partials[p.partials + group.block(index)] = sum;
+  // Entries below the diagonal, but for those of this tile or of later strips' rows, are not computed: they count twice.
+  const double of_block = block_reduce((on_diagonal ? 1 : 2) * double(sum), Sum<double>());
+  if (threadIdx.x == 0) partials[p.partials + group.block(index)] = of_block;
 }
 
 // out = scale (A₁ B₁ - A₂ B₂), or that added to it. Split along its depth, part by part. B has numbers E.
@@ -104,12 +133,16 @@ __global__ void __launch_bounds__(kTileThreads, 2) product_kernel(const __grid_c
   };
   Tile<T> tile = multiply_tiles<T, AlongA, false, Matrix<T>, Matrix<E>>(term(0), term(1), place.row, p.rows,
                                                                         place.column, p.columns, p.tf32);
-  tile.for_each([&](int r, int s, T& entry) {
-    r += place.row;
-    s += place.column;
-    if (r >= p.rows || s >= p.columns) return;
-    T* out = p.out + part * p.batch_out + r * p.line + s;
-    *out = p.scale * entry + (p.accumulate ? *out : T(0));
+  T* const out = p.out + part * p.batch_out;
+  const int64_t line = p.line;
+  const int rows = p.rows, columns = p.columns;
+  const T scale = p.scale;
+  const bool accumulate = p.accumulate;
+  tile.for_each([&](int i, int j, T& entry) {
+    const int r = place.row + tile.row(i), s = place.column + tile.column(j);
+    if (r >= rows || s >= columns) return;
+    T& result = out[r * line + s];
+    result = scale * entry + (accumulate ? result : T(0));
   });
 }
 

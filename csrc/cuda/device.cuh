@@ -62,6 +62,13 @@ __device__ inline float fast_exp2(float x) {
   return power;
 }
 
+// 1 / x, with a relative error of 2^-23.
+__device__ inline float fast_reciprocal(float x) {
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(x));
+  return reciprocal;
+}
+
 // Copy `Bytes` to shared memory in the background, or zeros unless `valid`. Copies are waited for in groups.
 template <int Bytes>
 __device__ inline void copy_async(void* shared, const void* global, bool valid) {
@@ -146,6 +153,8 @@ namespace kdkernels {
 
 // Not inlined: there is no unit for it, and its code is long.
 __device__ __noinline__ inline double fast_exp2(double x) { return exp2(x); }
+
+__device__ inline double fast_reciprocal(double x) { return 1 / x; }
 
 template <typename T>
 struct Sum {

@@ -68,11 +68,14 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   Tile<T> tile = multiply_tiles<T, true, true, Features<E>>({p.features, p.features, begin, end},
                                                             {p.features, p.features, 0, 0}, place.row, batch,
                                                             place.column, batch, tf32, place.row == place.column);
-  tile.for_each([&](int r, int s, T& entry) {
-    if (p.parts == 1)
-      write_mirrored(p.out, batch, place.row + r, place.column + s, entry);
+  T* const out = p.parts == 1 ? p.out : p.out + block * kTile * kTile;
+  const bool whole = p.parts == 1;
+  tile.for_each([&](int i, int j, T& entry) {
+    const int r = tile.row(i), s = tile.column(j);
+    if (whole)
+      write_mirrored(out, batch, place.row + r, place.column + s, entry);
     else
-      p.out[block * kTile * kTile + r * kTile + s] = entry;
+      out[r * kTile + s] = entry;
   });
 }
 
@@ -137,10 +140,13 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const int row = int(group.block(index) % lines) * kTile, column = int(group.block(index) / lines) * kTile;
   Tile<T> tile = multiply_tiles<T, true, false, Matrix<T>, Features<E>>(
       {p.sums, p.features, 0, batch}, {p.sums, p.features, 0, 0}, row, batch, column, depth, tf32);
-  tile.for_each([&](int r, int s, T& entry) {
-    r += row;
-    s += column;
-    if (r < batch && s < depth) write(p.out, p.features.type, int64_t(r) * depth + s, entry);
+  with_type(p.features.type, [&](auto type) {
+    using Out = decltype(type);
+    Out* const out = static_cast<Out*>(p.out);
+    tile.for_each([&](int i, int j, T& entry) {
+      const int r = row + tile.row(i), s = column + tile.column(j);
+      if (r < batch && s < depth) out[int64_t(r) * depth + s] = number<Out>(entry);
+    });
   });
 }
 

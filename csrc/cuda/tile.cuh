@@ -131,24 +131,25 @@ struct Term {
   int begin, end;
 };
 
-// A tile of a product as the threads of a block hold it.
+// A tile of a product as the threads of a block hold it: each has the entries where its rows and its columns cross.
 template <typename T>
 struct Tile {
+  static constexpr int kMyRows = 2 * kLines, kMyColumns = 2 * kColumns;
   T entries[kLines][kColumns][4] = {};
 
-  static __device__ int first_row() { return int(threadIdx.x) / kWarp / 2 * 32 + int(threadIdx.x) % kWarp / 4; }
-  static __device__ int first_column() { return int(threadIdx.x) / kWarp % 2 * 32 + int(threadIdx.x) % 4 * 2; }
+  static __device__ int row(int i) { return int(threadIdx.x) / kWarp / 2 * 32 + int(threadIdx.x) % kWarp / 4 + 8 * i; }
+  static __device__ int column(int j) {
+    return int(threadIdx.x) / kWarp % 2 * 32 + int(threadIdx.x) % 4 * 2 + j / 2 * 8 + j % 2;
+  }
 
-  // Calls f(row, column, entry) with this thread's entries.
+  // Calls f(i, j, entry) with the entry at row(i) and column(j). What depends on one of them alone is best computed before: there
+  // are many more entries, each behind branches of its own, out of which the compiler moves little.
   template <typename F>
   __device__ void for_each(const F& f) {
 #pragma unroll
-    for (int i = 0; i < kLines; ++i)
+    for (int i = 0; i < kMyRows; ++i)
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          f(first_row() + 16 * i + e / 2 * 8, first_column() + 8 * j + e % 2, entries[i][j][e]);
+      for (int j = 0; j < kMyColumns; ++j) f(i, j, entries[i / 2][j / 2][i % 2 * 2 + j % 2]);
   }
 };
 

@@ -282,6 +282,8 @@ inline float fast_exp2(float x) {
   return power < std::numeric_limits<float>::min() ? 0 : power;
 }
 
+inline float fast_reciprocal(float x) { return 1 / x; }
+
 template <int Bytes>
 void copy_async(void* shared, const void* global, bool valid) {
   if (reinterpret_cast<uintptr_t>(shared) % Bytes || (valid && reinterpret_cast<uintptr_t>(global) % Bytes))

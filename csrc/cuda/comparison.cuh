@@ -59,7 +59,7 @@ template <typename T, typename E = T>
 inline constexpr int kComparisonBytes = kTileBytes<T, true, true, E> + kTile * kTile * int(sizeof(T));
 
 template <typename T, typename E>
-__global__ void __launch_bounds__(kTileThreads, 2)
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
     comparison_kernel(const __grid_constant__ Group<Comparison<T, E>> group, double* partials) {
   static_assert(kComparisonBytes<T, E> <= 99 * 1024);  // what a block may have where it has least, on sm_86 and sm_89
   const int index = group.index();

@@ -64,7 +64,7 @@ struct Gram {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads, 2)
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
     gram_kernel(const __grid_constant__ Group<Gram<T>> group, double* partials) {
   const int index = group.index();
   const Gram<T>& p = group.problems[index];
@@ -116,7 +116,8 @@ struct Product {
 
 // A's neighbours in memory lie along the depth or across it, B's across it.
 template <typename T, bool AlongA, typename E = T>
-__global__ void __launch_bounds__(kTileThreads, 2) product_kernel(const __grid_constant__ Group<Product<T, E>> group) {
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
+    product_kernel(const __grid_constant__ Group<Product<T, E>> group) {
   const int index = group.index();
   const Product<T, E>& p = group.problems[index];
   const int lines = (p.rows + kTile - 1) / kTile, across = (p.columns + kTile - 1) / kTile;

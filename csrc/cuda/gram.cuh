@@ -55,7 +55,7 @@ struct Similarity {
 
 // A block per part and tile, of those from the diagonal on.
 template <typename E>
-__global__ void __launch_bounds__(kTileThreads, 2)
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<Computed<E>>)
     similarity_kernel(const __grid_constant__ Group<Similarity<E>> group, int batch, bool tf32) {
   using T = Computed<E>;
   const int index = group.index();
@@ -131,7 +131,7 @@ struct FeatureGradient {
 
 // A block per tile of S F.
 template <typename E>
-__global__ void __launch_bounds__(kTileThreads, 2)
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<Computed<E>>)
     feature_gradient_kernel(const __grid_constant__ Group<FeatureGradient<E>> group, int batch, bool tf32) {
   using T = Computed<E>;
   const int index = group.index();

@@ -11,9 +11,12 @@ namespace kdkernels {
 constexpr int kTile = 64;          // rows and columns
 constexpr int kDepth = 16;         // depth of a panel, in units: numbers or pairs of them
 constexpr int kTileThreads = 128;  // four warps, each with a quarter of the tile, 32 x 32
-// Panels of both operands that shared memory holds.
+// Panels of both operands that shared memory holds, and blocks that a multiprocessor has registers for: where it has least shared
+// memory, 100 KiB on sm_86 and sm_89, as many find room for their panels.
 template <typename T>
-inline constexpr int kStages = sizeof(T) == sizeof(float) ? 4 : 2;
+inline constexpr int kStages = sizeof(T) == sizeof(float) ? 3 : 2;
+template <typename T>
+inline constexpr int kTileBlocks = sizeof(T) == sizeof(float) ? 3 : 2;
 
 // Threads of a block, and what they share.
 constexpr int kFoldThreads = 256, kFoldEach = 4;      // entries of a product's parts (congruence.cuh)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 from helpers import assert_close
@@ -167,6 +171,21 @@ def test_removed_hooks_leave_no_trace(model: ResNet, images: Tensor) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     with pytest.raises(RuntimeError, match="no map"):
         _ = capture.features
+
+
+@pytest.mark.parametrize("before_relu", [False, True])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_the_model_leaves_the_maps_alone(
+    model: ResNet, images: Tensor, duplicate: Callable[[nn.Module], nn.Module], before_relu: bool
+) -> None:
+    capture = FeatureCapture(model, LAYERS, before_relu=before_relu)
+    model(images)
+    before = capture.features
+    twin = duplicate(model)
+    twin(images + 1)
+    assert all(one is other for one, other in zip(capture.features, before, strict=True))
+    capture.remove()
+    assert any(module._forward_hooks for module in twin.modules())
 
 
 @pytest.mark.parametrize("before_relu", [False, True])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,8 @@ class FeatureCapture:
             (``nn.ReLU``, ``nn.ReLU6``, ``nn.LeakyReLU`` or ``nn.PReLU``), called last; hooks do not see functions.
 
     A map that a later module overwrites in place is copied just before that, and so is what an in-place ReLU gets with
-    ``before_relu``; other maps are not copied.
+    ``before_relu``; other maps are not copied. The model can be copied and saved meanwhile: the hooks of the copy fill a
+    capture of its own.
 
     Raises:
         ValueError: if the model has no module of a name, naming those that are close.
@@ -54,7 +56,7 @@ class FeatureCapture:
 
         self._maps: dict[str, tuple[Tensor, int | None]] = {}
         self._activation: tuple[Tensor, Tensor] | None = None
-        self._handles = [model.register_forward_pre_hook(lambda module, inputs: self._forget())]
+        self._handles = [model.register_forward_pre_hook(self._forget)]
         for module in modules.values():
             if getattr(module, "inplace", False):
                 self._handles.append(module.register_forward_pre_hook(self._rescue))
@@ -64,7 +66,7 @@ class FeatureCapture:
                 self._watch(module)
         for name in self.names:
             store = self._store_before_relu if before_relu else self._store
-            self._handles.append(modules[name].register_forward_hook(_named(store, name)))
+            self._handles.append(modules[name].register_forward_hook(partial(store, name)))
 
     @property
     def features(self) -> list[Tensor]:
@@ -94,34 +96,40 @@ class FeatureCapture:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    def _forget(self) -> None:
+    def __getstate__(self) -> dict[str, object]:
+        """Copying or saving the model takes its hooks along, and with them this object: without the maps."""
+        return {**self.__dict__, "_maps": {}, "_activation": None}
+
+    # The hooks are methods and get no closures, so that models can be saved with them. What PyTorch gives comes last.
+
+    def _forget(self, *_: object) -> None:
         self._maps = {}
         self._activation = None
 
-    def _store(self, name: str, output: object) -> None:
+    def _store(self, name: str, module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         if not isinstance(output, Tensor):
             raise TypeError(f"names: {name!r} must return a tensor to be captured, got {type(output).__name__}")
         self._maps[name] = output, _version(output)
 
-    def _store_before_relu(self, name: str, output: object) -> None:
+    def _store_before_relu(self, name: str, module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         if self._activation is None or self._activation[0] is not output:
             raise RuntimeError(
                 f"before_relu: {name!r} must return what a ReLU module in it gave last, and does not; "
                 "capture a module that does, or if its output is linear, capture it without before_relu"
             )
-        self._store(name, self._activation[1])
+        self._store(name, module, inputs, self._activation[1])
 
     def _watch(self, activation: nn.Module) -> None:
         """Keep what comes into the activation beside what comes out."""
         before: list[Tensor] = []
+        self._handles.append(activation.register_forward_pre_hook(partial(self._enter, before)))
+        self._handles.append(activation.register_forward_hook(partial(self._leave, before)))
 
-        def enter(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            before[:] = [inputs[0].clone() if getattr(module, "inplace", False) else inputs[0]]
+    def _enter(self, before: list[Tensor], module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        before[:] = [inputs[0].clone() if getattr(module, "inplace", False) else inputs[0]]
 
-        def leave(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            self._activation = output, before.pop()
-
-        self._handles += [activation.register_forward_pre_hook(enter), activation.register_forward_hook(leave)]
+    def _leave(self, before: list[Tensor], module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._activation = output, before.pop()
 
     def _rescue(self, module: nn.Module, inputs: tuple[object, ...]) -> None:
         """Copy the maps that the in-place ``module`` is about to overwrite."""
@@ -129,10 +137,6 @@ class FeatureCapture:
             if any(value is given for given in inputs) and version in (None, _version(value)):
                 copy = value.clone()
                 self._maps[name] = copy, _version(copy)
-
-
-def _named(store: Callable[[str, object], None], name: str) -> Callable[[nn.Module, object, object], None]:
-    return lambda module, inputs, output: store(name, output)
 
 
 def _version(value: Tensor) -> int | None:

@@ -109,7 +109,10 @@ def _indices(
 ) -> tuple[Tensor, Tensor]:
     if pairs is None:
         pairs = [(i, j) for i in range(layers[0]) for j in range(layers[1])]
-    valid = all(len(pair) == 2 and 0 <= pair[0] < layers[0] and 0 <= pair[1] < layers[1] for pair in pairs)
+    valid = all(
+        isinstance(pair, Sequence) and len(pair) == 2 and 0 <= pair[0] < layers[0] and 0 <= pair[1] < layers[1]
+        for pair in pairs
+    )
     if not (pairs and valid):
         raise ValueError(f"pairs must be pairs of layers below {layers}, at least one, got {pairs!r}")
     left, right = torch.tensor(list(pairs), device=device).T
@@ -143,8 +146,8 @@ def average_relative_improvement(
     Raises:
         ValueError: if the three do not have one length of at least 1.
     """
-    lengths = [len(values) for values in (accuracies, compared, student)]
-    if len(set(lengths)) != 1 or lengths[0] == 0:
-        raise ValueError(f"accuracies, compared and student must have one length of at least 1, got {lengths}")
     ours, theirs, alone = (torch.as_tensor(values, dtype=torch.float64) for values in (accuracies, compared, student))
+    shapes = [tuple(values.shape) for values in (ours, theirs, alone)]
+    if shapes != 3 * [(ours.numel(),)] or not ours.numel():
+        raise ValueError(f"accuracies, compared and student must have one length of at least 1, got shapes {shapes}")
     return 100 * ((ours - theirs) / (theirs - alone)).mean().item()

@@ -337,7 +337,7 @@ MAP = torch.ones(2, 3, 4, 4)
     ("projected", "targets", "weights", "settings", "error", "message"),
     [
         (MAP, [[MAP]], torch.ones(2, 1, 1), {}, TypeError, "projected must be a sequence of sequences.*got Tensor"),
-        ([[MAP]], [MAP], torch.ones(2, 1, 1), {}, TypeError, "targets must be a sequence of sequences"),
+        ([[MAP]], [MAP], torch.ones(2, 1, 1), {}, TypeError, r"targets\[0\] must be a sequence of maps, got Tensor"),
         ([[MAP]], [[MAP]], torch.ones(2, 1), {}, ValueError, r"weights must have shape b x s_L x t_L, got \(2, 1\)"),
         ([[MAP]], [[MAP]], torch.ones(2, 1, 2), {}, ValueError, r"projected must hold.*1 student layers of 2.*\[1\]"),
         ([[MAP]], [[MAP], [MAP]], torch.ones(2, 1, 1), {}, ValueError, r"targets must hold.*got lengths \[1, 1\]"),

@@ -48,7 +48,7 @@ def test_module_shows_its_settings():
     assert "k=4" in repr(module)
     assert "(1, 2, 3)" in repr(module)
     assert "threshold=0.1" in repr(module)
-    assert "mean" in repr(module)
+    assert "partition='exact', reduction='mean', eps=1e-08" in repr(module)
     assert not list(module.parameters())
     assert not module.state_dict()
 
@@ -161,6 +161,23 @@ def test_mask_feeds_the_loss(backend):
     assert student.grad.abs().sum() > 0
 
 
-def test_a_generator_without_layers_is_refused():
-    with pytest.raises(ValueError, match=r"depth.*0"):
-        ClassAwareAttention(6, 3, depth=0)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"depth": 0}, "depth must be a positive integer, got 0"),
+        ({"width": 0}, "width must be a positive integer, got 0"),
+        ({"blocks": -1}, "blocks must be an integer >= 0, got -1"),
+        ({"channels": 0}, "channels must be a positive integer, got 0"),
+        ({"num_classes": "3"}, "num_classes must be a positive integer, got '3'"),
+    ],
+)
+def test_attention_that_cannot_be_built_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ClassAwareAttention(**{"channels": 6, "num_classes": 3, **settings})
+
+
+def test_attention_to_other_features_is_refused():
+    with pytest.raises(ValueError, match="features must have 6 channels, got 5"):
+        ClassAwareAttention(6, 3)(torch.randn(2, 5, 4, 4))
+    with pytest.raises(ValueError, match=r"features must have shape n x c x h x w, got \(6, 4, 4\)"):
+        ClassAwareAttention(6, 3).logits(torch.randn(6, 4, 4))

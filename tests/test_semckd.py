@@ -351,6 +351,8 @@ def test_only_what_requires_a_gradient_gets_one():
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         module(**settings)
+    with pytest.raises(TypeError, match="student_shapes must be a sequence with an entry for each layer, got int"):
+        module(student_shapes=3)
 
 
 def test_wrong_features_are_named():

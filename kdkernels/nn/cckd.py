@@ -49,4 +49,7 @@ class CorrelationCongruenceLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"kernel={self.kernel!r}, gamma={self.gamma}, order={self.order}, normalize={self.normalize}"
+        return (
+            f"kernel={self.kernel!r}, gamma={self.gamma}, order={self.order}, normalize={self.normalize}, "
+            f"reduction={self.reduction!r}"
+        )

@@ -32,7 +32,7 @@ class LocalCorrelationLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.k = k
-        self.weights = tuple(weights)
+        self.weights = weights
         self.threshold = threshold
         self.partition = partition
         self.reduction = reduction
@@ -63,7 +63,10 @@ class LocalCorrelationLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"k={self.k}, weights={self.weights}, threshold={self.threshold}, reduction={self.reduction!r}"
+        return (
+            f"k={self.k}, weights={self.weights}, threshold={self.threshold}, partition={self.partition!r}, "
+            f"reduction={self.reduction!r}, eps={self.eps}"
+        )
 
 
 class ClassAwareAttention(nn.Module):
@@ -78,14 +81,21 @@ class ClassAwareAttention(nn.Module):
         width: channels of the mask generator's hidden layers; by default half of ``channels``, at least 8.
         depth: conv-bn-relu blocks of the mask generator.
         blocks: bottleneck blocks of the auxiliary classifier.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what it got.
     """
 
     def __init__(
         self, channels: int, num_classes: int, *, width: int | None = None, depth: int = 2, blocks: int = 2
     ) -> None:
         super().__init__()
-        checks.positive_int("depth", depth)
-        width = width or max(channels // 2, 8)
+        for name, value in (("channels", channels), ("num_classes", num_classes), ("depth", depth)):
+            checks.positive_int(name, value)
+        checks.non_negative_int("blocks", blocks)
+        width = max(channels // 2, 8) if width is None else width
+        checks.positive_int("width", width)
+        self.channels = channels
         widths = [channels] + [width] * depth
         self.generator = nn.Sequential(
             *(_conv_bn_relu(a, b, 3) for a, b in pairwise(widths)),
@@ -101,6 +111,9 @@ class ClassAwareAttention(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """The mask, n x h x w in (0, 1), of n x c x h x w teacher features (Eq. 8)."""
+        checks.tensor("features", features, 4, "n x c x h x w")
+        if features.shape[1] != self.channels:
+            raise ValueError(f"features must have {self.channels} channels, got {features.shape[1]}")
         return self.generator(features)[:, 0]
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:

@@ -345,6 +345,8 @@ def _averaged(features: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _shapes(name: str, shapes: Sequence[int | Sequence[int]], *, whole: bool) -> list[tuple[int, ...]]:
     """Each layer's shape, or its channels alone, as a tuple."""
+    if not isinstance(shapes, Sequence):
+        raise TypeError(f"{name} must be a sequence with an entry for each layer, got {type(shapes).__name__}")
     tuples = [(shape,) if isinstance(shape, int) else tuple(shape) for shape in shapes]
     lengths, what = ((3,), "c x h x w") if whole else ((1, 3), "channels or c x h x w")
     if not tuples or any(len(shape) not in lengths for shape in tuples):

@@ -53,9 +53,11 @@ def check(projected: object, targets: object, weights: object, reduction: str) -
 
 def _pairs(name: str, value: object, students: int, teachers: int) -> list[Tensor]:
     """The s_L x t_L entries of a nested sequence, row by row."""
-    nested = isinstance(value, Sequence) and all(isinstance(row, Sequence) for row in value)
-    if not nested:
+    if not isinstance(value, Sequence):
         raise TypeError(f"{name} must be a sequence of sequences of maps, got {type(value).__name__}")
+    for i, row in enumerate(value):
+        if not isinstance(row, Sequence):
+            raise TypeError(f"{name}[{i}] must be a sequence of maps, got {type(row).__name__}")
     lengths = [len(row) for row in value]
     if lengths != students * [teachers]:
         raise ValueError(

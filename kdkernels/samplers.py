@@ -95,7 +95,7 @@ class ClassUniformSampler(Sampler[list[int]]):
         self._check_counts(values, counts)
         self._members = labels.argsort(stable=True).split(counts.tolist())
         if len(counts) < self.classes:
-            raise ValueError(f"classes must be at most the {len(counts)} that labels hold, got {self.classes}")
+            raise ValueError(f"classes must be at most the {len(counts)} there are, got {self.classes}")
         self._batches = max(self._batches_of(rank) for rank in range(self.world_size))
 
     def _check_counts(self, values: Tensor, counts: Tensor) -> None:
@@ -181,10 +181,10 @@ def _check_labels(labels: object) -> Tensor:
         labels = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"labels must be integers, got {type(labels).__name__}: {error}") from error
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
     if labels.dim() != 1 or labels.numel() == 0:
         raise ValueError(f"labels must have shape n, n > 0, got {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
     if labels.min() < 0:
         raise ValueError(
             f"labels must be >= 0, got {labels.min().item()}: leave unlabelled examples out, "

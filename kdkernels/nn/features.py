@@ -33,7 +33,7 @@ class FeatureCapture:
             (``nn.ReLU``, ``nn.ReLU6``, ``nn.LeakyReLU`` or ``nn.PReLU``), called last; hooks do not see functions.
 
     A map that a later module overwrites in place is copied just before that, and so is what an in-place ReLU gets with
-    ``before_relu``; other maps are not copied. The model can be copied and saved meanwhile: the hooks of the copy fill a
+    ``before_relu``; other maps are not copied. The model can be copied and saved meanwhile: the copy's hooks fill a
     capture of its own.
 
     Raises:

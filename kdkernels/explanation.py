@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import backends, functional
 from .ops import correlation_congruence, feature_mse, gram, icc, kd, local_correlation, rkd, similarity_preserving
-from .ops.congruence.plan import FEATURE, GRAM, TILE_ENTRY, Form, candidates, multiply_adds
+from .ops.congruence.plan import FEATURE, GRAM, TILE_ENTRY, Form, Plan, candidates, multiply_adds
 from .ops.local_correlation import Stage
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _similarity_stages(student: Tensor, teacher: Tensor, *, reduction: str, form
 
 
 def _local_correlation_stages(
-    student, teacher, k, *, weights, mask, threshold, partition, reduction, eps, form, group, **_
+    student, teacher, k, *, weights, mask, threshold, partition, reduction, eps, form, backend, group, **_
 ) -> tuple[Tensor, list]:
     settings = local_correlation.Settings(threshold, partition, eps, form)
     stages = local_correlation.check(student, teacher, k, weights, mask, reduction, settings)
@@ -155,7 +155,8 @@ def _local_correlation_stages(
 
         ranks = meet(stages, settings, group)
         return stages[0].student, [[_sum_over_ranks(ranks, stage, form)] for stage in stages]
-    return stages[0].student, [_sums(stage, form) for stage in stages]
+    plans = local_correlation.plans_of(stages, form, backends.choose(backend, stages[0].student))
+    return stages[0].student, [_sums(*one) for one in zip(stages, plans, strict=True)]
 
 
 def _sum_over_ranks(ranks: Ranks, stage: Stage, form: str) -> Sum:
@@ -169,9 +170,9 @@ def _sum_over_ranks(ranks: Ranks, stage: Stage, form: str) -> Sum:
     return Sum(f"all pairs over {ranks.world} ranks", ranks.samples * stage.k**2, 1, chosen, cost)
 
 
-def _sums(stage: Stage, form: str) -> list[Sum]:
+def _sums(stage: Stage, plan: Plan) -> list[Sum]:
     images, positions = stage.student.shape[0], stage.k**2
-    coefficients, plan = stage.coefficients, stage.plan(form)
+    coefficients = stage.coefficients
     sums = [
         Sum("all pairs", images * positions, 1, plan.full, _costs(stage, images * positions, True)),
         Sum("pairs of one image", positions, images, plan.intra, _costs(stage, positions, False)),

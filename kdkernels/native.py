@@ -89,6 +89,11 @@ def _cuda_failure(index: int | None) -> str | None:
     return _load_cuda() or _check_gpu(index)
 
 
+def launches(tensor: Tensor) -> bool:
+    """Whether native kernels have to be launched for it, as on a GPU."""
+    return tensor.is_cuda
+
+
 def allows_tf32() -> bool:
     """Whether PyTorch may round the factors of float32 products on a GPU to tf32, by whichever of its settings.
 

@@ -11,7 +11,20 @@ from torch import Tensor
 
 from kdkernels import native
 from kdkernels.ops.congruence import congruence
-from kdkernels.ops.congruence.plan import FEATURE, FORMS, GRAM, MIXED, Plan, candidates, choose_form, multiply_adds
+from kdkernels.ops.congruence.plan import (
+    FEATURE,
+    FORMS,
+    GRAM,
+    MIXED,
+    Coefficients,
+    Plan,
+    Problem,
+    candidates,
+    choose_form,
+    launches,
+    make_plans,
+    multiply_adds,
+)
 
 FULL, INTRA, SAME, DIAGONAL = torch.eye(4).tolist()
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -211,6 +224,27 @@ def test_auto_is_the_cheapest_candidate(grads):
             GRAM,
             FEATURE,
         }
+
+
+CIFAR = ((16, 32), (32, 16), (64, 8))  # channels and side of LKD's stages
+
+
+def plans_of_cifar(images, form="auto", *, launched=True):
+    """The forms of all pairs at k = 4, whose launches are weighed or not."""
+    widths = [channels * (side // 4) ** 2 for channels, side in CIFAR]
+    full = Coefficients(1.0, 0.0, 0.0, 1.0)
+    problems = tuple(Problem(full, images * 16, 16, width, width, True, False) for width in widths)
+    plans = make_plans(form, problems, launched=launched)
+    return [plan.full for plan in plans], launches(plans, problems)
+
+
+def test_launches_are_weighed_against_multiply_adds():
+    """At the paper's batch all stages share one form, where each of the others would cost less in feature space."""
+    assert plans_of_cifar(64, launched=False)[0] == [GRAM, FEATURE, FEATURE]
+    assert plans_of_cifar(64) == ([GRAM] * 3, 2)
+    assert plans_of_cifar(128) == ([FEATURE] * 3, 3)
+    assert plans_of_cifar(64, "feature") == ([FEATURE] * 3, 3)
+    assert plans_of_cifar(128, "gram") == ([GRAM] * 3, 2)
 
 
 def test_no_candidate_is_idle():

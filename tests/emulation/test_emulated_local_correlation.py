@@ -8,7 +8,9 @@ from helpers import HALF_DTYPES, as_tf32, assert_close, assert_matches, exactly,
 from torch import Tensor
 
 import kdkernels
-from kdkernels.ops.congruence import congruence
+from kdkernels.ops import local_correlation
+from kdkernels.ops.congruence import congruence, plan
+from kdkernels.ops.local_correlation import Settings
 from kdkernels.ops.patches import patches
 
 from . import build
@@ -71,17 +73,37 @@ def test_many_stages() -> None:
     check(student, [torch.randn(2, 3, 4, 4) for _ in range(19)], [2] * 19)
 
 
-@pytest.mark.parametrize(
-    ("form", "channels", "launches"), [("gram", (2, 3, 4), 4), ("feature", (2, 3, 4), 5), ("auto", (40, 2, 1), 6)]
-)
-def test_launches(form: str, channels: tuple[int, ...], launches: int) -> None:
-    """The paper's three stages together take as many as one, and one more where their forms differ."""
-    student = [torch.randn(2, c, 8, 8).requires_grad_() for c in channels]
-    teacher = [torch.randn(2, c, 8, 8) for c in channels]
+@pytest.mark.parametrize(("form", "launches"), [("gram", 4), ("feature", 5), ("auto", 4)])
+def test_launches(form: str, launches: int) -> None:
+    """The paper's three stages together take as many as one."""
+    student = [torch.randn(2, c, 8, 8).requires_grad_() for c in (40, 2, 1)]
+    teacher = [torch.randn(2, c, 8, 8) for c in (40, 2, 1)]
     loss = kdkernels.local_correlation_loss(student, teacher, 4, form=form, backend="native")
     assert build.launches() == launches
     loss.backward()
     assert build.launches() == 1
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (1.0, 0.5, 0.3), (0.5, 0.5, 0.0)])
+def test_launches_are_weighed(weights: tuple[float, float, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are as many as the plan counts, and two for rows and loss. Were they free, each stage had its own form."""
+    student = [torch.randn(3, c, 4, 4).requires_grad_() for c in (40, 2, 1)]
+    teacher = [torch.randn(3, c, 4, 4) for c in (40, 2, 1)]
+    exact = kdkernels.local_correlation_loss(student, teacher, 2, weights=weights, backend="reference")
+    counted = []
+    for cost in (0, plan.LAUNCH):
+        monkeypatch.setattr(plan, "LAUNCH", cost)
+        plan._make_plans_once.cache_clear()
+        loss = kdkernels.local_correlation_loss(student, teacher, 2, weights=weights, backend="native")
+        assert_close(loss, exact)
+        counted.append(build.launches())
+        stages = local_correlation.check(
+            student, teacher, 2, weights, None, "sum", Settings(None, "exact", 1e-8, "auto")
+        )
+        problems = tuple(stage.problem for stage in stages)
+        plans = plan.make_plans("auto", problems, launched=True)
+        assert counted[-1] == plan.launches(plans, problems) + 2
+    assert counted[1] < counted[0]
 
 
 def test_upstream_gradient_and_a_second_backward() -> None:

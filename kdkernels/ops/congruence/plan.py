@@ -55,6 +55,10 @@ MIXED = Form(True, False, False)
 
 # What it costs to square, weigh and store an entry of a Gram tile, in multiply-adds of the products.
 TILE_ENTRY = 16
+# What a launch of a CUDA kernel costs, in the same: 3 µs of an H100's 494 tf32 TFLOP/s, of which a multiply-add with
+# the accuracy of float32 takes six. No kernel here comes near that rate; but where launches matter, one has too few
+# blocks to fill the GPU, and those of further stages run beside them. Not measured yet.
+LAUNCH = 250_000_000
 # Up to how many rows SP holds its Gram matrices (csrc/cpu/similarity_preserving.cpp).
 HELD_ROWS = 512
 
@@ -120,6 +124,18 @@ def similarity_costs(rows: int, d_student: int, d_teacher: int, grad_student: bo
     return {GRAM: gram, FEATURE: feature}
 
 
+class Problem(NamedTuple):
+    """What the plan of one loss hangs on: ``rows`` is N, ``positions`` the number of patches per image."""
+
+    coefficients: Coefficients
+    rows: int
+    positions: int
+    d_student: int
+    d_teacher: int
+    grad_student: bool
+    grad_teacher: bool
+
+
 def make_plan(
     form: str,
     coefficients: Coefficients,
@@ -130,37 +146,66 @@ def make_plan(
     grad_student: bool,
     grad_teacher: bool,
 ) -> Plan:
-    """Choose the form of each sum. ``rows`` is N, ``positions`` the number of patches per image."""
-    choose = _make_plan if torch.compiler.is_compiling() else _make_plan_once
-    return choose(form, coefficients, rows, positions, d_student, d_teacher, grad_student, grad_teacher)
+    """Choose the form of each sum, as ``make_plans`` does for a loss on its own whose kernels need no launch."""
+    problem = Problem(coefficients, rows, positions, d_student, d_teacher, grad_student, grad_teacher)
+    return make_plans(form, (problem,), launched=False)[0]
 
 
-def _make_plan(
-    form: str,
-    coefficients: Coefficients,
-    rows: int,
-    positions: int,
-    d_student: int,
-    d_teacher: int,
-    grad_student: bool,
-    grad_teacher: bool,
-) -> Plan:
-    images = rows // positions
-    sizes = (d_student, d_teacher, grad_student, grad_teacher)
-    plan = Plan(
-        choose_form(form, True, rows, *sizes),
-        choose_form(form, False, positions, *sizes),
-        choose_form(form, False, images, *sizes),
-    )
-    if form == "auto" and plan.full != GRAM and coefficients.full:
-        # Tiles of the whole Gram matrix would serve the other two sums for nothing.
-        cost = multiply_adds(plan.full, rows, *sizes)
-        cost += images * multiply_adds(plan.intra, positions, *sizes) if coefficients.intra else 0
-        cost += positions * multiply_adds(plan.inter_same, images, *sizes) if coefficients.inter_same else 0
-        if multiply_adds(GRAM, rows, *sizes) < cost:
-            return plan._replace(full=GRAM)
-    return plan
+def make_plans(form: str, problems: tuple[Problem, ...], *, launched: bool) -> tuple[Plan, ...]:
+    """Choose the forms of losses that are computed together, by kernels that have to be ``launched`` or not."""
+    choose = _make_plans if torch.compiler.is_compiling() else _make_plans_once
+    return choose(form, problems, launched)
+
+
+def _make_plans(form: str, problems: tuple[Problem, ...], launched: bool) -> tuple[Plan, ...]:
+    plans = tuple(_make_plan(form, problem, not launched) for problem in problems)
+    if form != "auto" or not launched:
+        return plans
+    choices = [plans, *(tuple(_make_plan(named, problem) for problem in problems) for named in FORMS[1:])]
+    costs = [
+        LAUNCH * launches(choice, problems) + sum(_cost(*one) for one in zip(choice, problems, strict=True))
+        for choice in choices
+    ]
+    return choices[costs.index(min(costs))]
 
 
 # Training asks for the same few plans at every step, and the arithmetic costs more than a small loss.
-_make_plan_once = functools.lru_cache(maxsize=1024)(_make_plan)
+_make_plans_once = functools.lru_cache(maxsize=1024)(_make_plans)
+
+
+def _make_plan(form: str, problem: Problem, mixed: bool = True) -> Plan:
+    """The cheapest of a loss on its own; ``mixed`` says whether that form is there."""
+    coefficients, rows, positions, *sizes = problem
+    plan = Plan(
+        choose_form(form, mixed, rows, *sizes),
+        choose_form(form, False, positions, *sizes),
+        choose_form(form, False, rows // positions, *sizes),
+    )
+    # Tiles of the whole Gram matrix serve the other two sums for nothing.
+    whole = plan._replace(full=GRAM)
+    return whole if form == "auto" and coefficients.full and _cost(whole, problem) < _cost(plan, problem) else plan
+
+
+def _sums(plan: Plan, problem: Problem) -> list[tuple[Form, int, int]]:
+    """The sums to be computed: the form of each, its number of rows, how many of them there are."""
+    coefficients, rows, positions, *_ = problem
+    sums = [(plan.full, rows, 1)] if coefficients.full else []
+    if coefficients.full and plan.full == GRAM:
+        return sums
+    images = rows // positions
+    sums += [(plan.intra, positions, images)] if coefficients.intra else []
+    sums += [(plan.inter_same, images, positions)] if coefficients.inter_same else []
+    return sums
+
+
+def _cost(plan: Plan, problem: Problem) -> int:
+    """Modelled multiply-adds of a whole loss."""
+    return sum(count * multiply_adds(form, rows, *problem[3:]) for form, rows, count in _sums(plan, problem))
+
+
+def launches(plans: tuple[Plan, ...], problems: tuple[Problem, ...]) -> int:
+    """How many CUDA kernels it takes: in the order of the sums, the tiles of all Gram matrices, or the products of the
+    feature form and what their parts add up to; then all gradients."""
+    forms = [[form for form, *_ in _sums(*one)] for one in zip(plans, problems, strict=True)]
+    turns = [{sums[turn] for sums in forms if turn < len(sums)} for turn in range(3)]
+    return sum((GRAM in turn) + 2 * (FEATURE in turn) + 1 for turn in turns if turn)

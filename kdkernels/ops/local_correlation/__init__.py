@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import backends, checks, native
 from ..autograd import once
-from ..congruence.plan import FORMS, Coefficients, Plan, make_plan
+from ..congruence.plan import FORMS, Coefficients, Plan, Problem, make_plans
 from ..congruence.reference import feature_form
 from ..patches import check as check_features
 from ..patches import check_mask, patches
@@ -50,10 +50,11 @@ class Stage(NamedTuple):
         learning = torch.is_grad_enabled()
         return learning and self.student.requires_grad, learning and self.teacher.requires_grad
 
-    def plan(self, form: str) -> Plan:
+    @property
+    def problem(self) -> Problem:
         positions = self.k**2
         rows = self.student.shape[0] * positions
-        return make_plan(form, self.coefficients, rows, positions, *self.lengths, *self.wanted)
+        return Problem(self.coefficients, rows, positions, *self.lengths, *self.wanted)
 
 
 class Settings(NamedTuple):
@@ -85,15 +86,15 @@ def _reference_stage(stage: Stage, settings: Settings) -> Tensor:
 
 
 def _triton(stages: Sequence[Stage], settings: Settings) -> Tensor:
-    return torch.stack([_triton_stage(stage, settings) for stage in stages]).sum()
+    plans = plans_of(stages, settings.form, "triton")
+    return torch.stack([_triton_stage(*one, settings) for one in zip(stages, plans, strict=True)]).sum()
 
 
-def _triton_stage(stage: Stage, settings: Settings) -> Tensor:
+def _triton_stage(stage: Stage, plan: Plan, settings: Settings) -> Tensor:
     from ..congruence.triton import congruence
 
     student, teacher = (patches_of(stage, features, settings, "triton") for features in stage[:2])
     dtype = torch.promote_types(student.dtype, teacher.dtype)
-    plan = stage.plan(settings.form)
     return congruence(student.to(dtype), teacher.to(dtype), stage.k**2, stage.coefficients, plan)
 
 
@@ -103,7 +104,7 @@ def _native(stages: Sequence[Stage], settings: Settings) -> Tensor:
         [stage.mask for stage in stages if stage.mask is not None],
         [stage.k for stage in stages],
         [coefficient for stage in stages for coefficient in stage.coefficients],
-        [code for stage in stages for code in stage.plan(settings.form).codes],
+        [code for plan in plans_of(stages, settings.form, "native") for code in plan.codes],
         settings.threshold,
         settings.partition == "resize",
         settings.eps,
@@ -147,6 +148,12 @@ class _Native(torch.autograd.Function):
         grads = native.ops.local_correlation_backward(grad_loss, rows, shapes, masks, k, threshold, resize)
         wanted = zip(grads, ctx.dtypes, ctx.needs_input_grad[1:], strict=True)
         return [grad.to(dtype) if want else None for grad, dtype, want in wanted]
+
+
+def plans_of(stages: Sequence[Stage], form: str, backend: str) -> tuple[Plan, ...]:
+    """The forms of every stage's sums. The native operator computes all stages together."""
+    launched = backend == "native" and native.launches(stages[0].student)
+    return make_plans(form, tuple(stage.problem for stage in stages), launched=launched)
 
 
 def patches_of(stage: Stage, features: Tensor, settings: Settings, backend: str) -> Tensor:

@@ -320,8 +320,9 @@ __device__ void pull_back_rows(const Team& team, const Network<T>& network, cons
   if (whole) load(0, classes);
   team.for_samples(network.batch, [&](int64_t s, bool valid_sample) {
     const RowOfA<T> row(network, s, i);
+    const bool mine = valid_sample && live;
     Term<T>& place_of_term = network.terms[s * classes + i];
-    const Term<T> term = place_of_term;
+    const Term<T> term = mine ? place_of_term : Term<T>{};  // which others may be writing
     const T top = derivatives[row.top], centre = row.partner + term.mean;
     T mean = 0, product = 0;
     team.for_pieces(classes, [&](int begin, int end) {
@@ -341,7 +342,7 @@ __device__ void pull_back_rows(const Team& team, const Network<T>& network, cons
       }
     mean = team.sum(mean);
     product = team.sum(product);
-    if (!valid_sample || !live || team.lane > 0) return;
+    if (!mine || team.lane > 0) return;
     place_of_term = {term.z, term.log_sum, top, mean};
     T& grad = network.grad[s * classes + i];
     grad = (p.first == 0 ? T(0) : grad) - factor * product;

@@ -8,10 +8,11 @@ namespace kdkernels {
 namespace {
 
 // Entries of the map whose derivatives are held at a time; where threads are emulated, so few that small maps take turns.
-#ifdef KDKERNELS_EMULATED
-constexpr int64_t kDerivatives = 1 << 13;
-#else
 constexpr int64_t kDerivatives = 1 << 22;
+#ifdef KDKERNELS_EMULATED
+int64_t most_derivatives() { return emulation::only_counted ? kDerivatives : 1 << 13; }
+#else
+int64_t most_derivatives() { return kDerivatives; }
 #endif
 
 int64_t divided(int64_t count, int64_t by) { return (count + by - 1) / by; }
@@ -88,7 +89,7 @@ void add_columns(Group<Columns<T>>& group, const Network<T>& network, const int*
 }
 
 // How many rows of the map a launch works on.
-int64_t rows_at_once(int64_t classes) { return std::min(classes, std::max<int64_t>(1, kDerivatives / classes)); }
+int64_t rows_at_once(int64_t classes) { return std::min(classes, std::max<int64_t>(1, most_derivatives() / classes)); }
 
 // Calls f(rows) for the rows of the map, `held` at a time.
 template <typename F>

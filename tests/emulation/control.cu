@@ -51,6 +51,7 @@ void set_order(int order, uint64_t seed) {
 }
 
 int64_t launches() { return std::exchange(emulation::launches, 0); }
+void only_count(bool only) { emulation::only_counted = only; }
 
 // Runs one block of 64 threads; false if it could not finish.
 bool run_example(const char* name, bool wait, const float* in, float* out) {

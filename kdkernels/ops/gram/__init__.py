@@ -85,8 +85,11 @@ class Gram(torch.autograd.Function):
         )
 
 
-def _gradients(ops, grad_matrices: Tensor, layers: Sequence[Tensor], wanted: Sequence[int]) -> list[Tensor]:
+def _gradients(ops, grad_matrices: Tensor, layers: Sequence[Tensor], wanted: list[int]) -> list[Tensor]:
     """Those of the layers that want one."""
-    if len(wanted) < len(layers):
+    first, count = wanted[0], len(wanted)
+    if wanted == list(range(first, first + count)):  # as where the student's layers come first
+        grad_matrices = grad_matrices[first : first + count]
+    else:
         grad_matrices = torch.stack([grad_matrices[i] for i in wanted])
     return ops.gram_backward(grad_matrices, [layers[i] for i in wanted], native.allows_tf32())

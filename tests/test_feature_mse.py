@@ -192,11 +192,12 @@ def test_one_target_for_every_student_layer(backend, students, channels_last):
         assert_close(grad, correct)
 
 
-def test_targets_that_begin_at_one_place(backend):
+@pytest.mark.parametrize("other", [lambda x: x.mT, lambda x: x.view(torch.float16)], ids=["strides", "dtype"])
+def test_targets_that_begin_at_one_place(backend, other):
     """They are not the same tensor for that."""
     problem = draw(3, [(6, 6), (6, 6)], [(4, 6, 6)])
-    target = problem.targets[0][0].detach()
-    check(backend, problem._replace(targets=[[target], [target.mT]]))
+    target = problem.targets[0][0].detach().bfloat16()
+    check(backend, problem._replace(targets=[[target], [other(target)]]))
 
 
 @pytest.mark.parametrize("wanted", range(8))

@@ -77,12 +77,11 @@ template <typename T>
 void add_runs(const T* in, int64_t groups, int64_t count, int64_t run, T scale, T* out) {
   constexpr int64_t lanes = Vec<T>::size;
   int64_t done = 0;  // groups
-  if (run < lanes)
-    with_short_runs<T>(count, run, [&](auto count, auto run) {
-      for (; (done + lanes / run) <= groups; done += lanes / run)
-        store<T>(out + done * run, scale * sums_of_runs<T, count, run>(in + done * count * run,
-                                                                       std::make_integer_sequence<int64_t, lanes>()));
-    });
+  with_short_runs<T>(count, run, [&](auto count, auto run) {
+    for (; (done + lanes / run) <= groups; done += lanes / run)
+      store<T>(out + done * run, scale * sums_of_runs<T, count, run>(in + done * count * run,
+                                                                     std::make_integer_sequence<int64_t, lanes>()));
+  });
   for (int64_t g = done; g < groups; ++g)
     for_vectors<T>(0, run, [&](int64_t r, int64_t n) {
       const T* first = in + g * count * run + r;
@@ -97,12 +96,11 @@ template <typename T>
 void repeat_runs(const T* in, int64_t groups, int64_t count, int64_t run, T* out) {
   constexpr int64_t lanes = Vec<T>::size;
   int64_t done = 0;  // groups
-  if (run < lanes)
-    with_short_runs<T>(count, run, [&](auto count, auto run) {
-      for (; (done + lanes / run) <= groups; done += lanes / run)
-        store_repeated<T, count, run>(load<T>(in + done * run), out + done * count * run,
-                                      std::make_integer_sequence<int64_t, lanes>());
-    });
+  with_short_runs<T>(count, run, [&](auto count, auto run) {
+    for (; (done + lanes / run) <= groups; done += lanes / run)
+      store_repeated<T, count, run>(load<T>(in + done * run), out + done * count * run,
+                                    std::make_integer_sequence<int64_t, lanes>());
+  });
   for (int64_t g = done; g < groups; ++g)
     for_vectors<T>(0, run, [&](int64_t r, int64_t n) {
       const auto value = load_first<T>(in + g * run + r, n, T(0));

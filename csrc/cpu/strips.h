@@ -92,7 +92,7 @@ void mirror_upper(T* matrix, int64_t size, int64_t line) {
   parallel_blocks((blocks + 1) / 2, 1, 1 + (1 << 13) / size, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       mirror(b * lanes);
-      if (blocks - 1 - b != b) mirror((blocks - 1 - b) * lanes);
+      mirror((blocks - 1 - b) * lanes);  // the one in the middle again
     }
   });
 }
@@ -132,7 +132,7 @@ struct Strip {
     constexpr int64_t rows = 8;
     parallel_blocks(columns, Vec<T>::size, 1 + (1 << 15) / count, [&](int64_t j0, int64_t j1) {
       for (int64_t i0 = 0; i0 < count; i0 += rows)
-        for_vectors<T>(std::max(j0, i0 + 1), j1, [&](int64_t j, int64_t lanes) {
+        for_vectors<T>(std::max(j0, i0), j1, [&](int64_t j, int64_t lanes) {
           Wide sum = {};
           for (int64_t i = i0; i < std::min(count, i0 + rows); ++i) {
             const V values = value(at(i, j), lanes);

@@ -77,7 +77,6 @@ struct Axis {
   // Calls f(o, weight) for the pixels of the grid into which a pixel of the map goes.
   template <typename F>
   __device__ void uses(int pixel, const F& f) const {
-    if (pixel < begin || pixel >= end) return;
     int first = pixel, last = pixel;
     if (cropped) widen(begin, end, size, first, last);
     if (size != padded) widen(0, size, padded, first, last);

@@ -121,6 +121,27 @@ def test_dead_tiny_and_huge_patches() -> None:
     assert (leaf.grad[..., :2, :] == 0).all()
 
 
+@pytest.mark.parametrize("norm", [1e-41, 1e41])
+def test_norms_without_an_inverse_in_float32(norm: float) -> None:
+    """The larger is that of a hundred thousand of the largest numbers."""
+    maps = torch.full((1, 100_000 if norm > 1 else 4, 2, 2), 1.0)
+    maps *= norm / (maps.shape[1] ** 0.5)
+    assert_close(patches(maps, 2, eps=0.0, backend="native"), patches(maps.double(), 2, eps=0.0, backend="reference"))
+
+
+def test_nan_of_one_patch_stays_with_its_pixels() -> None:
+    """Those of its neighbours' pixels that it might have been made of, but is not, get nothing of its gradient."""
+    maps = torch.randn(1, 2, 7, 5, requires_grad=True)
+    rows = patches(maps, 3, partition="resize", backend="native")
+    slopes = torch.zeros_like(rows)
+    slopes[4] = torch.randn(rows.shape[1])
+    (touched,) = torch.autograd.grad(rows, maps, slopes, retain_graph=True)
+    slopes[4, 0] = torch.nan
+    (gradient,) = torch.autograd.grad(rows, maps, slopes)
+    assert torch.equal(gradient.isnan(), touched != 0)
+    assert (touched != 0).sum() < touched.numel() / 2
+
+
 def test_nan_and_inf_give_nan() -> None:
     for bad in (torch.nan, torch.inf):
         maps = torch.randn(2, 2, 4, 4)

@@ -260,7 +260,7 @@ T* Congruences<T, E>::add_norm(Round& now, const Sets& sets, const Side<T>& a, c
   Fold<T> fold{parts, int(splits), int(a.width), int(b.width), symmetric, coefficient};
   fold.out = keep ? new_memory(sets.count * size) : nullptr;
   if (transposed) fold.transposed = *transposed = new_memory(sets.count * size);
-  fold.batch = sets.count;
+  fold.batch = int(sets.count);
   fold.partials = new_parts(blocks);
   now.folds.push_back({fold, blocks});
   return fold.out;

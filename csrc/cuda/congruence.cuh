@@ -69,8 +69,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
   const int index = group.index();
   const Gram<T>& p = group.problems[index];
   const int across = (p.rows - p.first + kTile - 1) / kTile, lines = (p.height + kTile - 1) / kTile;
-  const int64_t per_batch = int64_t(lines) * across - int64_t(lines) * (lines - 1) / 2;
-  const int64_t batch = group.block(index) / per_batch;
+  const int per_batch = int(triangle(lines, across)), batch = group.block(index) / per_batch;
   const Place place = Place::in_triangle(group.block(index) % per_batch, across);
   const int columns = p.rows - p.first;
 
@@ -121,12 +120,11 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
   const int index = group.index();
   const Product<T, E>& p = group.problems[index];
   const int lines = (p.rows + kTile - 1) / kTile, across = (p.columns + kTile - 1) / kTile;
-  const int64_t per_part = p.symmetric ? int64_t(lines) * (lines + 1) / 2 : int64_t(lines) * across;
-  const int64_t part = group.block(index) / per_part, tile_index = group.block(index) % per_part;
-  const int64_t batch = part / p.splits;
-  const int begin = int(part % p.splits) * p.split_depth;
+  const int per_part = p.symmetric ? int(triangle(lines, lines)) : lines * across;
+  const int part = group.block(index) / per_part, tile_index = group.block(index) % per_part;
+  const int batch = part / p.splits, begin = part % p.splits * p.split_depth;
   const Place place = p.symmetric ? Place::in_triangle(tile_index, across)
-                                  : Place{int(tile_index / across) * kTile, int(tile_index % across) * kTile};
+                                  : Place{tile_index / across * kTile, tile_index % across * kTile};
   const auto term = [&](int i) {
     const int end = min(p.depth[i], begin + p.split_depth);
     return Term<Matrix<T>, Matrix<E>>{p.a[i].from(batch * p.batch_a[i]), p.b[i].from(batch * p.batch_b[i]), begin,
@@ -155,7 +153,8 @@ struct Fold {
   bool symmetric;       // of the parts, only what is on the diagonal and to the right of it is there
   double coefficient;   // of the sum of squares
   T *out, *transposed;  // null if not wanted
-  int64_t batch, partials;
+  int batch;            // of fewer than 2^31 lines in all
+  int64_t partials;
 };
 
 // Adds them up, and sums the squares.
@@ -164,17 +163,18 @@ __global__ void __launch_bounds__(kFoldThreads)
     fold_kernel(const __grid_constant__ Group<Fold<T>> group, double* partials) {
   const int index = group.index();
   const Fold<T>& p = group.problems[index];
-  const int64_t size = int64_t(p.rows) * p.columns;
+  const int64_t size = int64_t(p.rows) * p.columns, first = int64_t(group.block(index)) * kFoldEach * kFoldThreads;
+  const int first_line = int(first / p.columns), first_column = int(first % p.columns), lines = p.batch * p.rows;
   double squares = 0;
   for (int e = 0; e < kFoldEach; ++e) {
-    const int64_t i = (group.block(index) * kFoldEach + e) * kFoldThreads + threadIdx.x;
-    if (i >= p.batch * size) break;
-    const int64_t batch = i / size;
-    const int r = int(i % size / p.columns), s = int(i % p.columns);
+    const int place = first_column + e * kFoldThreads + int(threadIdx.x);
+    const int line = first_line + place / p.columns, s = place % p.columns;
+    if (line >= lines) break;
+    const int batch = line / p.rows, r = line % p.rows;
     const int64_t from = p.symmetric && r > s ? int64_t(s) * p.columns + r : int64_t(r) * p.columns + s;
     T sum = 0;
-    for (int split = 0; split < p.splits; ++split) sum += p.parts[(batch * p.splits + split) * size + from];
-    if (p.out) p.out[i] = sum;
+    for (int split = 0; split < p.splits; ++split) sum += p.parts[(int64_t(batch) * p.splits + split) * size + from];
+    if (p.out) p.out[batch * size + int64_t(r) * p.columns + s] = sum;
     if (p.transposed) p.transposed[batch * size + int64_t(s) * p.rows + r] = sum;
     squares += double(sum) * double(sum);
   }

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kCentreColumns* kCentreLines)
   SHARED_ARRAY(double, sums, kCentreColumns* kCentreLines);
   const int index = group.index();
   const Centring<T>& p = group.problems[index];
-  const int column = int(group.block(index)) * kCentreColumns + int(threadIdx.x) % kCentreColumns;
+  const int column = group.block(index) * kCentreColumns + int(threadIdx.x) % kCentreColumns;
   const int line = int(threadIdx.x) / kCentreColumns;
   const bool inside = column < p.width;
   double sum = 0;

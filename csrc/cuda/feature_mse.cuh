@@ -2,25 +2,12 @@
 // read, along each axis over windows that overlap where they do not divide it.
 #pragma once
 
+#include "divisor.cuh"
 #include "elements.cuh"
 #include "group.cuh"
 #include "tuning.cuh"
 
 namespace kdkernels {
-
-// Divides numbers from 0 to 2^31 by one that the host knows, by a multiplication (Granlund and Montgomery 1994).
-struct Divisor {
-  int value, shift;
-  uint32_t multiplier;
-
-  static Divisor of(int value) {
-    int bits = 0;
-    while ((int64_t(1) << bits) < value) ++bits;
-    return {value, 31 + bits, uint32_t((uint64_t(1) << (31 + bits)) / value + 1)};
-  }
-  __device__ int quotient(int number) const { return int(uint64_t(number) * multiplier >> shift); }
-  __device__ int remainder(int number) const { return number - quotient(number) * value; }
-};
 
 // Half-open ranges.
 struct Window {
@@ -122,9 +109,9 @@ __global__ void __launch_bounds__(kMapThreads, 1)
     error_kernel(const __grid_constant__ Group<Pair> group, int pairs, int parts, double* partials) {
   const int index = group.index();
   const Pair& p = group.problems[index];
-  const int64_t sample = group.block(index) / parts, part = group.block(index) % parts;
+  const int sample = group.block(index) / parts, part = group.block(index) % parts;
   const int size = p.grid.size(), length = ((size + parts - 1) / parts + 3) / 4 * 4;
-  const int begin = int(min(part * length, int64_t(size))), end = min(length, size - begin) + begin;
+  const int begin = int(min(int64_t(part) * length, int64_t(size))), end = min(length, size - begin) + begin;
   double sum = 0;
   for_each_difference<T>(p, sample, begin, end, [&](int, const auto& differences) {
     T squares = 0;
@@ -132,7 +119,7 @@ __global__ void __launch_bounds__(kMapThreads, 1)
     sum += double(squares);
   });
   sum = block_reduce(sum, Sum<double>());
-  if (threadIdx.x == 0) partials[(sample * pairs + p.number) * parts + part] = sum / size;
+  if (threadIdx.x == 0) partials[(int64_t(sample) * pairs + p.number) * parts + part] = sum / size;
 }
 
 // samples x student layers x teacher layers, in any strides; its entries are numbered in this order.
@@ -199,7 +186,7 @@ __global__ void __launch_bounds__(kMapThreads, 1)
   const PairGradients<T>& p = group.problems[index];
   const int size = p.pair.grid.size(), parts = (size + kNumbers - 1) / kNumbers;
   const int64_t sample = group.block(index) / parts, first = sample * size;
-  const int begin = int(group.block(index) % parts) * kNumbers;
+  const int begin = group.block(index) % parts * kNumbers;
   const double weight = slope.weights.at<T>(sample * pairs + p.pair.number);
   const T factor = T(2 * slope.scale * read<double>(slope.grad_loss, slope.type, 0) * weight / size);
   for_each_difference<T>(p.pair, sample, begin, begin + min(kNumbers, size - begin), [&](int i, const auto& values) {
@@ -227,7 +214,7 @@ __global__ void __launch_bounds__(kMapThreads, 1) spread_kernel(const __grid_con
   const Spreading<T>& p = group.problems[index];
   const int size = p.maps.size(), parts = (size + kNumbers - 1) / kNumbers;
   const int64_t sample = group.block(index) / parts;
-  const int begin = int(group.block(index) % parts) * kNumbers, end = begin + min(kNumbers, size - begin);
+  const int begin = group.block(index) % parts * kNumbers, end = begin + min(kNumbers, size - begin);
   const T* const of_grid = p.of_grid + sample * p.grid.size();
   const auto share = [&](const Grid::Place& place) {
     const Window down = Window::of(place.line, p.maps.height, p.grid.height),

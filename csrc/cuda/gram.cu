@@ -112,8 +112,8 @@ std::vector<Tensor> run_backward(const Tensor& grad, const std::vector<Tensor>& 
   const std::vector<Tensor> layers = readable(features);
   const int64_t count = layers.size(), batch = layers[0].size(0), area = batch * batch;
   const Tensor sums = new_compact(grad, {count, batch, batch});
-  launch(add_transposed_kernel<T>, (count * area + kSlopeThreads - 1) / kSlopeThreads, kSlopeThreads, 0, device.stream,
-         grad.const_data_ptr<T>(), grad.stride(0), grad.stride(1), grad.stride(2), batch, count, data_of<T>(sums));
+  launch(add_transposed_kernel<T>, count * batch, threads_for(batch, 1), 0, device.stream, grad.const_data_ptr<T>(),
+         grad.stride(0), grad.stride(1), grad.stride(2), int(batch), data_of<T>(sums));
 
   std::vector<Tensor> grads;
   for (const Tensor& layer : layers) grads.push_back(new_compact(layer, {batch, layer.numel() / batch}));

@@ -61,14 +61,14 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<Computed<E>>)
   const int index = group.index();
   const Similarity<E>& p = group.problems[index];
   const int across = (batch + kTile - 1) / kTile;
-  const int64_t block = group.block(index), in_a_part = int64_t(across) * (across + 1) / 2;
+  const int block = group.block(index), in_a_part = int(triangle(across, across));
   const Place place = Place::in_triangle(block % in_a_part, across);
-  const int begin = int(block / in_a_part) * p.part_depth;
+  const int begin = block / in_a_part * p.part_depth;
   const int end = begin + min(p.part_depth, p.features.depth - begin);
   Tile<T> tile = multiply_tiles<T, true, true, Features<E>>({p.features, p.features, begin, end},
                                                             {p.features, p.features, 0, 0}, place.row, batch,
                                                             place.column, batch, tf32, place.row == place.column);
-  T* const out = p.parts == 1 ? p.out : p.out + block * kTile * kTile;
+  T* const out = p.parts == 1 ? p.out : p.out + int64_t(block) * kTile * kTile;
   const bool whole = p.parts == 1;
   tile.for_each([&](int i, int j, T& entry) {
     const int r = tile.row(i), s = tile.column(j);
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kPartEntries* kPartLines)
   const int index = group.index();
   const Parts<T>& p = group.problems[index];
   const int across = (batch + kTile - 1) / kTile;
-  const int64_t in_a_part = int64_t(across) * (across + 1) / 2, first = group.block(index) * kPartEntries;
+  const int64_t in_a_part = triangle(across, across), first = int64_t(group.block(index)) * kPartEntries;
   const int lane = int(threadIdx.x) % kPartEntries, line = int(threadIdx.x) / kPartEntries;
   T sum = 0;
 #pragma unroll 4
@@ -105,21 +105,19 @@ __global__ void __launch_bounds__(kPartEntries* kPartLines)
   __syncthreads();
   if (line > 0) return;
   for (int other = 1; other < kPartLines; ++other) sum += sums[other * kPartEntries + lane];
-  const Place place = Place::in_triangle(first / (kTile * kTile), across);
+  const Place place = Place::in_triangle(int(first / (kTile * kTile)), across);
   const int entry = int(first % (kTile * kTile)) + lane;
   write_mirrored(p.matrix, batch, place.row + entry / kTile, place.column + entry % kTile, sum);
 }
 
-// sums = slopes + slopesᵀ, matrix by matrix. The slopes may have any strides.
+// sums = slopes + slopesᵀ, matrix by matrix, a block for each line. The slopes may have any strides.
 template <typename T>
-__global__ void __launch_bounds__(kSlopeThreads)
-    add_transposed_kernel(const T* slopes, int64_t matrix, int64_t row, int64_t column, int64_t batch, int64_t count,
-                          T* sums) {
-  const int64_t place = int64_t(blockIdx.x) * kSlopeThreads + threadIdx.x;
-  if (place >= count * batch * batch) return;
-  const int64_t i = place / batch % batch, j = place % batch;
-  slopes += place / (batch * batch) * matrix;
-  sums[place] = slopes[i * row + j * column] + slopes[j * row + i * column];
+__global__ void __launch_bounds__(512)
+    add_transposed_kernel(const T* slopes, int64_t matrix, int64_t row, int64_t column, int batch, T* sums) {
+  const int64_t i = blockIdx.x % batch;
+  slopes += blockIdx.x / batch * matrix;
+  for (int64_t j = threadIdx.x; j < batch; j += blockDim.x)
+    sums[int64_t(blockIdx.x) * batch + j] = slopes[i * row + j * column] + slopes[j * row + i * column];
 }
 
 template <typename E>
@@ -137,7 +135,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<Computed<E>>)
   const int index = group.index();
   const FeatureGradient<E>& p = group.problems[index];
   const int depth = p.features.depth, lines = (batch + kTile - 1) / kTile;
-  const int row = int(group.block(index) % lines) * kTile, column = int(group.block(index) / lines) * kTile;
+  const int row = group.block(index) % lines * kTile, column = group.block(index) / lines * kTile;
   Tile<T> tile = multiply_tiles<T, true, false, Matrix<T>, Features<E>>(
       {p.sums, p.features, 0, batch}, {p.sums, p.features, 0, 0}, row, batch, column, depth, tf32);
   with_type(p.features.type, [&](auto type) {

@@ -30,7 +30,7 @@ struct Group {
     while (i + 1 < count && int64_t(blockIdx.x) >= first[i + 1]) ++i;
     return i;
   }
-  __device__ int64_t block(int i) const { return int64_t(blockIdx.x) - first[i]; }
+  __device__ int block(int i) const { return int(blockIdx.x - first[i]); }
 };
 
 // Each problem with the number of blocks it takes.

@@ -84,7 +84,7 @@ int64_t column_blocks(const Network<T>& network, int64_t samples) {
 template <typename T>
 void add_columns(Group<Columns<T>>& group, const Network<T>& network, const int* cold, T factor, const IccRows& rows) {
   if (network.grad)
-    group.add({network, cold, factor, rows.first, rows.count, divided(network.batch, kIccSamples)},
+    group.add({network, cold, factor, rows.first, rows.count, int(divided(network.batch, kIccSamples))},
               column_blocks(network, kIccSamples));
 }
 

@@ -106,7 +106,7 @@ struct Columns {
   const int* cold;  // null if there is none
   T factor;
   int first, count;
-  int64_t tiles;  // of samples
+  int tiles;  // of samples
 };
 
 // A block for kIccSamples samples and as many columns as a warp reads at once, its warps sharing the rows; and one more
@@ -124,8 +124,8 @@ __global__ void __launch_bounds__(kIccThreads, 2)
   const int index = group.index();
   const Columns<T>& p = group.problems[index];
   const Network<T>& network = p.network;
-  const int64_t sample = group.block(index) % p.tiles * kIccSamples;
-  const int begin = int(group.block(index) / p.tiles) * width;
+  const int64_t sample = int64_t(group.block(index) % p.tiles) * kIccSamples;
+  const int begin = group.block(index) / p.tiles * width;
   const int warp = int(threadIdx.x) / kWarp, column = begin + int(threadIdx.x) % kWarp * size;
 
   Pack<T> z[kIccSamples], totals[kIccSamples];

@@ -11,9 +11,12 @@ Cut<T> Patching<T, E>::cut(const Shape& s, int64_t k, const Mask& mask, bool res
   // A thread's last index is past the end by as much as a block has threads.
   STD_TORCH_CHECK(s.channels * patch_height * patch_width * k * k <= std::numeric_limits<int>::max() - 512,
                   "patches: one image's maps must have fewer than 2^31 elements");
-  Cut<T> cut{int(s.channels), int(s.height), int(s.width), int(k), int(patch_height), int(patch_width)};
+  Cut<T> cut{int(s.channels), int(s.height), int(s.width), int(k)};
+  cut.patch_height = Divisor::of(int(patch_height));
+  cut.patch_width = Divisor::of(int(patch_width));
   cut.resized = patch_height * k != s.height || patch_width * k != s.width;
   cut.pixel_major = s.channels_last && !mask.weights && !cut.resized;
+  cut.inner = Divisor::of(cut.pixel_major ? cut.channels : cut.patch_area());
   if (!mask.weights) return cut;
 
   const Tensor& weights = *mask.weights;
@@ -60,9 +63,10 @@ Tensor Patching<T, E>::unpack(const Cut<T>& cut, const Shape& s, const T* grad, 
       torch::stable::empty({s.images, s.channels, s.height, s.width}, kScalarType<T>, std::nullopt, like.device(),
                            std::nullopt, s.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   const int64_t size = s.channels * s.height * s.width;
-  unpackings_.push_back({{cut, s.channels_last, grad, scale ? scale->const_data_ptr() : nullptr,
-                          scale ? element_of(*scale) : Element::float32, data_of<T>(maps)},
-                         s.images * ((size + kPatchThreads - 1) / kPatchThreads)});
+  unpackings_.push_back(
+      {{cut, s.channels_last, Divisor::of(s.channels_last ? cut.channels : cut.area()), Divisor::of(cut.width), grad,
+        scale ? scale->const_data_ptr() : nullptr, scale ? element_of(*scale) : Element::float32, data_of<T>(maps)},
+       s.images * ((size + kPixels - 1) / kPixels)});
   return maps;
 }
 

@@ -2,6 +2,7 @@
 // then resized to a multiple of k: linear in the map and separate in height and width.
 #pragma once
 
+#include "divisor.cuh"
 #include "elements.cuh"
 #include "group.cuh"
 #include "tuning.cuh"
@@ -16,14 +17,17 @@ struct Box {
 // How the maps of one network at one stage are cut.
 template <typename T>
 struct Cut {
-  int channels, height, width, k, patch_height, patch_width;
+  int channels, height, width, k;
+  Divisor patch_height, patch_width;
   bool pixel_major;  // the components of a patch vector are ordered pixel, channel rather than channel, pixel
   bool resized;
+  Divisor inner;     // pixels of a patch or, if it is pixel major, channels
   const T* mask;     // images x height x width; null without one
   const Box* boxes;  // of each image; null without a crop
 
   __host__ __device__ int positions() const { return k * k; }
-  __host__ __device__ int length() const { return channels * patch_height * patch_width; }
+  __host__ __device__ int patch_area() const { return patch_height.value * patch_width.value; }
+  __host__ __device__ int length() const { return channels * patch_area(); }
   __host__ __device__ int area() const { return height * width; }
   __host__ __device__ bool resampled() const { return resized || boxes; }
 };
@@ -90,14 +94,14 @@ struct Axis {
 
 template <typename T>
 __device__ Axis<T> vertical(const Cut<T>& cut, int64_t image) {
-  if (!cut.boxes) return {0, cut.height, cut.height, cut.patch_height * cut.k, false};
-  return {cut.boxes[image].top, cut.boxes[image].bottom, cut.height, cut.patch_height * cut.k, true};
+  if (!cut.boxes) return {0, cut.height, cut.height, cut.patch_height.value * cut.k, false};
+  return {cut.boxes[image].top, cut.boxes[image].bottom, cut.height, cut.patch_height.value * cut.k, true};
 }
 
 template <typename T>
 __device__ Axis<T> horizontal(const Cut<T>& cut, int64_t image) {
-  if (!cut.boxes) return {0, cut.width, cut.width, cut.patch_width * cut.k, false};
-  return {cut.boxes[image].left, cut.boxes[image].right, cut.width, cut.patch_width * cut.k, true};
+  if (!cut.boxes) return {0, cut.width, cut.width, cut.patch_width.value * cut.k, false};
+  return {cut.boxes[image].left, cut.boxes[image].right, cut.width, cut.patch_width.value * cut.k, true};
 }
 
 // A mask of any size and strides, made into that of one network's maps.
@@ -179,9 +183,9 @@ __global__ void __launch_bounds__(512, 1) pack_kernel(const __grid_constant__ Gr
   const int index = group.index();
   const Packing<T, E>& p = group.problems[index];
   const Cut<T>& cut = p.cut;
-  const int64_t row = group.block(index), image = row / cut.positions();
-  const int position = int(row % cut.positions());
-  const int top = position / cut.k * cut.patch_height, left = position % cut.k * cut.patch_width;
+  const int64_t row = group.block(index), image = group.block(index) / cut.positions();
+  const int position = group.block(index) % cut.positions();
+  const int top = position / cut.k * cut.patch_height.value, left = position % cut.k * cut.patch_width.value;
   const int length = cut.length();
   const Axis<T> down = vertical(cut, image), across = horizontal(cut, image);
   E* out = p.rows + row * length;
@@ -193,9 +197,9 @@ __global__ void __launch_bounds__(512, 1) pack_kernel(const __grid_constant__ Gr
   };
   double squares = 0;
   for (int j = threadIdx.x; j < length; j += blockDim.x) {
-    const int inner = cut.pixel_major ? cut.channels : cut.patch_height * cut.patch_width;
-    const int c = cut.pixel_major ? j % inner : j / inner, cell = cut.pixel_major ? j / inner : j % inner;
-    const int y = top + cell / cut.patch_width, x = left + cell % cut.patch_width;
+    const int outside = cut.inner.quotient(j), inside = j - outside * cut.inner.value;
+    const int c = cut.pixel_major ? inside : outside, cell = cut.pixel_major ? outside : inside;
+    const int line = cut.patch_width.quotient(cell), y = top + line, x = left + cell - line * cut.patch_width.value;
     T value = 0;
     if (cut.resampled())
       down.taps(y, [&](int v, T weight) {
@@ -255,42 +259,47 @@ template <typename T>
 struct Unpacking {
   Cut<T> cut;
   bool channels_last;
-  const T* grad;      // of the patches
-  const void* scale;  // a number on the device, null for 1
+  Divisor inner, width;  // pixels of a map or, if they are last, channels
+  const T* grad;         // of the patches
+  const void* scale;     // a number on the device, null for 1
   Element scale_type;
   T* maps;  // compact
 };
 
-// Blocks that share an image's maps, each thread writing a pixel: scale times the gradient of the maps.
+// A block per image and kPixels of its maps: scale times their gradient.
 template <typename T>
 __global__ void __launch_bounds__(kPatchThreads, 1) unpack_kernel(const __grid_constant__ Group<Unpacking<T>> group) {
   const int index = group.index();
   const Unpacking<T>& p = group.problems[index];
   const Cut<T>& cut = p.cut;
-  const int size = cut.channels * cut.area(), chunks = (size + kPatchThreads - 1) / kPatchThreads;
+  const int size = cut.channels * cut.area(), chunks = (size + kPixels - 1) / kPixels;
   const int64_t image = group.block(index) / chunks;
-  const int i = int(group.block(index) % chunks) * kPatchThreads + int(threadIdx.x);
-  if (i >= size) return;
-  const int c = p.channels_last ? i % cut.channels : i / cut.area();
-  const int pixel = p.channels_last ? i / cut.channels : i % cut.area();
-  const int y = pixel / cut.width, x = pixel % cut.width;
+  const int begin = group.block(index) % chunks * kPixels, end = begin + min(kPixels, size - begin);
+  const int length = cut.length();
+  const T* const patches = p.grad + image * cut.positions() * length;
+  const T* const mask = cut.mask ? cut.mask + image * cut.area() : nullptr;
+  const T scale = p.scale ? read<T>(p.scale, p.scale_type, 0) : T(1);
+  T* const maps = p.maps + image * size;
 
-  const T* patches = p.grad + image * cut.positions() * cut.length();
-  const auto of_grid = [&](int v, int h) {
-    const int position = v / cut.patch_height * cut.k + h / cut.patch_width;
-    const int cell = v % cut.patch_height * cut.patch_width + h % cut.patch_width;
-    const int component = cut.pixel_major ? cell * cut.channels + c : c * cut.patch_height * cut.patch_width + cell;
-    return patches[int64_t(position) * cut.length() + component];
-  };
-  T result = 0;
-  if (cut.resampled())
-    vertical(cut, image).uses(y, [&](int v, T weight) {
-      horizontal(cut, image).uses(x, [&](int h, T its_weight) { result += weight * its_weight * of_grid(v, h); });
-    });
-  else
-    result = of_grid(y, x);
-  if (cut.mask) result *= cut.mask[image * cut.area() + pixel];
-  p.maps[image * size + i] = (p.scale ? read<T>(p.scale, p.scale_type, 0) : T(1)) * result;
+  for (int i = begin + int(threadIdx.x); i < end; i += kPatchThreads) {
+    const int outside = p.inner.quotient(i), inside = i - outside * p.inner.value;
+    const int c = p.channels_last ? inside : outside, pixel = p.channels_last ? outside : inside;
+    const int y = p.width.quotient(pixel), x = pixel - y * cut.width;
+    const auto of_grid = [&](int v, int h) {
+      const int down = cut.patch_height.quotient(v), across = cut.patch_width.quotient(h);
+      const int cell = (v - down * cut.patch_height.value) * cut.patch_width.value + h - across * cut.patch_width.value;
+      const int component = cut.pixel_major ? cell * cut.channels + c : c * cut.patch_area() + cell;
+      return patches[int64_t(down * cut.k + across) * length + component];
+    };
+    T result = 0;
+    if (cut.resampled())
+      vertical(cut, image).uses(y, [&](int v, T weight) {
+        horizontal(cut, image).uses(x, [&](int h, T its_weight) { result += weight * its_weight * of_grid(v, h); });
+      });
+    else
+      result = of_grid(y, x);
+    maps[i] = scale * (mask ? result * mask[pixel] : result);
+  }
 }
 
 }  // namespace kdkernels

@@ -165,15 +165,17 @@ struct Tile {
 struct Place {
   int row, column;  // of the tile's first entry
 
-  static __device__ Place in_triangle(int64_t index, int tiles_across) {
+  static __device__ Place in_triangle(int index, int tiles_across) {
     int line = 0;
     for (; index >= tiles_across - line; ++line) index -= tiles_across - line;
-    return {line * kTile, int(line + index) * kTile};
+    return {line * kTile, (line + index) * kTile};
   }
 };
 
 inline int tiles(int64_t size) { return int((size + kTile - 1) / kTile); }
-inline int64_t triangle(int lines, int across) { return int64_t(lines) * across - int64_t(lines) * (lines - 1) / 2; }
+__host__ __device__ inline int64_t triangle(int lines, int across) {
+  return int64_t(lines) * across - int64_t(lines) * (lines - 1) / 2;
+}
 
 // Panels of both operands, of numbers A and B, whose product is computed in T; and all of them that shared memory holds.
 template <typename T, bool AlongA, bool AlongB, typename NumberA, typename NumberB>

@@ -40,13 +40,13 @@ __global__ void __launch_bounds__(kEmbeddingThreads, 1)
   const double norm = sqrt(block_reduce(squares, Sum<double>()));
   const bool dead = p.normalize && norm <= kEmbeddingEps;
   const double power = kIsHalf<E> && p.normalize ? balance(norm) : 1;
-  const double divisor = !p.normalize ? 1 : kIsHalf<E> ? 1 / power : norm;
+  const double multiplier = !p.normalize ? 1 : kIsHalf<E> ? power : 1 / norm;
   E* out = p.rows + row * p.pitch;
   squares = 0;
   for (int j = threadIdx.x; j < p.pitch; j += kEmbeddingThreads) {
     T result = j == p.width ? T(1) : T(0);
     if (j < p.width) {
-      result = dead ? T(0) : T(double(value(j)) / divisor);
+      result = dead ? T(0) : T(double(value(j)) * multiplier);
       squares += double(result) * double(result);
       sum += double(result);
     }

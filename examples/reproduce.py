@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common import options, parallel, results, training
-from common.data import Dataset
+from common.data import DataError, Dataset
 from common.training import Schedule
 from papers import TEACHER, Cell, Number, Paper, Record, Table, cckd, icct, lkd, semckd
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     options.forget(folder.parent)
             for configuration in chosen:
                 Reproduction(configuration, arguments, dataset).run()
-    except training.CheckpointError as error:
+    except (training.CheckpointError, DataError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         raise SystemExit("\nInterrupted. The same command goes on after the last finished epoch.") from None

@@ -372,13 +372,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--generations", count, "generations after the first", lambda r: r.generations, metavar="N")
     group.add_argument("--epochs", type=count, metavar="N", help="epochs of every network")
     group.add_argument("--batch-size", type=count, metavar="N", help="images per batch")
-    add("--share", float, "share of the training images that students see", lambda r: r.share)
-    add("--temperature", float, "temperature of KD", lambda r: r.temperature)
-    add("--tfkd", float, "Tf-KD's share of the teacher", lambda r: r.tfkd)
+    add("--share", options.share, "share of the training images that students see", lambda r: r.share)
+    add("--temperature", options.positive, "temperature of KD", lambda r: r.temperature)
+    add("--tfkd", options.share, "Tf-KD's share of the teacher", lambda r: r.tfkd)
     for transfer in ("kd", "lt", "icct", "at", "sp"):
         add(f"--{transfer}", float, f"weight of {transfer.upper()}", lambda r, t=transfer: getattr(r, t))
     group.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=["CE", "KD", "LT", "ICCT"], help="default: %(default)s"
+        "--methods", nargs="+", choices=METHODS, default=["CE", "KD", "LT", "ICCT"], help="default: CE KD LT ICCT"
     )
     return parser
 

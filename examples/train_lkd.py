@@ -403,7 +403,7 @@ EDGES = np.linspace(-1, 1, 101)
 
 
 def density(features: Tensor, k: int) -> np.ndarray:
-    cosines = kdkernels.local_correlation(features, k)
+    cosines = kdkernels.local_correlation(features, k, partition="resize")
     different = ~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
     counts = torch.histc(cosines[different], len(EDGES) - 1, EDGES[0], EDGES[-1])
     return (counts / counts.sum()).cpu().numpy() / np.diff(EDGES)
@@ -433,11 +433,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--teacher-epochs", count, "epochs of the teacher", lambda r: r.teacher_schedule.epochs, metavar="N")
     add("--caat-epochs", count, "epochs of CAAT", lambda r: r.caat_schedule.epochs, metavar="N")
     add("--batch-size", count, "images per batch", lambda r: r.student_schedule.batch_size, metavar="N")
-    add("--lr", float, "first learning rate of teacher and students", lambda r: r.student_schedule.lr)
-    add("--share", float, "share of the training images that students see", lambda r: r.share)
+    add("--lr", options.positive, "first learning rate of teacher and students", lambda r: r.student_schedule.lr)
+    add("--share", options.share, "share of the training images that students see", lambda r: r.share)
     add("--k", count, "patches per side of a feature map", lambda r: r.k)
     add("--alpha", float, "weight of KD against CE", lambda r: r.alpha)
-    add("--temperature", float, "temperature of KD", lambda r: r.temperature)
+    add("--temperature", options.positive, "temperature of KD", lambda r: r.temperature)
     add("--beta", float, "factor of LKD, a sum over all pairs of patches", lambda r: r.beta)
     add("--threshold", float, "features are cropped to where the mask exceeds this", lambda r: r.threshold)
     for other in ("at", "sp", "cc"):

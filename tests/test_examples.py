@@ -116,6 +116,27 @@ def test_data_errors_are_told_without_a_traceback(tmp_path: Path, capsys: pytest
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--root", "cifar"], "--root is of no use to --data digits"),
+        (["--device", "abacus"], "argument --device: Expected one of cpu, cuda"),
+        (["--backend", "triton", "--device", "cpu"], "argument --backend: backend='triton' cannot run here"),
+        (["--lr", "-1"], "argument --lr: expected a number above 0, got -1"),
+        (["--temperature", "nan"], "argument --temperature: expected a number above 0, got nan"),
+        (["--share", "2"], "argument --share: expected a number in [0, 1], got 2"),
+        (["--batch-size", "5000"], "batch_size=5000 is more than the 1198 training images"),
+    ],
+)
+def test_what_cannot_be_done_is_told_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train_lkd.main(["--out", str(tmp_path), *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_digits_are_real_and_whole() -> None:
     from sklearn.datasets import load_digits
 
@@ -592,6 +613,7 @@ def test_the_overlap_of_histograms() -> None:
     assert train_lkd.overlap(density, np.roll(density, 50)) < 1
     # Without the cosine of each patch with itself, nothing is near 1.
     assert density[-1] == 0
+    assert train_lkd.density(features, 3).sum() > 0  # as the loss, resized where k does not divide the map
 
 
 def test_the_drawn_box_bounds_what_exceeds_the_threshold() -> None:

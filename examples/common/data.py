@@ -18,6 +18,10 @@ from kdkernels.samplers import ClassUniformSampler
 from . import parallel
 
 
+class DataError(ValueError):
+    """A data set does not have what is asked of it."""
+
+
 @dataclass(frozen=True)
 class Images:
     """``pixels`` is uint8, n x c x h x w; ``labels`` is int64, n."""
@@ -131,7 +135,7 @@ class Batches:
         sampler: ClassUniformSampler | None = None,
     ) -> None:
         if len(dataset.train) < batch_size:
-            raise ValueError(f"batch_size={batch_size} is more than the {len(dataset.train)} training images")
+            raise DataError(f"batch_size={batch_size} is more than the {len(dataset.train)} training images")
         self.dataset = dataset
         self.images = Images(dataset.train.pixels.to(device), dataset.train.labels.to(device))
         self.batch_size = batch_size

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdkernels.samplers import ClassUniformSampler
 
 from . import networks, options, parallel, training
-from .data import Dataset
+from .data import DataError, Dataset
 from .networks import StagedNetwork
 from .training import History, Losses, Schedule
 
@@ -105,7 +105,7 @@ def conduct(
             if arguments.fresh:
                 options.forget(arguments.out)
             experiment(dataset).run()
-    except training.CheckpointError as error:
+    except (training.CheckpointError, DataError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         raise SystemExit("\nInterrupted. The same command goes on after the last finished epoch.") from None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+import kdkernels
 
 from . import data, parallel
 
@@ -63,6 +66,13 @@ def positive_int(text: str) -> int:
     return value
 
 
+def positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {value:g}")
+    return value
+
+
 def share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
@@ -71,12 +81,28 @@ def share(text: str) -> float:
 
 
 def load_data(parser: argparse.ArgumentParser, options: argparse.Namespace) -> data.Dataset:
-    """The dataset asked for; what is wrong with its files is said without a traceback."""
+    """The dataset asked for; what is wrong with its files is said without a traceback, and what this machine cannot do
+    before anything is trained."""
+    if options.root and options.data == "digits":
+        parser.error("--root is of no use to --data digits: name the data in that folder by --data")
+    check_machine(parser, options)
     try:
         dataset = data.load(options.data, options.root)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     return dataset.hold_out() if options.validate else dataset
+
+
+def check_machine(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """The device exists, and the backend runs there."""
+    try:
+        logits = torch.zeros(1, 1, device=pick_device(options))
+    except (AssertionError, RuntimeError) as error:  # a PyTorch without CUDA asserts that it has it
+        parser.error(f"argument --device: {str(error).splitlines()[0]}")
+    try:
+        kdkernels.explain("kd_loss", logits, logits, backend=options.backend)
+    except RuntimeError as error:
+        parser.error(f"argument --backend: {error}")
 
 
 def pick_device(options: argparse.Namespace) -> torch.device:

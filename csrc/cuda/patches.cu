@@ -75,7 +75,7 @@ void Patching<T, E>::run() {
   int longest = 0;
   for (const auto& [problem, blocks] : packings_) longest = std::max(longest, problem.cut.length());
   for (const auto& [problem, blocks] : projections_) longest = std::max(longest, problem.length);
-  const int threads = threads_for(longest, 4);
+  const int threads = std::min(threads_for(longest, 4), kPatchThreads);
   launch(mask_kernel<T>, masks_, kPatchThreads, 0, device_.stream);
   launch(pack_kernel<T, E>, packings_, threads, 0, device_.stream);
   launch(denormalise_kernel<T>, projections_, threads, 0, device_.stream);

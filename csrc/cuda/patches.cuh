@@ -179,7 +179,7 @@ struct Packing {
 
 // A block per patch: writes its unit vector and the norm it was divided by; a patch of norm <= eps gives zeros and norm 0.
 template <typename T, typename E>
-__global__ void __launch_bounds__(512, 1) pack_kernel(const __grid_constant__ Group<Packing<T, E>> group) {
+__global__ void __launch_bounds__(kPatchThreads, 1) pack_kernel(const __grid_constant__ Group<Packing<T, E>> group) {
   const int index = group.index();
   const Packing<T, E>& p = group.problems[index];
   const Cut<T>& cut = p.cut;
@@ -250,7 +250,8 @@ __device__ void denormalise(const Projection<T, E>& p, int64_t row) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(512, 1) denormalise_kernel(const __grid_constant__ Group<Projection<T>> group) {
+__global__ void __launch_bounds__(kPatchThreads, 1)
+    denormalise_kernel(const __grid_constant__ Group<Projection<T>> group) {
   const int index = group.index();
   denormalise<T, T>(group.problems[index], group.block(index));
 }

@@ -23,7 +23,7 @@ constexpr int kFoldThreads = 256, kFoldEach = 4;      // entries of a product's 
 constexpr int kDiagonalThreads = 128;                 // a row (congruence.cuh)
 constexpr int kEmbeddingThreads = 128;                // an embedding (correlation_congruence.cuh)
 constexpr int kCentreColumns = 32, kCentreLines = 8;  // columns of embeddings
-constexpr int kPatchThreads = 256;                    // an image's mask, or pixels (patches.cuh)
+constexpr int kPatchThreads = 256;                    // a patch, at most, an image's mask, or pixels (patches.cuh)
 constexpr int kPixels = 4 * kPatchThreads;            // of an image's maps, to a block
 constexpr int kPartEntries = 32, kPartLines = 8;      // entries of a tile's parts (gram.cuh)
 constexpr int kMapThreads = 256, kLossThreads = 512;  // a part of a pair of maps; the errors of all (feature_mse.cuh)

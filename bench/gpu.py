@@ -152,6 +152,22 @@ def _attempt(name: str, loss: Loss, prepare: Callable[[Loss], object], failures:
         torch.cuda.synchronize()
 
 
+def that_fit(variants: dict[str, Loss], memory: dict[str, int], failures: dict[str, str]) -> dict[str, Loss]:
+    """Those whose graphs, which keep what a step needs, have room beside each other: the hungriest are left out."""
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    left = free
+    fitting = set()
+    for name in sorted(variants, key=memory.__getitem__):
+        left -= memory[name]
+        if left > 0:
+            fitting.add(name)
+        else:
+            needed, all_of_it = (f"{count / 2**30:.1f} GiB" for count in (memory[name], free))
+            failures[name] = f"no room for a graph of {needed}: all of them share {all_of_it}"
+    return {name: loss for name, loss in variants.items() if name in fitting}
+
+
 def measure(case: Case, rates: Work) -> Iterator[dict]:
     torch.compiler.reset()
     inputs = to_gpu(case.inputs(*case.arguments))
@@ -162,6 +178,8 @@ def measure(case: Case, rates: Work) -> Iterator[dict]:
     memory = attempt(variants, lambda loss: peak_extra_memory(loss, inputs), failures)
     variants = {name: loss for name, loss in variants.items() if name in memory}
     for how, prepare in (("", launched), (", in a CUDA graph", replayed)):
+        if prepare is replayed:
+            variants = that_fit(variants, {name: memory[name] + gradient_bytes(inputs) for name in variants}, failures)
         steps = attempt(variants, lambda loss, prepare=prepare: prepare(loss, inputs), failures)
         seconds = medians(steps)
         variants = {name: loss for name, loss in variants.items() if seconds.get(name, LONG) < LONG}

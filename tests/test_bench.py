@@ -194,3 +194,14 @@ def test_figures(tmp_path: Path) -> None:
     assert list(report.overview(groups)) == ["ICCT K=9"]
     report.plot(groups, tmp_path / "x.png", across=2)
     assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_graphs_share_the_memory_of_a_gpu(monkeypatch):
+    """The hungriest are left out, with a word why."""
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setattr(gpu.torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(gpu.torch.cuda, "mem_get_info", lambda: (78 * 2**30, 80 * 2**30))
+    memory = {"native": 2**30, "textbook": 50 * 2**30, "torch": 30 * 2**30, "triton": 2 * 2**30}
+    failures = {}
+    assert list(gpu.that_fit(dict.fromkeys(memory), memory, failures)) == ["native", "torch", "triton"]
+    assert failures == {"textbook": "no room for a graph of 50.0 GiB: all of them share 78.0 GiB"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from mktestdocs import check_md_file
+
+import kdkernels
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -47,3 +50,15 @@ def test_public_names_have_docstrings(name: str) -> None:
     methods = [vars(value) for value in map(vars(module).get, module.__all__) if inspect.isclass(value)]
     public = {name: m for found in methods for name, m in found.items() if inspect.isfunction(m) and name[0] != "_"}
     assert {name for name, method in public.items() if name != "forward" and not inspect.getdoc(method)} == set()
+
+
+def test_type_checkers_see_every_function() -> None:
+    """What a star imports they take from a list of names that is written out, not from a computed one."""
+    package = ast.parse(Path(kdkernels.__file__).read_text()).body
+    stars = [node.module for node in package if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"]
+    names = []
+    for module in stars:
+        file = importlib.import_module(f"kdkernels.{module}").__file__
+        assigned = [node for node in ast.parse(Path(file).read_text()).body if isinstance(node, ast.Assign)]
+        names += ast.literal_eval(next(node.value for node in assigned if ast.unparse(node.targets) == "__all__"))
+    assert sorted(names) == kdkernels.functional.__all__

@@ -242,6 +242,7 @@ def test_launches_are_weighed_against_multiply_adds():
     """At the paper's batch all stages share one form, where each of the others would cost less in feature space."""
     assert plans_of_cifar(64, launched=False)[0] == [GRAM, FEATURE, FEATURE]
     assert plans_of_cifar(64) == ([GRAM] * 3, 2)
+    assert plans_of_cifar(65)[0] == [GRAM, FEATURE, FEATURE]  # which is more than one strip
     assert plans_of_cifar(128) == ([FEATURE] * 3, 3)
     assert plans_of_cifar(64, "feature") == ([FEATURE] * 3, 3)
     assert plans_of_cifar(128, "gram") == ([GRAM] * 3, 2)

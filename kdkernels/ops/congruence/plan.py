@@ -59,6 +59,8 @@ TILE_ENTRY = 16
 # the accuracy of float32 takes six. No kernel here comes near that rate; but where launches matter, one has too few
 # blocks to fill the GPU, and those of further stages run beside them. Not measured yet.
 LAUNCH = 250_000_000
+# Up to how many rows the CUDA kernels hold D as a whole (csrc/cuda/congruence.cu): of more, its strips take turns.
+ONE_STRIP = 1024
 # Up to how many rows SP holds its Gram matrices (csrc/cpu/similarity_preserving.cpp).
 HELD_ROWS = 512
 
@@ -159,7 +161,7 @@ def make_plans(form: str, problems: tuple[Problem, ...], *, launched: bool) -> t
 
 def _make_plans(form: str, problems: tuple[Problem, ...], launched: bool) -> tuple[Plan, ...]:
     plans = tuple(_make_plan(form, problem, not launched) for problem in problems)
-    if form != "auto" or not launched:
+    if form != "auto" or not launched or any(problem.rows > ONE_STRIP for problem in problems):
         return plans
     choices = [plans, *(tuple(_make_plan(named, problem) for problem in problems) for named in FORMS[1:])]
     costs = [
@@ -204,8 +206,8 @@ def _cost(plan: Plan, problem: Problem) -> int:
 
 
 def launches(plans: tuple[Plan, ...], problems: tuple[Problem, ...]) -> int:
-    """How many CUDA kernels it takes: in the order of the sums, the tiles of all Gram matrices, or the products of the
-    feature form and what their parts add up to; then all gradients."""
+    """How many CUDA kernels it takes where D is one strip: in the order of the sums, the tiles of all Gram matrices, or
+    the products of the feature form and what their parts add up to; then all gradients."""
     forms = [[form for form, *_ in _sums(*one)] for one in zip(plans, problems, strict=True)]
     turns = [{sums[turn] for sums in forms if turn < len(sums)} for turn in range(3)]
     return sum((GRAM in turn) + 2 * (FEATURE in turn) + 1 for turn in turns if turn)

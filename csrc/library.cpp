@@ -35,11 +35,12 @@ STABLE_TORCH_LIBRARY(kdkernels, m) {
   m.def(
       "similarity_preserving(Tensor student, Tensor teacher, float scale, bool feature, bool grad_student,"
       " bool grad_teacher) -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)");
-  // masks: none, or one per stage. coefficients and plans: four and three numbers per stage. wanted and grad_rows: a flag and
-  // the gradient of the patches before normalisation for the student's features of every stage, then for the teacher's.
+  // masks: none, or one per stage. weights: of pairs of one image, of one position, and of neither; mean: each sum is divided by
+  // its number of pairs. plans: three form codes per stage. wanted and grad_rows: a flag and the gradient of the patches before
+  // normalisation for the student's features of every stage, then for the teacher's.
   m.def(
-      "local_correlation(Tensor[] students, Tensor[] teachers, Tensor[] masks, int[] k, float[] coefficients,"
-      " int[] plans, float? threshold, bool resize, float eps, int[] wanted, bool tf32=False)"
+      "local_correlation(Tensor[] students, Tensor[] teachers, Tensor[] masks, int[] k, float[] weights,"
+      " bool mean, int[] plans, float? threshold, bool resize, float eps, int[] wanted, bool tf32=False)"
       " -> (Tensor loss, Tensor[] grad_rows)");
   m.def(
       "local_correlation_backward(Tensor grad_loss, Tensor[] grad_rows, int[] shapes, Tensor[] masks, int[] k,"

@@ -161,9 +161,8 @@ def _local_correlation_stages(
 
 def _sum_over_ranks(ranks: Ranks, stage: Stage, form: str) -> Sum:
     from .ops.congruence.distributed import costs
-    from .ops.local_correlation.distributed import coefficients_over
 
-    by_position = coefficients_over(ranks, stage).inter_same != 0
+    by_position = stage.coefficients_for(ranks.samples).inter_same != 0
     modelled = costs(ranks, stage.k**2, *stage.lengths, by_position)
     cost = {named: round(modelled[str(named)]) for named in (GRAM, FEATURE)}
     chosen = min(cost, key=cost.__getitem__) if form == "auto" else {"gram": GRAM, "feature": FEATURE}[form]

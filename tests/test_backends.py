@@ -210,7 +210,7 @@ def operator_arguments() -> dict[str, list[tuple]]:
         other = torch.randn(len(maps), 2, 6, 3)
         masks = [] if own_mask is None else [own_mask, own_mask]
         wanted = [[1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 0, 0]][i % 3]
-        settings = (masks, k, [1.0, 0.5, 2.0, 0.3] * 2, [0, 7, 0] * 2, threshold, resize, 1e-8)
+        settings = (masks, k, [1.0, 0.5, 2.0], resize, [0, 7, 0] * 2, threshold, resize, 1e-8)
         stages = [maps, maps], [torch.randn(len(maps), 2, 6, 2), other]
         losses.append((*stages, *settings, wanted))
         _, of_rows = native.ops.local_correlation(*losses[-1])

@@ -100,6 +100,29 @@ def test_compiled_for_changing_sizes(name):
                 assert_close(found, expected, name)
 
 
+@needs_native
+def test_compiled_once_for_every_form():
+    """LKD's mean is made of factors that depend on the batch, and yet not every size has a graph of its own."""
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        return kdkernels.local_correlation_loss(student, teacher, 2, reduction="mean", backend="native")
+
+    batches = [
+        (torch.randn(batch, 3, 4, 4, requires_grad=True), torch.randn(batch, 5, 4, 4))
+        for batch in (6, 2, 8, 11, 9, 12, 20, 13, 7, 10, 14, 17)
+    ]
+    explained = [kdkernels.explain("local_correlation_loss", *maps, 2, reduction="mean") for maps in batches]
+    forms = {tuple(part.form for part in of_batch.stages[0]) for of_batch in explained}
+    assert len(forms) == 2
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=len(forms)):
+        for maps in batches:
+            (found, (gradient, _)), (expected, (correct, _)) = (loss_and_gradients(f, *maps) for f in (compiled, loss))
+            assert_close(found, expected)
+            assert_close(gradient, correct)
+
+
 def test_compiled_with_one_map_for_several_pairs():
     def loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
         return kdkernels.cross_layer_mse([[student, student]], [[teacher, teacher]], weights)
@@ -113,14 +136,14 @@ def test_compiled_with_one_map_for_several_pairs():
 
 @every_loss
 def test_exported(name):
-    """For batches of any size, but for losses whose form follows it."""
-    step, images = LOSSES[name](), torch.randn(5, 3, 4, 4)
-    fixed = name in ("local_correlation", "correlation_congruence bilinear")
-    shapes = None if fixed else ({0: torch.export.Dim("batch", max=12)},)
+    """For batches of any size, in the form that suits the example's."""
+    step, images = LOSSES[name]().double(), torch.randn(5, 3, 4, 4, dtype=torch.float64)
+    largest = 12 if name == "semckd" else 100
     with torch.no_grad():  # autograd functions are not part of an exported program
-        exported = torch.export.export(step, (images,), dynamic_shapes=shapes).module()
-        for batch in (images, images if fixed else torch.randn(8, 3, 4, 4)):
-            assert_close(exported(batch), step(batch), name)
+        exported = torch.export.export(step, (images,), dynamic_shapes=({0: torch.export.Dim("batch", max=largest)},))
+        for batch in (5, 8, largest):
+            images = torch.randn(batch, 3, 4, 4, dtype=torch.float64)
+            assert_close(exported.module()(images), step(images), name)
 
 
 @every_loss

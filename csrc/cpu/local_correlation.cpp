@@ -1,4 +1,5 @@
 // The whole LKD loss, every stage of it, in one call: patches of both networks, their congruence, gradients of the features.
+#include "../relations.h"
 #include "congruence.h"
 #include "operators.h"
 #include "patches.h"
@@ -62,7 +63,7 @@ std::optional<Tensor> mask_of(const std::vector<Tensor>& masks, int64_t stage) {
 
 std::tuple<Tensor, std::vector<Tensor>> local_correlation(
     const std::vector<Tensor>& students, const std::vector<Tensor>& teachers, const std::vector<Tensor>& masks,
-    const std::vector<int64_t>& k, const std::vector<double>& coefficients, const std::vector<int64_t>& plans,
+    const std::vector<int64_t>& k, const std::vector<double>& weights, bool mean, const std::vector<int64_t>& plans,
     std::optional<double> threshold, bool resize, double eps, const std::vector<int64_t>& wanted, bool) {
   const int64_t stages = students.size();
   std::vector<Tensor> grads(2 * stages);
@@ -72,9 +73,9 @@ std::tuple<Tensor, std::vector<Tensor>> local_correlation(
     const Partition student(Shape::of(students[s]), k[s], mask_of(masks, s), threshold, resize);
     const Partition teacher(Shape::of(teachers[s]), k[s], mask_of(masks, s), threshold, resize);
     const auto run = [&](auto type) {
-      return run_stage<decltype(type)>(students[s], teachers[s], student, teacher, eps,
-                                       coefficients_of(&coefficients[4 * s]), plan_of(&plans[3 * s]), wanted[s],
-                                       wanted[stages + s]);
+      const auto coefficients = coefficients_of<Coefficients>(weights, mean, student.images, student.positions());
+      return run_stage<decltype(type)>(students[s], teachers[s], student, teacher, eps, coefficients,
+                                       plan_of(&plans[3 * s]), wanted[s], wanted[stages + s]);
     };
     const bool is_double =
         students[s].scalar_type() == ScalarType::Double || teachers[s].scalar_type() == ScalarType::Double;

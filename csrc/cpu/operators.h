@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_preserving(const Tensor& student, 
 
 std::tuple<Tensor, std::vector<Tensor>> local_correlation(
     const std::vector<Tensor>& students, const std::vector<Tensor>& teachers, const std::vector<Tensor>& masks,
-    const std::vector<int64_t>& k, const std::vector<double>& coefficients, const std::vector<int64_t>& plans,
+    const std::vector<int64_t>& k, const std::vector<double>& weights, bool mean, const std::vector<int64_t>& plans,
     std::optional<double> threshold, bool resize, double eps, const std::vector<int64_t>& wanted, bool tf32);
 
 std::vector<Tensor> local_correlation_backward(const Tensor& grad_loss, const std::vector<Tensor>& grad_rows,

@@ -2,6 +2,7 @@
 
 #include <map>
 
+#include "../relations.h"
 #include "congruence.h"
 #include "patches.h"
 
@@ -40,13 +41,18 @@ std::optional<Tensor> mask_of(const std::vector<Tensor>& masks, int64_t stage) {
 struct Problem {
   const std::vector<Tensor>&students, &teachers, &masks;
   const std::vector<int64_t>& k;
-  const std::vector<double>& coefficients;
+  const std::vector<double>& weights;
+  bool mean;
   const std::vector<int64_t>& plans;
   std::optional<double> threshold;
   bool resize;
   double eps;
   const std::vector<int64_t>& wanted;
   bool tf32;
+
+  Coefficients coefficients(int64_t stage) const {
+    return coefficients_of<Coefficients>(weights, mean, students[stage].size(0), k[stage] * k[stage]);
+  }
 
   bool in_double(int64_t stage) const {
     return students[stage].scalar_type() == ScalarType::Double || teachers[stage].scalar_type() == ScalarType::Double;
@@ -60,7 +66,7 @@ struct Problem {
     const auto whole = [&](const Tensor& maps) { return maps.size(2) % side == 0 && maps.size(3) % side == 0; };
     const auto length = [&](const Tensor& maps) { return maps.numel() / rows; };
     return student.scalar_type() == teacher.scalar_type() && masks.empty() && whole(student) && whole(teacher) &&
-           coefficients[4 * stage] != 0 &&
+           coefficients(stage).full != 0 &&
            settled(Form(plans[3 * stage]), rows, length(student), length(teacher)) == Form::gram;
   }
 
@@ -103,7 +109,7 @@ void run(const Problem& p, const std::vector<int64_t>& stages, const OnDevice& d
     }
     const Network<T, E>&x = networks[networks.size() - 2], &y = networks.back();
     const int64_t rows = p.students[s].size(0) * x.cut.positions();
-    Coefficients coefficients = coefficients_of(&p.coefficients[4 * s]);
+    Coefficients coefficients = p.coefficients(s);
     ending.dead[ending.stages++] = {x.norms, y.norms, rows, coefficients.diagonal};
     coefficients.diagonal = 0;  // its gradient is radial, which the normalisation takes away
     congruences.add(rows, x.cut.positions(), x.side(), y.side(), coefficients, plan_of(&p.plans[3 * s]));
@@ -122,9 +128,9 @@ void run(const Problem& p, const std::vector<int64_t>& stages, const OnDevice& d
 
 std::tuple<Tensor, std::vector<Tensor>> local_correlation(
     const std::vector<Tensor>& students, const std::vector<Tensor>& teachers, const std::vector<Tensor>& masks,
-    const std::vector<int64_t>& k, const std::vector<double>& coefficients, const std::vector<int64_t>& plans,
+    const std::vector<int64_t>& k, const std::vector<double>& weights, bool mean, const std::vector<int64_t>& plans,
     std::optional<double> threshold, bool resize, double eps, const std::vector<int64_t>& wanted, bool tf32) {
-  const Problem problem{students, teachers, masks, k, coefficients, plans, threshold, resize, eps, wanted, tf32};
+  const Problem problem{students, teachers, masks, k, weights, mean, plans, threshold, resize, eps, wanted, tf32};
   const OnDevice device(students[0]);
   const std::vector<Element> types = problem.row_types();
   std::map<Element, std::vector<int64_t>> of_type;

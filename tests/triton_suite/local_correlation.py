@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_matches
+from helpers import assert_matches, loss_and_gradients
 from torch import Tensor
 
 import kdkernels
@@ -38,6 +38,20 @@ def test_local_correlation(device: str, form: str) -> None:
         lambda *maps: run(*maps, backend="reference", form="gram"),
         *maps,
     )
+
+
+def test_local_correlation_compiled_for_any_batch(device: str) -> None:
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        return kdkernels.local_correlation_loss(student, teacher, 2, reduction="mean", form="gram", backend="triton")
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for batch in (6, 4, 9):
+            student, teacher = draw(batch, 2, 2, 2, device=device).requires_grad_(), draw(batch, 3, 2, 2, device=device)
+            found, expected = (loss_and_gradients(lambda x, f=f: f(x, teacher), student) for f in (compiled, loss))  # noqa: B023
+            assert torch.equal(found[0], expected[0])
+            assert torch.equal(found[1][0], expected[1][0])
 
 
 def test_local_correlation_of_a_broken_network(device: str) -> None:

@@ -80,6 +80,14 @@ class Plan(NamedTuple):
         return [form.code for form in self]
 
 
+def known(size: int) -> int:
+    """A size, for the cost model: while torch.export traces sizes without a number, that of its example.
+
+    The program is for any batch, and keeps the forms that are cheapest for the example.
+    """
+    return size.node.hint if isinstance(size, torch.SymInt) and size.node.has_hint() else size
+
+
 def multiply_adds(form: Form, rows: int, d_student: int, d_teacher: int, grad_student: bool, grad_teacher: bool) -> int:
     """Modelled multiply-adds of one loss over ``rows`` rows. Symmetric products are computed by halves."""
 
@@ -149,7 +157,8 @@ def make_plan(
     grad_teacher: bool,
 ) -> Plan:
     """Choose the form of each sum, as ``make_plans`` does for a loss on its own whose kernels need no launch."""
-    problem = Problem(coefficients, rows, positions, d_student, d_teacher, grad_student, grad_teacher)
+    sizes = known(rows), positions, known(d_student), known(d_teacher)
+    problem = Problem(coefficients, *sizes, grad_student, grad_teacher)
     return make_plans(form, (problem,), launched=False)[0]
 
 
@@ -178,14 +187,13 @@ _make_plans_once = functools.lru_cache(maxsize=1024)(_make_plans)
 def _make_plan(form: str, problem: Problem, mixed: bool = True) -> Plan:
     """The cheapest of a loss on its own; ``mixed`` says whether that form is there."""
     coefficients, rows, positions, *sizes = problem
-    plan = Plan(
-        choose_form(form, mixed, rows, *sizes),
-        choose_form(form, False, positions, *sizes),
-        choose_form(form, False, rows // positions, *sizes),
-    )
+    intra, inter_same = (choose_form(form, False, size, *sizes) for size in (positions, rows // positions))
+    if form != "auto" or not coefficients.full:
+        return Plan(choose_form(form, mixed, rows, *sizes), intra, inter_same)
     # Tiles of the whole Gram matrix serve the other two sums for nothing.
-    whole = plan._replace(full=GRAM)
-    return whole if form == "auto" and coefficients.full and _cost(whole, problem) < _cost(plan, problem) else plan
+    plans = [Plan(full, intra, inter_same) for full in candidates(mixed, problem.grad_teacher)]
+    costs = [_cost(plan, problem) for plan in plans]
+    return plans[costs.index(min(costs))]
 
 
 def _sums(plan: Plan, problem: Problem) -> list[tuple[Form, int, int]]:

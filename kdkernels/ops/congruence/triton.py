@@ -66,7 +66,7 @@ class _Congruence(torch.autograd.Function):
 
 library.define(
     "kdkernels_triton::congruence",
-    "(Tensor x, Tensor y, SymInt positions, float[] coefficients, bool[] features, bool grad_x, bool grad_y)"
+    "(Tensor x, Tensor y, SymInt positions, Scalar[] coefficients, bool[] features, bool grad_x, bool grad_y)"
     " -> (Tensor loss, Tensor grad_x, Tensor grad_y)",
 )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import backends, checks, native
 from ..autograd import once
-from ..congruence.plan import FORMS, Coefficients, Plan, Problem, make_plans
+from ..congruence.plan import FORMS, Coefficients, Plan, Problem, known, make_plans
 from ..congruence.reference import feature_form
 from ..patches import check as check_features
 from ..patches import check_mask, patches
@@ -31,12 +31,8 @@ class Stage(NamedTuple):
     reduction: str
 
     @property
-    def factors(self) -> tuple[float, float, float]:
-        return factors(self.weights, self.reduction, self.student.shape[0], self.k**2)
-
-    @property
     def coefficients(self) -> Coefficients:
-        return coefficients(self.factors, self.student.shape[0], self.k**2)
+        return self.coefficients_for(self.student.shape[0])
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -52,9 +48,25 @@ class Stage(NamedTuple):
 
     @property
     def problem(self) -> Problem:
+        images, positions = known(self.student.shape[0]), self.k**2
+        sizes = images * positions, positions, *map(known, self.lengths)
+        return Problem(self.coefficients_for(images), *sizes, *self.wanted)
+
+    def coefficients_for(self, images: int) -> Coefficients:
+        """w₁·intra + w₂·inter_same + w₃·inter_diff as sums over all pairs and corrections to them.
+
+        csrc/relations.h does the same, so that operators need no numbers that depend on the batch.
+        """
         positions = self.k**2
-        rows = self.student.shape[0] * positions
-        return Problem(self.coefficients, rows, positions, *self.lengths, *self.wanted)
+        intra, same, diff = self.weights
+        if self.reduction == "mean":
+            counts = reference.pairs(images, positions)
+            intra, same, diff = (weight / max(count, 1) for weight, count in zip(self.weights, counts, strict=True))
+        if positions == 1:
+            return Coefficients(same, 0.0, 0.0, intra)
+        if images == 1:
+            return Coefficients(intra, 0.0, 0.0, same)
+        return Coefficients(diff, intra - diff, same - diff, diff)
 
 
 class Settings(NamedTuple):
@@ -82,7 +94,7 @@ def _reference_stage(stage: Stage, settings: Settings) -> Tensor:
     student, teacher = student.to(dtype), teacher.to(dtype)
     if settings.form == "feature":
         return feature_form(student, teacher, stage.k**2, stage.coefficients)
-    return reference.local_correlation_loss(student, teacher, stage.k**2, stage.factors)
+    return reference.local_correlation_loss(student, teacher, stage.k**2, stage.weights, stage.reduction == "mean")
 
 
 def _triton(stages: Sequence[Stage], settings: Settings) -> Tensor:
@@ -103,7 +115,8 @@ def _native(stages: Sequence[Stage], settings: Settings) -> Tensor:
     arguments = (
         [stage.mask for stage in stages if stage.mask is not None],
         [stage.k for stage in stages],
-        [coefficient for stage in stages for coefficient in stage.coefficients],
+        stages[0].weights,
+        stages[0].reduction == "mean",
         [code for plan in plans_of(stages, settings.form, "native") for code in plan.codes],
         settings.threshold,
         settings.partition == "resize",
@@ -126,7 +139,7 @@ class _Native(torch.autograd.Function):
     @staticmethod
     def forward(ctx, arguments, *features):
         loss, grads = _call(arguments, features, [int(want) for want in ctx.needs_input_grad[1:]])
-        masks, k, _, _, threshold, resize, _ = arguments
+        masks, k, _, _, _, threshold, resize, _ = arguments
         ctx.save_for_backward(loss, *grads, *masks)  # the loss: by it the graph goes on, see FirstDerivative
         ctx.settings = [number for f in features for number in native.map_shape(f)], k, threshold, resize
         ctx.dtypes = [f.dtype for f in features]
@@ -216,27 +229,6 @@ def _check_stage(
             f"got {tuple(mask.shape[-2:])}"
         )
     return Stage(student, teacher, mask, k, weights, reduction)
-
-
-def factors(
-    weights: tuple[float, float, float], reduction: str, images: int, positions: int
-) -> tuple[float, float, float]:
-    """What the sums of Eqs. 4, 5 and 6 are multiplied by."""
-    if reduction == "sum":
-        return weights
-    intra, same, diff = weights
-    pairs = images * (images - 1) * positions * (positions - 1)
-    return intra / (images * positions**2), same / (positions * images**2), diff / pairs if pairs else 0.0
-
-
-def coefficients(factors: tuple[float, float, float], images: int, positions: int) -> Coefficients:
-    """w₁·intra + w₂·inter_same + w₃·inter_diff written as sums over all pairs and corrections to them."""
-    intra, same, diff = factors
-    if positions == 1:
-        return Coefficients(same, 0.0, 0.0, intra)
-    if images == 1:
-        return Coefficients(intra, 0.0, 0.0, same)
-    return Coefficients(diff, intra - diff, same - diff, diff)
 
 
 def _check_weights(weights: Sequence[float]) -> tuple[float, float, float]:

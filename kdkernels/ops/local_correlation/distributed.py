@@ -11,7 +11,7 @@ from ... import distributed
 from ...distributed import Ranks
 from ...native import accumulation_dtype
 from ..congruence.distributed import congruence
-from . import Settings, Stage, coefficients, factors, patches_of
+from . import Settings, Stage, patches_of
 
 
 def local_correlation_loss(stages: Sequence[Stage], settings: Settings, backend: str, group: object) -> Tensor:
@@ -38,17 +38,10 @@ def meet(stages: Sequence[Stage], settings: Settings, group: object) -> Ranks:
     )
 
 
-def coefficients_over(ranks: Ranks, stage: Stage) -> tuple[float, float, float, float]:
-    """Those of the concatenated batch."""
-    positions = stage.k**2
-    scales = factors(stage.weights, stage.reduction, ranks.samples, positions)
-    return coefficients(scales, ranks.samples, positions)
-
-
 def _stage(ranks: Ranks, stage: Stage, settings: Settings, backend: str) -> Tensor:
     dtype = _dtype(stage)
     x, y = (patches_of(stage, features, settings, backend).to(dtype) for features in stage[:2])
-    return congruence(ranks, x, y, stage.k**2, coefficients_over(ranks, stage), settings.form, backend)
+    return congruence(ranks, x, y, stage.k**2, stage.coefficients_for(ranks.samples), settings.form, backend)
 
 
 def _dtype(stage: Stage) -> torch.dtype:

@@ -25,13 +25,19 @@ def correlation(rows: Tensor, positions: int, relation: str) -> Tensor:
     return full.masked_fill(related, 0)
 
 
+def pairs(images: int, positions: int) -> tuple[int, int, int]:
+    """How many pairs the sums of Eqs. 4, 5 and 6 have."""
+    return images * positions**2, positions * images**2, images * (images - 1) * positions * (positions - 1)
+
+
 def local_correlation_loss(
-    student: Tensor, teacher: Tensor, positions: int, factors: tuple[float, float, float]
+    student: Tensor, teacher: Tensor, positions: int, weights: tuple[float, float, float], mean: bool
 ) -> Tensor:
-    """Eqs. 4-7 on unit patch vectors; a factor of 0 skips its relation."""
+    """Eqs. 4-7 on unit patch vectors, each sum divided by its pairs if ``mean``; a weight of 0 skips its relation."""
     loss = 0 * (student.sum() + teacher.sum())  # differentiable, and NaN for NaN, even when every relation is skipped
-    for relation, factor in zip(RELATIONS[1:], factors, strict=True):
-        if factor:
+    counts = pairs(student.shape[0] // positions, positions)
+    for relation, weight, count in zip(RELATIONS[1:], weights, counts, strict=True):
+        if weight and count:
             difference = correlation(student, positions, relation) - correlation(teacher, positions, relation)
-            loss = loss + factor * difference.square().sum()
+            loss = loss + (weight / count if mean else weight) * difference.square().sum()
     return loss

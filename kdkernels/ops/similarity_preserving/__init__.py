@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import backends, checks, native
 from ..autograd import scaled, times
-from ..congruence.plan import FEATURE, FORMS, GRAM, Form, similarity_costs
+from ..congruence.plan import FEATURE, FORMS, GRAM, Form, known, similarity_costs
 from ..gram import in_memory_order
 from . import reference
 
@@ -38,8 +38,8 @@ def choose_form(student: Tensor, teacher: Tensor, form: str) -> Form:
 
 
 def form_costs(student: Tensor, teacher: Tensor) -> dict[Form, int]:
-    rows = student.shape[0]
-    widths = (features.numel() // rows for features in (student, teacher))
+    rows = known(student.shape[0])
+    widths = (known(features.numel()) // rows for features in (student, teacher))
     grads = (torch.is_grad_enabled() and features.requires_grad for features in (student, teacher))
     return similarity_costs(rows, *widths, *grads)
 

@@ -217,15 +217,18 @@ def _stages(student: object, teacher: object) -> list[tuple[Tensor, Tensor]]:
 
 def _attention(features: Tensor, size: tuple[int, int], eps: float) -> Tensor:
     """Normalised sums of squares over channels, averaged down to ``size``; n x (h·w)."""
-    # The norm reads half precision as it is and has gradient 0 at 0.
-    squares = torch.linalg.vector_norm(features, dim=1, dtype=accumulation_dtype(features)).square()
+    # The norm reads half precision as it is and has gradient 0 at 0. Attention has no scale, so that of large maps is
+    # divided by before it is squared: squares of squares of 1e10 overflow.
+    lengths = torch.linalg.vector_norm(features, dim=1, dtype=accumulation_dtype(features))
+    largest = lengths.detach().amax((1, 2), keepdim=True).clamp(min=1)
+    squares = (lengths / largest).square()
     for axis, length in zip((1, 2), size, strict=True):
         if squares.shape[axis] != length:
             squares = torch.tensordot(squares, _averaging(squares.shape[axis], length, squares), dims=([axis], [1]))
             squares = squares.movedim(2, axis)
     squares = squares.flatten(1)
     norms = torch.linalg.vector_norm(squares, dim=1, keepdim=True)
-    alive = ~(norms <= eps)
+    alive = ~(norms * largest[:, :, 0].square() <= eps)
     return torch.where(alive, squares / torch.where(alive, norms, 1.0), 0.0)
 
 

@@ -8,6 +8,7 @@ every backend that can; ``fused`` is the faster one.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import statistics
 import time
@@ -34,6 +35,7 @@ from kdkernels import backends
 
 REPLAYS = 20  # of a graph between two events
 SECONDS = 1.0  # for one case, launched or replayed
+CLOCK_RATE = 13  # CU_DEVICE_ATTRIBUTE_CLOCK_RATE in cuda.h
 LONG = 0.1  # seconds of a step that is not captured: its launches are not what it waits for
 
 
@@ -213,15 +215,24 @@ def machine_rates() -> Work:
     a, b = torch.randn(2, 8192, 8192, device="cuda")
     result = torch.empty_like(a)
     # 16 a cycle on every multiprocessor, in NVIDIA's tables of throughputs for compute capability 8.0 to 10.0.
-    properties = torch.cuda.get_device_properties(0)
-    clock = getattr(properties, "clock_rate", 1_980_000) * 1e3
+    exponentials = 16 * torch.cuda.get_device_properties(0).multi_processor_count * clock_rate()
     exact = rate(8192**3, lambda: torch.mm(a, b, out=result))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     tf32 = rate(8192**3, lambda: torch.mm(a, b, out=result))
     torch.set_float32_matmul_precision(before)
     moved = rate(2 * source.nbytes, lambda: target.copy_(source))
-    return Work(moved, max(exact, tf32 / 3), 16 * properties.multi_processor_count * clock)
+    return Work(moved, max(exact, tf32 / 3), exponentials)
+
+
+def clock_rate() -> float:
+    """Cycles per second, by the driver: the properties that PyTorch passes on lack it since CUDA 13."""
+    driver, gpu, kilohertz = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_int()
+    failure = driver.cuDeviceGet(ctypes.byref(gpu), 0)
+    failure = failure or driver.cuDeviceGetAttribute(ctypes.byref(kilohertz), CLOCK_RATE, gpu)
+    if failure:
+        raise RuntimeError(f"the CUDA driver does not say how fast the GPU's clock is: error {failure}")
+    return kilohertz.value * 1e3
 
 
 def replayed_call(run: Callable[[], object]) -> Callable[[], float]:

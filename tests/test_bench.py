@@ -126,6 +126,12 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = "before\n<!-- results: x.json -->\nstale\n<!-- end -->\n<!-- results: x.json kd -->\n<!-- end -->\nafter\n"
     filled = report.filled(page)
     assert report.filled(filled) == filled
+    # A column that has something in fewer than a quarter of the rows is left out.
+    loop = record("CCKD, batch 8", "correlation_congruence", {"fused": 1e-6, "textbook": 2e-6, "row by row": 3e-4})
+    for others in (3, 4):
+        kd = [record(f"KD, batch {batch}", "kd", {"fused": 4e-6}) for batch in range(others)]
+        table = report.time_table([loop, *kd])
+        assert ("300.00x" in table[1][0]) == ("ratio to a loop over rows" in table[0]) == (others == 3)
     headlines, of_kd = filled.split("<!-- end -->")[:2]
     rows = [line for line in headlines.splitlines() if line.startswith("| ")]
     lkd = "| LKD, batch 8 | **2.0 ms** | 8.0 ms | 5.0 ms | 500.0 ms | 2.50x | 3.0 / 40 MiB | 46% |"

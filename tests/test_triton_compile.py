@@ -215,6 +215,12 @@ def test_gram(compiled: list[CompiledKernel], target: GPUTarget, dtype: torch.dt
     check(compiled, target, GRAM_KERNELS)
 
 
+@in_dtypes(torch.float16, once=(torch.bfloat16,))
+def test_gram_beside_float64(compiled: list[CompiledKernel], target: GPUTarget, dtype: torch.dtype) -> None:
+    multiply([torch.zeros(64, 512, dtype=dtype), torch.zeros(64, 512, dtype=torch.float64)])
+    check(compiled, target, GRAM_KERNELS)
+
+
 def multiply(layers: list[torch.Tensor]) -> None:
     ops.gram_backward(ops.gram(layers), layers)
 

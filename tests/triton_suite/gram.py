@@ -41,9 +41,10 @@ def test_gram_of_odd_shapes(device: str, batch: int, depths: tuple[int, ...]) ->
     check_gram([draw(batch, depth, device=device) for depth in depths], [True] * len(depths))
 
 
-def test_gram_of_mixed_dtypes(device: str) -> None:
-    dtypes = (torch.bfloat16, torch.float32, torch.bfloat16)
-    check_gram([draw(4, 9, device=device, dtype=dtype) for dtype in dtypes], [True] * 3)
+@pytest.mark.parametrize("other", FULL_PRECISION)
+def test_gram_of_mixed_dtypes(device: str, other: torch.dtype) -> None:
+    dtypes = (torch.bfloat16, other, torch.float16, torch.bfloat16)
+    check_gram([draw(4, 9, device=device, dtype=dtype) for dtype in dtypes], [True] * 4)
 
 
 def test_gram_of_a_broken_layer(device: str) -> None:

@@ -69,10 +69,12 @@ def _layer(features: Tensor, place: int) -> Layer:
     return Layer(features, place, depth, (middle_size, inner_size), (outer, middle, inner))
 
 
-def _by_dtype(features: Sequence[Tensor]) -> list[list[Layer]]:
+def _by_dtype(features: Sequence[Tensor], computed: torch.dtype) -> list[list[Layer]]:
     groups: dict[torch.dtype, list[Layer]] = {}
     for place, layer in enumerate(features):
-        groups.setdefault(layer.dtype, []).append(_layer(layer, place))
+        # Triton cannot multiply in float64 what it reads in half precision.
+        readable = layer.float() if computed == torch.float64 and layer.element_size() == 2 else layer
+        groups.setdefault(layer.dtype, []).append(_layer(readable, place))
     return list(groups.values())
 
 
@@ -115,7 +117,7 @@ def multiply(features: Sequence[Tensor], tf32: bool) -> Tensor:
     batch, dtype = features[0].shape[0], accumulation_dtype(*features)
     result = features[0].new_empty((len(features), batch, batch), dtype=dtype)
     total = sum(layer.shape[1:].numel() for layer in features)
-    for layers in _by_dtype(features):
+    for layers in _by_dtype(features, dtype):
         block, depth, warps = TILES[dtype if dtype == torch.float64 else layers[0].features.dtype]
         tiles = triton.cdiv(batch, block)
         length = triton.cdiv(triton.cdiv(total, max(1, PROGRAMS // tiles**2)), 32) * 32
@@ -163,7 +165,7 @@ def apply(slopes: Tensor, features: Sequence[Tensor], grads: Sequence[Tensor], t
     """Write S F of every layer to ``grads``: b x b slopes of its matrix, symmetric, times its features."""
     batch = slopes.shape[1]
     block, depth, warps = TILES[slopes.dtype]
-    for layers in _by_dtype(features):
+    for layers in _by_dtype(features, slopes.dtype):
         starts = _starts(layers, block)
         with torch.cuda.device_of(slopes):
             _gram_backward_kernel[(starts[-1], triton.cdiv(batch, block))](

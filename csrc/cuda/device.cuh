@@ -9,6 +9,9 @@ namespace kdkernels {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
+// What launches may name of the 48 KiB of shared memory that a kernel has without asking for more: its own arrays take the rest.
+constexpr int kUnaskedBytes = 47 * 1024;
+
 // Two neighbours of half precision, of which tensor cores take as many as they take single floats.
 template <typename E>
 struct alignas(4) HalfPair {
@@ -45,7 +48,7 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shar
             const Arguments&... arguments) {
   if (blocks == 0) return;
   STD_TORCH_CHECK(blocks < int64_t(1) << 31, "a CUDA grid of ", blocks, " blocks is too large");
-  if (shared_bytes > 48 * 1024)
+  if (shared_bytes > kUnaskedBytes)
     cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                          shared_bytes);
   // clang-format off

@@ -198,6 +198,10 @@ inline void run_block(int64_t block, int threads, int shared_bytes) {
     }
     if (!progress) throw std::runtime_error("a barrier is not reached by all of its threads");
   }
+  size_t shared = shared_bytes;
+  for (const auto& [site, array] : shared_arrays) shared += array.size();
+  if (shared > 48 * 1024 && shared_bytes <= kdkernels::kUnaskedBytes)
+    throw std::runtime_error("a block has more than 48 KiB of shared memory, for which nobody has asked");
 }
 
 template <typename F>

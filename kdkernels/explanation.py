@@ -9,10 +9,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import backends, functional
-from .ops import correlation_congruence, feature_mse, gram, icc, kd, local_correlation, rkd, similarity_preserving
+from . import backends, checks, functional
+from .ops import (
+    correlation_congruence,
+    feature_mse,
+    gram,
+    icc,
+    kd,
+    local_correlation,
+    patches,
+    rkd,
+    similarity_preserving,
+)
 from .ops.congruence.plan import FEATURE, GRAM, TILE_ENTRY, Form, Plan, candidates, multiply_adds
 from .ops.local_correlation import Stage
+from .ops.local_correlation.reference import RELATIONS
 
 if TYPE_CHECKING:
     from .distributed import Ranks
@@ -54,7 +65,7 @@ def explain(name: str, *args: object, **settings: object) -> Explanation:
     """Which backend and form a call would take, and the modelled cost of each form.
 
     Args:
-        name: of a function, such as "local_correlation_loss" or "kd_loss".
+        name: of a function that takes ``backend``, such as "local_correlation_loss" or "kd_loss".
         args, settings: as that function takes them. With a group every rank has to ask, and costs are those of a rank:
             a number moved to another counts as many multiply-adds.
 
@@ -71,6 +82,9 @@ def explain(name: str, *args: object, **settings: object) -> Explanation:
         "inter_class_correlation": _map_stages,
         "inter_class_correlation_loss": _inter_class_stages,
         "kd_loss": _kd_stages,
+        "teacher_free_kd_loss": _teacher_free_stages,
+        "hint_loss": _hint_stages,
+        "local_correlation": _patch_stages,
         "relational_kd_loss": _rkd_stages,
         "similarity_matrices": _gram_stages,
         "cross_layer_mse": _feature_mse_stages,
@@ -94,6 +108,26 @@ def explain(name: str, *args: object, **settings: object) -> Explanation:
 def _kd_stages(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, **_) -> tuple[Tensor, list]:
     kd.check(student_logits, teacher_logits, temperature)
     return student_logits, []
+
+
+def _teacher_free_stages(
+    student_logits: Tensor, own_logits: Tensor, labels: Tensor, *, alpha: float, temperature: float, **_
+) -> tuple[Tensor, list]:
+    checks.fraction("alpha", alpha)
+    kd.check(student_logits, own_logits, temperature)
+    checks.labels(labels, student_logits.shape[0])
+    return student_logits, []
+
+
+def _hint_stages(student: Tensor, teacher: Tensor, **_) -> tuple[Tensor, list]:
+    checks.maps(student, teacher)
+    return student, []
+
+
+def _patch_stages(features: Tensor, k: int, relation: str, *, partition: str, **_) -> tuple[Tensor, list]:
+    checks.one_of("relation", relation, RELATIONS)
+    patches.check("features", features, k, partition)
+    return features, []
 
 
 def _rkd_stages(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -356,6 +357,25 @@ def test_offsets_beyond_32_bits(backend, tmp_path):
 
 
 # What explain says ----------------------------------------------------------------------------------------------------
+
+
+def test_explain_knows_every_function_that_has_backends():
+    logits, maps, labels = torch.randn(3, 4), torch.randn(3, 4, 6, 6), torch.tensor([0, 3, 1])
+    arguments = {
+        "cross_layer_mse": ([[maps]], [[maps]], torch.ones(3, 1, 1)),
+        "inter_class_correlation": (logits,),
+        "local_correlation": (maps, 3),
+        "local_correlation_loss": (maps, maps, 3),
+        "similarity_matrices": ([maps],),
+        "teacher_free_kd_loss": (logits, logits, labels),
+        "hint_loss": (maps, maps),
+    }
+    for name in kdkernels.functional.__all__:
+        if "backend" in inspect.signature(getattr(kdkernels, name)).parameters:
+            given = arguments.get(name, (logits, logits))
+            assert f"{name}: reference backend" in str(kdkernels.explain(name, *given, backend="reference"))
+            with pytest.raises((TypeError, ValueError), match="must "):
+                kdkernels.explain(name, *(x[..., 0] if isinstance(x, torch.Tensor) else [] for x in given))
 
 
 def test_explain_names_backend_form_and_costs():

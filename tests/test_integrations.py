@@ -83,7 +83,8 @@ def test_distill_kl():
 
 
 def test_hint():
-    assert_matches(repdistiller.HintLoss(), F.mse_loss, maps(3, 5, 4, 4).requires_grad_(), maps(3, 5, 4, 4))
+    for shape in ((3, 5, 4, 4), (3, 5)):
+        assert_matches(repdistiller.HintLoss(), F.mse_loss, maps(*shape).requires_grad_(), maps(*shape))
 
 
 @pytest.mark.parametrize("power", [2, 3])

@@ -34,16 +34,18 @@ class DistillKL(nn.Module):
 
 
 class HintLoss(nn.Module):
-    """Mean squared error of the regressed hint: ``kdkernels.hint_loss``."""
+    """Mean squared error of the regressed hint, a map or pooled features: ``kdkernels.hint_loss``."""
 
     def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:
+        if f_s.dim() == 2:
+            f_s, f_t = f_s[:, :, None, None], f_t[:, :, None, None]
         return functional.hint_loss(f_s, f_t)
 
 
 class Attention(nn.Module):
     """A list of attention-transfer losses, one per stage. The larger map is pooled before its attention is taken.
 
-    Only the square, p = 2, is fused; it is the one that is published.
+    The square, p = 2, is the one that is published: ``kdkernels.attention_transfer_loss``.
     """
 
     def __init__(self, p: int = 2) -> None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,6 +58,16 @@ def test_auto_falls_back_to_the_reference(monkeypatch):
     assert local_correlation_loss(student, teacher, 2) > 0
     with pytest.raises(RuntimeError, match=r"backend='native'.*was not built"):
         local_correlation_loss(student, teacher, 2, backend="native")
+
+
+@pytest.mark.parametrize(
+    ("running", "expected"),
+    [({"native", "triton"}, "native"), ({"triton"}, "triton"), ({"native"}, "native"), (set(), "reference")],
+)
+def test_auto_on_a_gpu_takes_the_first_that_runs(monkeypatch, running, expected):
+    monkeypatch.setattr(backends, "why_not", lambda name, *_, **__: None if name in running else "not here")
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    assert backends.choose("auto", on_gpu) == expected
 
 
 @needs_native

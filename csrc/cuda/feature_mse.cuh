@@ -105,7 +105,7 @@ __device__ void for_each_difference(const Pair& p, int64_t sample, int begin, in
 
 // A block per sample and part of its numbers. Of every sample and pair there are so many parts, one after the other.
 template <typename T>
-__global__ void __launch_bounds__(kMapThreads, 1)
+__global__ void __launch_bounds__(kMapThreads, 4)
     error_kernel(const __grid_constant__ Group<Pair> group, int pairs, int parts, double* partials) {
   const int index = group.index();
   const Pair& p = group.problems[index];
@@ -180,7 +180,7 @@ __device__ void write_scaled(void* out, Element type, int64_t offset, T scale, c
 
 // A block per sample and 4096 numbers of the grid.
 template <typename T>
-__global__ void __launch_bounds__(kMapThreads, 1)
+__global__ void __launch_bounds__(kMapThreads, 4)
     pair_gradients_kernel(const __grid_constant__ Group<PairGradients<T>> group, Slope slope, int pairs) {
   const int index = group.index();
   const PairGradients<T>& p = group.problems[index];

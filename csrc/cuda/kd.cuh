@@ -10,7 +10,7 @@ namespace kdkernels {
 
 // With p and q the softmax of teacher and student: losses[row] = KL(p, q), and factor times its gradients, where wanted.
 template <typename T>
-__global__ void __launch_bounds__(512, 1)
+__global__ void __launch_bounds__(512, sizeof(T) == sizeof(float) ? 2 : 1)
     kd_kernel(Logits student, Logits teacher, int64_t classes, T inverse_temperature, T factor, double* losses,
               T* grad_student, T* grad_teacher) {
   const int64_t row = blockIdx.x, first = threadIdx.x, step = blockDim.x;

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -407,16 +407,9 @@ def mean_cosines(embeddings: Tensor, labels: Tensor) -> tuple[float, float]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"networks: {', '.join(networks.NETWORKS)}",
-    )
-    options.add_options(parser, out=Path("runs/cckd"))
+    parser, group = options.new_parser(__doc__, Path("runs/cckd"), RECIPES)
     parser.add_argument("--task", choices=MEASURES, default="classification", help="default: %(default)s")
     parser.add_argument("--study", choices=["all", *STUDIES], default="all", help="default: %(default)s")
-    group = parser.add_argument_group("recipe", "what is not given is the recipe's")
-    group.add_argument("--recipe", choices=RECIPES, help="default: demo for digits, paper for cifar100")
     add = partial(options.add_recipe_flag, group, RECIPES)
     count, name = options.positive_int, {"choices": networks.NETWORKS, "metavar": "NAME"}
     add("--teacher", str, "teacher network", lambda r: r.teacher, **name)
@@ -441,17 +434,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """The recipe asked for with the flags that were given in place of its values."""
-    recipe = RECIPES[arguments.recipe or ("demo" if arguments.data == "digits" else "paper")]
-    given = {
-        field.name: value for field in fields(Recipe) if (value := getattr(arguments, field.name, None)) is not None
-    }
+    recipe = options.recipe_of(arguments, RECIPES)
     students, teachers = recipe.student_schedule, recipe.teacher_schedule
     students = students.lasting(arguments.epochs or students.epochs)
     return replace(
         recipe,
         teacher_schedule=teachers.lasting(arguments.teacher_epochs or teachers.epochs),
         student_schedule=replace(students, batch_size=arguments.batch_size or students.batch_size),
-        **given,
     )
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -354,15 +354,8 @@ def final(run: tuple[StagedNetwork, History]) -> float:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"networks: {', '.join(networks.NETWORKS)}",
-    )
-    options.add_options(parser, out=Path("runs/icct"))
+    parser, group = options.new_parser(__doc__, Path("runs/icct"), RECIPES)
     parser.add_argument("--scenario", choices=["all", *SCENARIOS], default="all", help="default: %(default)s")
-    group = parser.add_argument_group("recipe", "what is not given is the recipe's")
-    group.add_argument("--recipe", choices=RECIPES, help="default: demo for digits, paper for cifar100")
     add = partial(options.add_recipe_flag, group, RECIPES)
     count, name = options.positive_int, {"choices": networks.NETWORKS, "metavar": "NAME"}
     add("--strong", str, "the large network", lambda r: r.strong, **name)
@@ -385,10 +378,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """The recipe asked for with the flags that were given in place of its values."""
-    recipe = RECIPES[arguments.recipe or ("demo" if arguments.data == "digits" else "paper")]
-    given = {
-        field.name: value for field in fields(Recipe) if (value := getattr(arguments, field.name, None)) is not None
-    }
+    recipe = options.recipe_of(arguments, RECIPES)
 
     def changed(schedule: Schedule) -> Schedule:
         schedule = schedule.lasting(arguments.epochs or schedule.epochs)
@@ -398,7 +388,6 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
         recipe,
         schedule=changed(recipe.schedule),
         schedules={network: changed(schedule) for network, schedule in recipe.schedules.items()},
-        **given,
     )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -415,15 +415,7 @@ def overlap(density: np.ndarray, other: np.ndarray) -> float:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"networks: {', '.join(networks.NETWORKS)}",
-    )
-    options.add_options(parser, out=Path("runs/lkd"))
-    group = parser.add_argument_group("recipe", "what is not given is the recipe's")
-    group.add_argument("--recipe", choices=RECIPES, help="default: demo for digits, paper for cifar100")
-
+    parser, group = options.new_parser(__doc__, Path("runs/lkd"), RECIPES)
     add = partial(options.add_recipe_flag, group, RECIPES)
     count, name = options.positive_int, {"choices": networks.NETWORKS, "metavar": "NAME"}
     add("--teacher", str, "teacher network", lambda r: r.teacher, **name)
@@ -451,21 +443,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """The recipe asked for with the flags that were given in place of its values."""
-    recipe = RECIPES[arguments.recipe or ("demo" if arguments.data == "digits" else "paper")]
+    recipe = options.recipe_of(arguments, RECIPES)
 
     def schedule(of_recipe: Schedule, epochs: int | None, lr: float | None) -> Schedule:
         shape = of_recipe.lasting(epochs or of_recipe.epochs)
         return replace(shape, lr=lr or shape.lr, batch_size=arguments.batch_size or shape.batch_size)
 
-    given = {
-        field.name: value for field in fields(Recipe) if (value := getattr(arguments, field.name, None)) is not None
-    }
     return replace(
         recipe,
         teacher_schedule=schedule(recipe.teacher_schedule, arguments.teacher_epochs, arguments.lr),
         caat_schedule=schedule(recipe.caat_schedule, arguments.caat_epochs, None),
         student_schedule=schedule(recipe.student_schedule, arguments.epochs, arguments.lr),
-        **given,
     )
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -501,15 +501,7 @@ def title(setting: Setting, recipe: Recipe) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"networks: {', '.join(networks.NETWORKS)}",
-    )
-    options.add_options(parser, out=Path("runs/semckd"))
-    group = parser.add_argument_group("recipe", "what is not given is the recipe's")
-    group.add_argument("--recipe", choices=RECIPES, help="default: demo for digits, paper for cifar100")
-
+    parser, group = options.new_parser(__doc__, Path("runs/semckd"), RECIPES)
     add = partial(options.add_recipe_flag, group, RECIPES)
     count, name = options.positive_int, {"choices": networks.NETWORKS, "metavar": "NAME"}
     add("--teacher", str, "teacher network", lambda r: r.teacher, **name)
@@ -549,13 +541,7 @@ def values(numbers: Sequence[float]) -> str:
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """The recipe asked for with the flags that were given in place of its values."""
-    recipe = RECIPES[arguments.recipe or ("demo" if arguments.data == "digits" else "paper")]
-    given = {
-        field.name: tuple(value) if isinstance(value, list) else value
-        for field in fields(Recipe)
-        if (value := getattr(arguments, field.name, None)) is not None
-    }
-    recipe = replace(recipe, **given)
+    recipe = options.recipe_of(arguments, RECIPES)
 
     def schedule(of_recipe: Schedule, network: str, epochs: int | None) -> Schedule:
         shape = of_recipe.lasting(epochs or of_recipe.epochs)

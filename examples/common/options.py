@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,22 @@ import torch
 
 import kdkernels
 
-from . import data, parallel
+from . import data, networks, parallel
+
+
+def new_parser(
+    description: str | None, out: Path, recipes: Mapping[str, Any]
+) -> tuple[argparse.ArgumentParser, argparse._ArgumentGroup]:
+    """A training program's parser, and the group for the flags that take the place of a recipe's values."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"networks: {', '.join(networks.NETWORKS)}",
+    )
+    add_options(parser, out)
+    group = parser.add_argument_group("recipe", "what is not given is the recipe's")
+    group.add_argument("--recipe", choices=recipes, help="default: demo for digits, paper for cifar100")
+    return parser, group
 
 
 def add_options(parser: argparse.ArgumentParser, out: Path, *, imagenet: bool = False) -> None:
@@ -57,6 +73,17 @@ def add_recipe_flag(
     """A flag in place of a recipe's value; its help tells what that is in each."""
     defaults = ", ".join(f"{name}: {value(recipe)}" for name, recipe in recipes.items())
     group.add_argument(flag, type=type, help=f"{what} ({defaults})", **more)
+
+
+def recipe_of(arguments: argparse.Namespace, recipes: Mapping[str, Any]) -> Any:
+    """The recipe asked for, with the flags that were given in place of its values."""
+    recipe = recipes[arguments.recipe or ("demo" if arguments.data == "digits" else "paper")]
+    given = {
+        field.name: tuple(value) if isinstance(value, list) else value
+        for field in fields(recipe)
+        if (value := getattr(arguments, field.name, None)) is not None
+    }
+    return replace(recipe, **given)
 
 
 def positive_int(text: str) -> int:

@@ -1,7 +1,7 @@
 """Fused kernels for correlation-based knowledge distillation."""
 
 from . import functional, nn, samplers
-from .backends import use_backend
+from .backends import load_operators, use_backend
 from .explanation import explain
 
 # From the files themselves: type checkers read no list of names that is computed, as that of functional is.
@@ -13,5 +13,5 @@ from .functional.semckd import *  # noqa: F403
 from .metrics import *  # noqa: F403
 
 __version__ = "0.1.0"
-__all__ = ["explain", "functional", "nn", "samplers", "use_backend"]
+__all__ = ["explain", "functional", "load_operators", "nn", "samplers", "use_backend"]
 __all__ += functional.__all__

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch.autograd import forward_ad
@@ -36,6 +38,18 @@ def use_backend(backend: str) -> Iterator[None]:
         _default = before
 
 
+def load_operators() -> None:
+    """Load all operators that can be, which otherwise the first call that wants them does.
+
+    ``torch.export.load`` wants them before: a saved program has operators of the library that ran where it was traced.
+    """
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        native.why_not(torch.device(device, 0))
+    if importlib.util.find_spec("triton"):
+        for path in Path(__file__).parent.glob("ops/*/triton.py"):
+            importlib.import_module(f"kdkernels.ops.{path.parent.name}.triton")
+
+
 def choose(backend: str, *tensors: torch.Tensor, native_on: tuple[str, ...] = ("cpu", "cuda")) -> str:
     """The backend that runs a call on ``tensors``: never "auto". ``native_on`` names the devices of its native kernels.
 
@@ -65,6 +79,8 @@ def why_not(backend: str, *tensors: torch.Tensor, native_on: tuple[str, ...] = (
         return None
     if transformed():
         return "the transforms of torch.func (grad, vmap, jvp) and forward mode see through operations of PyTorch alone"
+    if torch.compiler.is_exporting() and torch.is_grad_enabled():
+        return "torch.export leaves out the gradients of kernels; under torch.no_grad() it keeps the kernels"
     device = tensors[0].device
     if backend == "native" and device.type == "cuda" and "cuda" not in native_on:
         return "this operator has no native kernels for cuda tensors yet"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import checks
 from .native import accumulation_dtype
+from .ops.congruence.plan import known
 
 __all__ = ["average_relative_improvement", "linear_cka", "semantic_mismatch_score"]
 
@@ -60,6 +61,7 @@ def _centred(rows: Tensor) -> Tensor:
 
 
 def _feature_form_is_cheaper(n: int, width_x: int, width_y: int) -> bool:
+    n, width_x, width_y = map(known, (n, width_x, width_y))
     return width_x * width_y + width_x**2 + width_y**2 < n * (width_x + width_y)
 
 

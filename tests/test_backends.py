@@ -169,6 +169,24 @@ def test_importing_loads_no_library_and_no_compiler():
     assert child("-c", script).split("\n")[:2] == ["[]", "False"]
 
 
+def test_another_process_loads_an_exported_program(tmp_path):
+    class Loss(torch.nn.Module):
+        def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+            return kdkernels.local_correlation_loss(student, teacher, 2, reduction="mean")
+
+    maps, path = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64), tmp_path / "loss.pt2"
+    with torch.no_grad():
+        batches = {0: torch.export.Dim("batch")}
+        torch.export.save(torch.export.export(Loss(), (*maps,), dynamic_shapes=(batches, batches)), path)
+    torch.save(maps[:, :3].clone(), tmp_path / "maps.pt")
+    script = f"""
+import kdkernels, torch
+kdkernels.load_operators()
+print(torch.export.load({str(path)!r}).module()(*torch.load({str(tmp_path / "maps.pt")!r})).item())
+"""
+    assert float(child("-c", script)) == pytest.approx(Loss()(*maps[:, :3]).item(), rel=1e-12)
+
+
 def test_a_library_that_does_not_load_is_explained(tmp_path):
     """A file that is no library, or lacks the operators: "auto" computes all the same, "native" says what is wrong."""
     script = f"""

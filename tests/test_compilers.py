@@ -136,14 +136,21 @@ def test_compiled_with_one_map_for_several_pairs():
 
 @every_loss
 def test_exported(name):
-    """For batches of any size, in the form that suits the example's."""
+    """For batches of any size, in the form that suits the example's; in grad mode with their gradients."""
     step, images = LOSSES[name]().double(), torch.randn(5, 3, 4, 4, dtype=torch.float64)
     largest = 12 if name == "semckd" else 100
-    with torch.no_grad():  # autograd functions are not part of an exported program
-        exported = torch.export.export(step, (images,), dynamic_shapes=({0: torch.export.Dim("batch", max=largest)},))
+    for learning in (False, True):
+        batches = {0: torch.export.Dim("batch", max=largest)}
+        with torch.set_grad_enabled(learning):
+            exported = torch.export.export(step, (images,), dynamic_shapes=(batches,)).module()
         for batch in (5, 8, largest):
             images = torch.randn(batch, 3, 4, 4, dtype=torch.float64)
-            assert_close(exported.module()(images), step(images), name)
+            loss, gradient = run(step, list(step.student.parameters()), images)
+            found = exported(images)
+            assert_close(found, loss, name)
+            if learning:
+                learned = [exported.get_parameter(f"student.{of}") for of, _ in step.student.named_parameters()]
+                assert_close(together(torch.autograd.grad(found, learned)), gradient, name)
 
 
 @every_loss

@@ -45,9 +45,9 @@ def scaled(grad_loss: Tensor, gradient: Tensor, dtype: torch.dtype, *anchors: Te
 def recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
     """``function``, whose intermediate results are computed again for the gradient instead of kept.
 
-    The transforms of torch.func cannot do so: under them they are kept.
+    The transforms of torch.func and torch.export cannot do so: there they are kept.
     """
-    if backends.transformed():
+    if backends.transformed() or torch.compiler.is_exporting():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False)
 

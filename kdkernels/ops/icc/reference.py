@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autograd import recomputed
+from ..congruence.plan import known
 
 CHUNK = 2**24  # elements of the b x rows x K matrices that are held at once
 
@@ -47,7 +47,7 @@ def _divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 def _log_map(rows: slice, z: Tensor) -> Tensor:
     """Rows of log M, by log-sum-exp over the samples (Eq. 6)."""
-    return torch.logsumexp(log_correlations(rows, z), dim=0) - math.log(z.shape[0])
+    return torch.logsumexp(log_correlations(rows, z), dim=0) - z.new_full((), z.shape[0]).log()
 
 
 def log_correlations(rows: slice, z: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def log_correlations(rows: slice, z: Tensor) -> Tensor:
 
 def _row_chunks(z: Tensor) -> Iterator[slice]:
     batch, classes = z.shape
-    step = max(1, CHUNK // (batch * classes))
+    step = max(1, CHUNK // (known(batch) * classes))
     return (slice(begin, begin + step) for begin in range(0, classes, step))
 
 

@@ -16,12 +16,11 @@ CHUNK = 2**22  # elements of the anchors x b x d differences and anchors x b x b
 
 def rkd(student: Tensor, teacher: Tensor, distance_weight: float, angle_weight: float) -> Tensor:
     """Weighted sum of the smooth L1 distances between two networks' relative distances and between their angles."""
+    batch = student.shape[0]
     squares_s, squares_t = (_squared_distances(rows.double()) for rows in (student, teacher))
     loss = distance_weight * F.smooth_l1_loss(_relative_distances(squares_s), _relative_distances(squares_t))
-    angles = [
-        recomputed(_angle_difference, anchors, squares_s, squares_t) for anchors in _chunks(len(student), len(student))
-    ]
-    return (loss + angle_weight * sum(angles) / len(student) ** 3).to(accumulation_dtype(student, teacher))
+    angles = [recomputed(_angle_difference, anchors, squares_s, squares_t) for anchors in _chunks(batch, batch)]
+    return (loss + angle_weight * sum(angles) / batch**3).to(accumulation_dtype(student, teacher))
 
 
 def _squared_distances(rows: Tensor) -> Tensor:
@@ -58,6 +57,8 @@ def _cosines(anchors: slice, squares: Tensor) -> Tensor:
 
 
 def _chunks(batch: int, width: int) -> Iterator[slice]:
-    """Anchors, so many at a time that CHUNK elements of anchors x b x width suffice."""
+    """Anchors, so many at a time that CHUNK elements of anchors x b x width suffice; all while torch.export traces."""
+    if isinstance(batch, torch.SymInt):
+        return iter([slice(0, batch)])
     step = max(1, CHUNK // (batch * width))
     return (slice(begin, begin + step) for begin in range(0, batch, step))

@@ -27,6 +27,8 @@ SOURCES = [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "csrc/cuda/library.cpp",
 FLAGS = (
     "-std=c++17 -O2 -g1 -fPIC -Wall -Wno-unknown-pragmas -ffp-contract=off"
     " -DKDKERNELS_EMULATED -DTORCH_TARGET_VERSION=0x020b000000000000"
+    # A GPU reads vectors at multiples of their size only; this machine, if it is not kept from it, anywhere.
+    " -fsanitize=alignment -fsanitize-undefined-trap-on-error"
 )
 operators = library.Library("kdkernels_emulated", "DEF")
 ORDERS = ("forward", "reverse", "random")

@@ -122,6 +122,14 @@ def test_launches(side: int, launches: int) -> None:
     assert build.launches() == launches
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_maps_where_no_vector_begins(dtype: torch.dtype) -> None:
+    size = 2 * 3 * 4 * 4
+    maps = (torch.randn(1 + size).to(dtype)[1:].view(2, 3, 4, 4).requires_grad_() for _ in range(2))
+    check([next(maps)], draw((2, 3, 4, 4), dtype=dtype))
+    check(draw((2, 3, 4, 4), dtype=dtype), [next(maps)])
+
+
 def test_many_pairs() -> None:
     check(draw(*[(2, 2, 3, 2)] * 35), draw(*[(2, 2, 2, 4)] * 35))
 

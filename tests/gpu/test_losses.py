@@ -292,7 +292,7 @@ def test_memory_of_correlations() -> None:
 
 
 @pytest.mark.parametrize("largest", [8, 30])
-@pytest.mark.parametrize("classes", [100, 1000, 2500])
+@pytest.mark.parametrize("classes", [100, 700, 1000, 2500])
 def test_correlations_of_confident_networks(backend: str, largest: float, classes: int) -> None:
     """Entries of the maps that float32 cannot hold, in rows that are held at once and that are not."""
     check(

@@ -79,7 +79,7 @@ def why_not(backend: str, *tensors: torch.Tensor, native_on: tuple[str, ...] = (
         return None
     if transformed():
         return "the transforms of torch.func (grad, vmap, jvp) and forward mode see through operations of PyTorch alone"
-    if torch.compiler.is_exporting() and torch.is_grad_enabled():
+    if exporting() and torch.is_grad_enabled():
         return "torch.export leaves out the gradients of kernels; under torch.no_grad() it keeps the kernels"
     device = tensors[0].device
     if backend == "native" and device.type == "cuda" and "cuda" not in native_on:
@@ -90,6 +90,11 @@ def why_not(backend: str, *tensors: torch.Tensor, native_on: tuple[str, ...] = (
 def transformed() -> bool:
     """Whether a transform of torch.func or forward mode is at work. PyTorch has no public way to ask."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def exporting() -> bool:
+    """Whether torch.export traces, but for its strict mode: within TorchDynamo PyTorch 2.11 always says so."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def _why_not_triton(device: torch.device) -> str | None:

@@ -47,7 +47,7 @@ def recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
 
     The transforms of torch.func and torch.export cannot do so: there they are kept.
     """
-    if backends.transformed() or torch.compiler.is_exporting():
+    if backends.transformed() or backends.exporting():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False)
 

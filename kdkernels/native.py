@@ -7,6 +7,8 @@ There is one for the CPU, which also declares the operators, and one for CUDA. N
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -109,28 +111,38 @@ _cuda_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
 allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _fake(function: Callable) -> None:
+    """Register the fake kernel of the operator of its name, which must have the same arguments."""
+    name = function.__name__
+    library.register_fake(f"kdkernels::{name}")(function)
+    expected = list(inspect.signature(function).parameters)
+    found = [argument.name for argument in getattr(ops, name).default._schema.arguments]
+    if found != expected:
+        raise RuntimeError(f"its {name} has the arguments {found}, expected {expected}")
+
+
 def _register_fakes() -> None:
-    @library.register_fake("kdkernels::kd")
+    @_fake
     def kd(
         student: Tensor, teacher: Tensor, temperature: float, scale: float, grad_student: bool, grad_teacher: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         return _loss_of_logits(student, teacher, grad_student, grad_teacher)
 
-    @library.register_fake("kdkernels::icc_map")
+    @_fake
     def icc_map(logits: Tensor) -> Tensor:
         return logits.new_empty((logits.shape[1], logits.shape[1]), dtype=accumulation_dtype(logits))
 
-    @library.register_fake("kdkernels::icc_map_backward")
+    @_fake
     def icc_map_backward(grad_map: Tensor, logits: Tensor) -> Tensor:
         return logits.new_empty(logits.shape, dtype=accumulation_dtype(logits))
 
-    @library.register_fake("kdkernels::icc_loss")
+    @_fake
     def icc_loss(
         student: Tensor, teacher: Tensor, per_sample: bool, scale: float, grad_student: bool, grad_teacher: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         return _loss_of_logits(student, teacher, grad_student, grad_teacher)
 
-    @library.register_fake("kdkernels::patches")
+    @_fake
     def patches(
         features: Tensor, k: int, mask: Tensor | None, threshold: float | None, resize: bool, eps: float
     ) -> tuple[Tensor, Tensor]:
@@ -139,7 +151,7 @@ def _register_fakes() -> None:
         rows = features.new_empty((n * k * k, c * -(-h // k) * -(-w // k)), dtype=dtype)
         return rows, features.new_empty((n * k * k,), dtype=dtype)
 
-    @library.register_fake("kdkernels::patches_backward")
+    @_fake
     def patches_backward(
         grad_rows: Tensor,
         rows: Tensor,
@@ -152,7 +164,7 @@ def _register_fakes() -> None:
     ) -> Tensor:
         return _new_maps(rows, shape, k)
 
-    @library.register_fake("kdkernels::congruence")
+    @_fake
     def congruence(
         x: Tensor,
         y: Tensor,
@@ -166,16 +178,16 @@ def _register_fakes() -> None:
         shapes = (x.shape if grad_x else (0,), y.shape if grad_y else (0,))
         return x.new_empty(()), x.new_empty(shapes[0]), x.new_empty(shapes[1])
 
-    @library.register_fake("kdkernels::gram")
+    @_fake
     def gram(features: list[Tensor], tf32: bool = False) -> Tensor:
         batch = features[0].shape[0]
         return features[0].new_empty((len(features), batch, batch), dtype=accumulation_dtype(*features))
 
-    @library.register_fake("kdkernels::gram_backward")
+    @_fake
     def gram_backward(grad_matrices: Tensor, features: list[Tensor], tf32: bool = False) -> list[Tensor]:
         return [layer.new_empty((layer.shape[0], layer.shape[1:].numel())) for layer in features]
 
-    @library.register_fake("kdkernels::correlation_congruence")
+    @_fake
     def correlation_congruence(
         student: Tensor,
         teacher: Tensor,
@@ -197,7 +209,7 @@ def _register_fakes() -> None:
             student.new_empty(shapes[1], dtype=dtype),
         )
 
-    @library.register_fake("kdkernels::similarity_preserving")
+    @_fake
     def similarity_preserving(
         student: Tensor, teacher: Tensor, scale: float, feature: bool, grad_student: bool, grad_teacher: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,14 +220,14 @@ def _register_fakes() -> None:
             _new_samples(teacher, dtype) if grad_teacher else student.new_empty((0,), dtype=dtype),
         )
 
-    @library.register_fake("kdkernels::feature_mse")
+    @_fake
     def feature_mse(
         projected: list[Tensor], targets: list[Tensor], weights: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(*projected, *targets)
         return weights.new_empty((), dtype=dtype), weights.new_empty(weights.shape, dtype=dtype)
 
-    @library.register_fake("kdkernels::feature_mse_backward")
+    @_fake
     def feature_mse_backward(
         grad_loss: Tensor,
         projected: list[Tensor],
@@ -230,17 +242,17 @@ def _register_fakes() -> None:
             for maps, channels_last, want in zip([*projected, *targets], [*orders, *orders], wanted, strict=True)
         ]
 
-    @library.register_fake("kdkernels::convolution")
+    @_fake
     def convolution(maps: Tensor, weight: Tensor, transposed: bool) -> Tensor:
         n, _, h, w = maps.shape
         return maps.new_empty((n, h, w, weight.shape[1 if transposed else 0])).permute(0, 3, 1, 2)
 
-    @library.register_fake("kdkernels::convolution_weight")
+    @_fake
     def convolution_weight(maps: Tensor, grad: Tensor, channels_last: bool) -> Tensor:
         weight = maps.new_empty((grad.shape[1], maps.shape[1], 3, 3))
         return weight.contiguous(memory_format=torch.channels_last) if channels_last else weight
 
-    @library.register_fake("kdkernels::rkd")
+    @_fake
     def rkd(
         student: Tensor,
         teacher: Tensor,
@@ -251,7 +263,7 @@ def _register_fakes() -> None:
     ) -> tuple[Tensor, Tensor, Tensor]:
         return _loss_of_logits(student, teacher, grad_student, grad_teacher)
 
-    @library.register_fake("kdkernels::local_correlation")
+    @_fake
     def local_correlation(
         students: list[Tensor],
         teachers: list[Tensor],
@@ -275,7 +287,7 @@ def _register_fakes() -> None:
             grads.append(features.new_empty(shape, dtype=dtypes[i % len(k)]))
         return students[0].new_empty((), dtype=accumulation_dtype(*students, *teachers)), grads
 
-    @library.register_fake("kdkernels::local_correlation_backward")
+    @_fake
     def local_correlation_backward(
         grad_loss: Tensor,
         grad_rows: list[Tensor],

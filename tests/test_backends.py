@@ -210,6 +210,21 @@ for content in (None, b"not a library", pathlib.Path(torch._C.__file__).read_byt
     assert "built from other sources" in third
 
 
+def test_a_library_whose_operators_take_other_arguments_is_explained(tmp_path):
+    """As after an update of the sources without a build."""
+    script = f"""
+import pathlib, torch
+from kdkernels import native
+native._FOLDER = pathlib.Path({str(tmp_path)!r})
+native.cpu_library().write_bytes(pathlib.Path(torch._C.__file__).read_bytes())  # any library that loads
+operators = torch.library.Library("kdkernels", "DEF")
+operators.define("kd(Tensor student, Tensor teacher) -> Tensor")
+print(native.why_not(torch.device("cpu")))
+"""
+    reason = child("-c", script)
+    assert re.search(r"other sources.*build it again.*kd has the arguments \['student', 'teacher'\]", reason)
+
+
 # The native library ---------------------------------------------------------------------------------------------------
 
 

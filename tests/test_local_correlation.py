@@ -704,6 +704,7 @@ def call(**changes):
         ({"k": -3}, ValueError, ["k", "positive integer", "-3"]),
         ({"k": 3.0}, (TypeError, ValueError), ["k", "integer", "3.0"]),
         ({"k": True}, ValueError, ["k", "positive integer", "True"]),
+        ({"k": "2"}, ValueError, ["k", "positive integer", "'2'"]),
         ({"k": None}, (TypeError, ValueError), ["k", "integer", "None"]),
         ({"weights": (1, 1)}, ValueError, ["weights", "three", "(1, 1)"]),
         ({"weights": (1, 1, 1, 1)}, ValueError, ["weights", "three", "(1, 1, 1, 1)"]),

@@ -201,7 +201,7 @@ def check(
     masks = [None] * count if mask is None else _per_stage("mask", mask, count)
     if mask is not None and any(m is None for m in masks):
         raise TypeError("mask must hold a tensor for every stage, got None for one")
-    ks = _per_stage("k", k, count) if isinstance(k, Sequence) else [k] * count
+    ks = _per_stage("k", k, count) if isinstance(k, Sequence) and not isinstance(k, str) else [k] * count
     return [
         _check_stage(f"[{i}]" if count > 1 else "", s, t, m, side, weights, reduction, settings)
         for i, (s, t, m, side) in enumerate(zip(students, teachers, masks, ks, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -71,6 +72,14 @@ def check(
 
 
 # Values ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_sample", [False, True], ids=["map", "per sample"])
+def test_rows_that_are_nearly_certain(backend, per_sample):
+    """Where one entry is nearly 1, all that networks differ by is in the others, of 1e-6."""
+    student, teacher = ((torch.tensor([[2.5, -2.5]]) + 0.1 * torch.rand(1, 2)).requires_grad_() for _ in range(2))
+    reference = functools.partial(inter_class_correlation_loss, backend="reference")
+    check(backend, student, teacher, per_sample, exact=reference)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -160,6 +160,20 @@ class MapComparison {
   Colds<T> colds_;
 };
 
+// log of the sum of a row's exponentials, one over which is `inverse`. Where the largest, which is 1, is nearly all of it, the
+// others are added up by themselves: they are all that tells such a row from another.
+template <typename T>
+T log_of_sum(const T* e, int64_t stride, T inverse) {
+  using V = typename Vec<T>::type;
+  if (!(inverse > T(2) / T(3))) return -std::log(inverse);
+  V others = {};
+  for (int64_t j = 0; j < stride; j += Vec<T>::size) {
+    const V values = load<T>(e + j);
+    others += values < T(1) ? values : V{};
+  }
+  return std::log1p(sum_of<T>(others));
+}
+
 // The divergence of R rows of every sample's own correlations.
 template <typename T, int R>
 class SampleComparison {
@@ -190,7 +204,8 @@ class SampleComparison {
     const auto below_s = student.below_max(), below_t = teacher.below_max();
     V losses[R] = {}, log_sums[R];
     for (int r = 0; r < R; ++r) {
-      log_sums[r] = V{} + std::log(inverse_p[r] / inverse_q[r]);
+      log_sums[r] = V{} + (log_of_sum(q_row + r * stride_, stride_, inverse_q[r]) -
+                           log_of_sum(p_row + r * stride_, stride_, inverse_p[r]));
       ones[r] = 1;
     }
     for (int64_t begin = 0; begin < stride_; begin += kBlock) {

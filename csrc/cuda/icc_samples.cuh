@@ -18,6 +18,26 @@ struct Difference {
   }
 };
 
+// The term of a row. Where the largest of its exponentials, which is 1, is nearly all of their sum, the others are added up by
+// themselves: they are all that tells such a row from another.
+template <typename T>
+__device__ Term<T> term_of(const Team& team, const RowOfA<T>& row, int classes) {
+  const RowSum<T> all = add_up(team, row, classes);
+  Term<T> term = all.term(row.own);
+  const bool nearly = all.sum < T(1.5);
+  T others = 0;
+  if (nearly)
+    team.for_pieces(classes, [&](int begin, int end) {
+      team.for_columns<1>(row.z, row.z, begin, end, [&](int, int, T z, T, bool valid) {
+        const T e = fast_exp2(row.below(z));
+        others += valid && e < 1 ? e : T(0);
+      });
+    });
+  others = team.sum(others);
+  if (nearly) term.log_sum = log1p(others) * T(kLog2E);
+  return term;
+}
+
 // The divergence of every sample's own P, a team per row, with the part that the row gives to the gradients.
 template <typename T>
 __global__ void __launch_bounds__(kIccThreads, 2)
@@ -30,8 +50,7 @@ __global__ void __launch_bounds__(kIccThreads, 2)
   const int64_t s = last / classes;
   const int i = int(last % classes);
   const RowOfA<T> of_student(student, s, i), of_teacher(teacher, s, i);
-  const RowSum<T> student_sum = add_up(team, of_student, classes), teacher_sum = add_up(team, of_teacher, classes);
-  Term<T> student_term = student_sum.term(of_student.own), teacher_term = teacher_sum.term(of_teacher.own);
+  const Term<T> student_term = term_of(team, of_student, classes), teacher_term = term_of(team, of_teacher, classes);
   const auto compare = [&](T z_s, T z_t) {
     return Difference<T>(of_student.below(z_s) - student_term.log_sum, of_teacher.below(z_t) - teacher_term.log_sum);
   };

@@ -29,6 +29,14 @@ def check_icc(student: Tensor, teacher: Tensor, per_sample: bool) -> None:
     )
 
 
+@both_forms
+def test_icc_rows_that_are_nearly_certain(device: str, per_sample: bool) -> None:
+    """Where one entry is nearly 1, all that networks differ by is in the others, of 1e-6."""
+    certain = torch.tensor([[2.5, -2.5]], device=device)
+    student, teacher = ((certain + 0.1 * draw(1, 2, device=device)).requires_grad_() for _ in range(2))
+    check_icc(student, teacher, per_sample)
+
+
 @pytest.mark.parametrize("dtype", FULL_PRECISION)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (1, 33), (5, 45)])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])

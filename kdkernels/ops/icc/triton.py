@@ -188,6 +188,7 @@ def _sums_kernel(logits_ptr, row_stride, stride, extremes_ptr, log_sums_ptr, cla
     z_i = _load(logits_ptr, i, stride, classes, dtype)
     partner = tl.where(z_i < 0, lowest, highest)
     sums = tl.full((BLOCK,), 0, dtype)
+    others = sums  # but for the largest, which is 1
     at_lowest = tl.full((BLOCK,), 0, tl.int32) + (classes - 1)
     at_highest = at_lowest
     for start in range(0, classes, BLOCK):
@@ -196,8 +197,15 @@ def _sums_kernel(logits_ptr, row_stride, stride, extremes_ptr, log_sums_ptr, cla
         at_lowest = tl.where((z == lowest) & (columns < at_lowest), columns, at_lowest)
         at_highest = tl.where((z == highest) & (columns < at_highest), columns, at_highest)
         powers = tl.exp2((z[None, :] - partner[:, None]) * (z_i * LOG2_E)[:, None])
-        sums += tl.sum(tl.where((columns < classes)[None, :], powers, 0), 1)
-    tl.store(log_sums_ptr + sample * classes + i, tl.log2(sums), mask=i < classes)
+        powers = tl.where((columns < classes)[None, :], powers, 0)
+        sums += tl.sum(powers, 1)
+        others += tl.sum(tl.where(powers < 1, powers, 0), 1)
+    # Where the largest is nearly all of the sum, the others are all that tells such a row from another. With u the
+    # rounded 1 + x, log(1 + x) is log(u) x / (u - 1).
+    rounded = 1 + others
+    near = tl.where(rounded == 1, others * LOG2_E, tl.log2(rounded) * (others / tl.where(rounded == 1, 1, rounded - 1)))
+    log_sums = tl.where(sums < 1.5, near, tl.log2(sums))
+    tl.store(log_sums_ptr + sample * classes + i, log_sums, mask=i < classes)
     if tl.program_id(1) == 0:
         tl.store(extremes_ptr + 2 * sample, tl.min(at_lowest, 0))
         tl.store(extremes_ptr + 2 * sample + 1, tl.min(at_highest, 0))

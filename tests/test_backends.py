@@ -214,10 +214,11 @@ def test_a_library_whose_operators_take_other_arguments_is_explained(tmp_path):
     """As after an update of the sources without a build."""
     script = f"""
 import pathlib, torch
+from torch import library
 from kdkernels import native
 native._FOLDER = pathlib.Path({str(tmp_path)!r})
 native.cpu_library().write_bytes(pathlib.Path(torch._C.__file__).read_bytes())  # any library that loads
-operators = torch.library.Library("kdkernels", "DEF")
+operators = library.Library("kdkernels", "DEF")
 operators.define("kd(Tensor student, Tensor teacher) -> Tensor")
 print(native.why_not(torch.device("cpu")))
 """

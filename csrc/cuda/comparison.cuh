@@ -43,7 +43,7 @@ struct Comparison {
   Metric metric;
   T gamma, constant;  // exp(−2γ)
   int order, positions, width_x, width_y;
-  Weights<T> weights;
+  PairWeights<T> weights;
   const T *terms_x, *terms_y;      // squares of the rows, for rbf
   const T *factors_x, *factors_y;  // of half precision, what rows are multiplied by to have the norm that counts
   Matrix<E> x, y;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
   const T *const terms_x = p.terms_x, *const terms_y = p.terms_y;
   const T *const factors_x = p.factors_x, *const factors_y = p.factors_y;
   T *const strip_x = p.strip_x, *const strip_y = p.strip_y;
-  const Weights<T> weights = p.weights;
+  const PairWeights<T> weights = p.weights;
   const Patches<T> patches(first + place.row, first + place.column, p.positions);
   const auto factor = [](const T* factors, int row, int column) {
     return kIsHalf<E> ? factors[row] * factors[column] : T(1);

@@ -21,11 +21,11 @@ struct Patch {
 
 // What the squares of entries are multiplied by: of pairs that share nothing, the image, the position, both.
 template <typename T>
-struct Weights {
+struct PairWeights {
   T other, intra, inter_same, diagonal;
 
-  Weights() = default;
-  Weights(const Coefficients& c)
+  PairWeights() = default;
+  PairWeights(const Coefficients& c)
       : other(T(c.full)),
         intra(T(c.full + c.intra)),
         inter_same(T(c.full + c.inter_same)),
@@ -57,7 +57,7 @@ struct Gram {
   Matrix<T> x, y;
   int64_t batch_x, batch_y;
   int width_x, width_y, first, height, rows, positions;
-  Weights<T> weights;
+  PairWeights<T> weights;
   T* strip;  // D times its weights, height x (rows - first); null if not wanted
   int64_t batch_strip, partials;
   bool tf32;
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
 
   const bool on_diagonal = place.row == place.column;
   const int height = p.height;
-  const Weights<T> weights = p.weights;
+  const PairWeights<T> weights = p.weights;
   const Patches<T> patches(p.first + place.row, p.first + place.column, p.positions);
   T* const strip = p.strip ? p.strip + batch * p.batch_strip : nullptr;
   T sum = 0;

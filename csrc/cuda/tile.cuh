@@ -105,8 +105,8 @@ __device__ void apply(const F& f, const float (&numbers)[M][N], float (&results)
 
 // c += a b, of numbers A and B. The lower halves of floats count unless `tf32`; those of numbers of half precision are 0.
 //
-// The flag is not the template's, which would make two of every kernel: of the 340 instructions that a thread takes for two panels
-// of floats it would save none, of the 290 with tf32 one in twenty (sm_90).
+// The flag is not the template's, which would make two of every kernel to save one in twenty of the instructions with tf32, and none
+// without (counted for sm_90).
 template <typename A, typename B, int M, int N>
 __device__ void multiply_units(float (&c)[M][N][4], const float (&a)[M][4], const float (&b)[N][2], bool tf32) {
   float a_upper[M][4], b_upper[N][2];
@@ -150,8 +150,9 @@ struct Tile {
     return int(threadIdx.x) / kWarp % 2 * 32 + int(threadIdx.x) % 4 * 2 + j / 2 * 8 + j % 2;
   }
 
-  // Calls f(i, j, entry) with the entry at row(i) and column(j). What depends on one of them alone is best computed before: there
-  // are many more entries, each behind branches of its own, out of which the compiler moves little.
+  // Calls f(i, j, entry) with the entry at row(i) and column(j). What depends on one of them alone is best computed before, and
+  // what the kernel was given read before: there are many entries, each behind branches of its own, out of which the compiler moves
+  // little.
   template <typename F>
   __device__ void for_each(const F& f) {
 #pragma unroll

@@ -1,14 +1,16 @@
-"""Builds the native libraries with ninja; everything else about the package is in pyproject.toml.
+"""Build the native libraries with ninja. Everything else about the package is in pyproject.toml.
 
-The sources in csrc/cpu are compiled once per instruction set into complete libraries, of which ``kdkernels.native``
-loads the one that fits the processor; those in csrc/cuda into one more where the installed torch has CUDA, whether or
-not this machine has a GPU. They use PyTorch's stable ABI and no Python symbol: one build serves every later torch and
-every Python.
+The sources in csrc/cpu are compiled once per instruction set, each into a complete library. ``kdkernels.native`` loads
+the library that fits the processor. The sources in csrc/cuda are compiled into one library if the installed torch has
+CUDA, with or without a GPU in this machine. The libraries use PyTorch's stable ABI and no Python symbols, so one build
+serves every later torch and every Python.
 
-KDKERNELS_BUILD=1 makes a failed build an error, KDKERNELS_BUILD=0 skips it; otherwise the package is installed without.
-PyTorch's usual package has CUDA where there is no compiler for it, so that is no failure unless KDKERNELS_BUILD=cuda.
-KDKERNELS_CUDA_ARCHS, such as "80;90", names the architectures to compile for, KDKERNELS_CPU_ISAS, such as "avx2", the
-instruction sets.
+KDKERNELS_BUILD=1 makes a failed build an error. KDKERNELS_BUILD=0 skips the build. Otherwise the package is installed
+without the libraries. PyTorch's usual package has CUDA even without a CUDA compiler, so a missing compiler is an error
+only with KDKERNELS_BUILD=cuda. KDKERNELS_CUDA_ARCHS, such as "80;90", names the architectures to compile for.
+KDKERNELS_CUDA_VERSION, such as "13.0", compiles the CUDA sources against a torch without CUDA, for a machine whose
+torch has this CUDA. KDKERNELS_CPU_ISAS, such as "avx2", names the instruction sets. "native" is the one that PyTorch
+would choose on this processor.
 """
 
 from __future__ import annotations
@@ -29,11 +31,11 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
-CUDA_SOURCES = sorted([*ROOT.glob("csrc/cuda/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")])
+SOURCES = sorted(ROOT.glob("csrc/cpu/*.cpp"))
+CUDA_SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
 OLDEST_TORCH = (2, 11)
 TARGET = f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
-# The two warnings that are off are false alarms of GCC 12 in its own AVX-512 intrinsics (its bug 105593).
+# The two disabled warnings are false alarms of GCC 12 in its own AVX-512 intrinsics (GCC bug 105593).
 CXX_FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math "
     f"-Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized {TARGET}"
@@ -44,7 +46,7 @@ X86_FLAGS = {
     "default": "",
 }
 CUDA_FLAGS = f"-std=c++17 -O3 -DUSE_CUDA {TARGET} -Xcompiler -fPIC -Xcompiler -fvisibility=hidden"
-CUDA_ARCHITECTURES = "80;86;89;90;100"
+CUDA_ARCHITECTURES = "80;86;89;90;100;120"
 CUDA_LIBRARY = "_native_cuda.so"
 
 
@@ -53,7 +55,7 @@ class BuildError(Exception):
 
 
 class NoCompilerError(BuildError):
-    """There is no compiler for CUDA, or not the one that torch was built with."""
+    """There is no CUDA compiler, or its version differs from torch's build."""
 
 
 class BuildNative(build_ext):
@@ -97,24 +99,40 @@ class AnyPython(bdist_wheel):
 
 
 def compile_cpu() -> list[Path]:
-    """Compile what changed since the last build, and return every library."""
+    """Compile changed sources, and return all libraries."""
     compiler = find_tool(os.environ.get("CXX", "g++"), "there is no C++ compiler g++ (set CXX to name another)")
     flags = X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"default": ""}
     wanted = os.environ.get("KDKERNELS_CPU_ISAS")
     if wanted:
-        flags = {isa: flags[isa] for isa in wanted.split(";") if isa in flags}
-    return run_ninja("native", ninja_file(compiler, find_torch(), flags), [library_name(isa) for isa in flags])
+        names = {native_isa() if name == "native" else name for name in wanted.split(";")}
+        if not names & flags.keys():
+            raise BuildError(f"KDKERNELS_CPU_ISAS must name some of {';'.join(flags)}, got {wanted}")
+        flags = {isa: flags[isa] for isa in flags if isa in names}
+    return run_ninja("native", ninja_file(compiler, find_torch(), flags), [name_of_library(isa) for isa in flags])
+
+
+def native_isa(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the instruction set whose library ``kdkernels.native`` loads on this processor."""
+    named = os.environ.get("ATEN_CPU_CAPABILITY")
+    if named:
+        return named
+    found = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    flags = set(found[1].split()) if found else set()
+    if flags >= {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}:
+        return "avx512"
+    return "avx2" if flags >= {"avx2", "fma"} else "default"
 
 
 def compile_cuda() -> list[Path]:
-    """The same for CUDA, if the torch that is installed has it."""
+    """Do the same for CUDA, if the installed torch has CUDA."""
     torch = find_torch()
-    version = cuda_version(torch)
+    own = cuda_version(torch)
+    version = own or os.environ.get("KDKERNELS_CUDA_VERSION")
     if version is None:
         if os.environ.get("KDKERNELS_BUILD") == "cuda":
             raise BuildError("the torch that is installed has no CUDA")
         return []
-    return run_ninja("cuda", cuda_ninja_file(find_nvcc(version), torch), [CUDA_LIBRARY])
+    return run_ninja("cuda", cuda_ninja_file(find_nvcc(version), torch, own is None), [CUDA_LIBRARY])
 
 
 def run_ninja(name: str, content: str, libraries: list[str]) -> list[Path]:
@@ -127,7 +145,7 @@ def run_ninja(name: str, content: str, libraries: list[str]) -> list[Path]:
     return [folder / library for library in libraries]
 
 
-def library_name(isa: str) -> str:
+def name_of_library(isa: str) -> str:
     return f"_native_cpu_{isa}.so"
 
 
@@ -149,19 +167,19 @@ def ninja_file(compiler: str, torch: Path, flags: dict[str, str]) -> str:
         objects = {f"{isa}/{path.relative_to(ROOT / 'csrc').with_suffix('.o')}": path for path in SOURCES}
         for output, source in objects.items():
             lines += [f"build {output}: compile {escape(source)}", f"  isa = {isa_flags}"]
-        lines.append(f"build {library_name(isa)}: link {' '.join(objects)}")
+        lines.append(f"build {name_of_library(isa)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
-def cuda_ninja_file(nvcc: str, torch: Path) -> str:
+def cuda_ninja_file(nvcc: str, torch: Path, for_another_torch: bool = False) -> str:
     architectures = re.findall(r"\d+a?", os.environ.get("KDKERNELS_CUDA_ARCHS") or CUDA_ARCHITECTURES)
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
-    portable = "90" if "90" in architectures else architectures[-1]  # later GPUs compile this for themselves
+    portable = "90" if "90" in architectures else architectures[-1]  # later GPUs compile this PTX when they load it
     targets.append(f"-gencode=arch=compute_{portable},code=compute_{portable}")
     lines = [
         f"nvcc = {escape(Path(nvcc))} {nvcc_host_compiler()}",
         f"flags = {CUDA_FLAGS} {' '.join(targets)} --threads {len(targets)} -isystem {escape(torch / 'include')}",
-        f"libs = -L{escape(torch / 'lib')} -ltorch_cuda -ltorch_cpu -Xlinker -z -Xlinker defs",
+        f"libs = {cuda_libraries(torch, for_another_torch)}",
         "rule compile",
         "  command = $nvcc -MD -MF $out.d $flags -c $in -o $out",
         "  depfile = $out.d",
@@ -177,12 +195,19 @@ def cuda_ninja_file(nvcc: str, torch: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def cuda_libraries(torch: Path, for_another_torch: bool) -> str:
+    """Return the linker's arguments. A torch without CUDA lacks symbols, which the torch of the other machine has."""
+    if for_another_torch:
+        return f"-L{escape(torch / 'lib')} -ltorch_cpu"
+    return f"-L{escape(torch / 'lib')} -ltorch_cuda -ltorch_cpu -Xlinker -z -Xlinker defs"
+
+
 def nvcc_host_compiler() -> str:
     return f"-ccbin {os.environ['CXX']}" if "CXX" in os.environ else ""
 
 
 def cuda_version(torch: Path) -> str | None:
-    """The version of CUDA that a torch was built with, if any."""
+    """Return the CUDA version of torch's build, or None."""
     found = re.search(r"^cuda\b.*=\s*['\"]([\d.]+)['\"]", (torch / "version.py").read_text(), re.MULTILINE)
     return found[1] if found and (torch / "lib" / "libtorch_cuda.so").exists() else None
 
@@ -215,9 +240,9 @@ def find_tool(name: str, otherwise: str) -> str:
 
 
 def find_torch() -> Path:
-    """The folder of the torch to build against, found without importing it.
+    """Return the folder of the torch to build with, found without an import.
 
-    An isolated build hides the environment the package is going to, so that is searched as well.
+    An isolated build hides the target environment, so this environment is searched too.
     """
     places = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     for distribution in importlib.metadata.distributions(name="torch", path=places):
@@ -230,6 +255,8 @@ def find_torch() -> Path:
 
 
 setup(
+    # For example "+cpu", which distinguishes wheels of one version on an index or a release page.
+    options={"egg_info": {"tag_build": os.environ.get("KDKERNELS_VERSION_LABEL", "")}},
     ext_modules=[Extension("kdkernels._native", [])],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},
 )

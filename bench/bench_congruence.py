@@ -1,4 +1,4 @@
-"""LKD's loss: ``pytest bench/bench_congruence.py``. The limit is the products of the form that is chosen."""
+"""LKD's loss: ``pytest bench/bench_congruence.py``. The limit is the matrix products of the chosen form."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 import kdkernels
 
-Stages = tuple[tuple[int, int], ...]  # channels and side of the maps, the same for both networks
+Stages = tuple[tuple[int, int], ...]  # (channels, side) of the maps, equal for both networks
 
 CIFAR = ((16, 32), (32, 16), (64, 8))
 
@@ -24,16 +24,18 @@ def inputs(n: int, k: int, stages: Stages) -> tuple[list[Tensor], list[Tensor], 
 
 
 def fused(student: list[Tensor], teacher: list[Tensor], k: int) -> Tensor:
-    return kdkernels.local_correlation_loss(student, teacher, k, partition="resize")
+    return kdkernels.local_correlation_loss(student, teacher, k, partition="resize", reduction="sum")
 
 
 def textbook(student: Sequence[Tensor], teacher: Sequence[Tensor], k: int) -> Tensor:
-    """Eqs. 4-6 one after the other, as the paper states them, summed over stages (Eq. 7)."""
+    """Return Eqs. 4-6 as the paper states them, summed over stages (Eq. 7)."""
     return sum(_three_relations(unit_patches(s, k), unit_patches(t, k)) for s, t in zip(student, teacher, strict=True))
 
 
 def full_gram(student: Sequence[Tensor], teacher: Sequence[Tensor], k: int) -> Tensor:
-    """With equal weights Eqs. 4-6 are all pairs of patches, and the diagonal, which Eqs. 4 and 5 share, once more."""
+    """Return the sum over all pairs of patches, plus the diagonal: Eqs. 4-6 with equal weights, where Eqs. 4 and 5
+    share it.
+    """
     loss = 0.0
     for s, t in zip(student, teacher, strict=True):
         x, y = unit_patches(s, k).flatten(0, 1), unit_patches(t, k).flatten(0, 1)
@@ -43,7 +45,7 @@ def full_gram(student: Sequence[Tensor], teacher: Sequence[Tensor], k: int) -> T
 
 
 def unit_patches(features: Tensor, k: int) -> Tensor:
-    """n x c x h x w features as n x k² x d vectors of norm 1."""
+    """Return n x c x h x w features as n x k² x d vectors of norm 1."""
     n, c, h, w = features.shape
     if h % k or w % k:
         h, w = k * math.ceil(h / k), k * math.ceil(w / k)
@@ -67,7 +69,7 @@ def _three_relations(x: Tensor, y: Tensor) -> Tensor:
 
 
 def keops(student: list[Tensor], teacher: list[Tensor], k: int) -> Tensor:
-    """``full_gram`` streamed over all pairs. Its diagonal is zero: no patch of random features is dead."""
+    """Return ``full_gram``, streamed over all pairs. The diagonal is 0, because no random patch has norm 0."""
     from pykeops.torch import LazyTensor
 
     loss = 0.0
@@ -82,14 +84,14 @@ BASELINES = {"textbook": textbook, "full Gram": full_gram}
 
 
 def work(student: list[Tensor], teacher: list[Tensor], k: int) -> Work:
-    """Products of loss and student's gradient, symmetric ones counted by halves."""
+    """Return the products of the loss and the student's gradient. A symmetric product counts half."""
     stages = kdkernels.explain("local_correlation_loss", student, teacher, k, partition="resize").stages
     return Work(multiply_adds=sum(part.count * part.costs[part.form] for sums in stages for part in sums))
 
 
 def case(n: int, k: int, *stages: tuple[int, int], headline: bool = False) -> Case:
     loss = f"LKD {' '.join(f'{c}x{h}x{h}' for c, h in stages)} k={k}"
-    agreement = AGREEMENT if n * k > 1 else math.inf  # the gradients of one patch alone are nothing but rounding
+    agreement = AGREEMENT if n * k > 1 else math.inf  # the gradient of a single patch is only rounding
     return Case(loss, n, inputs, (n, k, stages), fused, BASELINES, work, where_installed(keops), headline, agreement)
 
 

@@ -1,7 +1,7 @@
 """3 x 3 convolutions of SemCKD's projections, with both gradients: ``pytest bench/bench_convolution.py``.
 
-The limit is the rate of this machine's matrix products on the definition, which multiplies 9 times where Winograd's
-algorithm does 4 times.
+The limit is the rate of this machine's matrix products for the definition. It has 9 multiplications where Winograd's
+algorithm has 4.
 """
 
 from __future__ import annotations

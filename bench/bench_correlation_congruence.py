@@ -28,7 +28,7 @@ def fused(student: Tensor, teacher: Tensor, kernel: str) -> Tensor:
 
 
 def textbook(student: Tensor, teacher: Tensor, kernel: str) -> Tensor:
-    """Eq. 6 as one would write it: both kernel matrices, and the mean of their squared difference."""
+    """Return Eq. 6 as one would write it: both kernel matrices, and the mean of their squared difference."""
     return F.mse_loss(matrix(F.normalize(student), kernel), matrix(F.normalize(teacher), kernel))
 
 
@@ -46,7 +46,7 @@ def matrix(x: Tensor, kernel: str) -> Tensor:
 
 
 def row_by_row(student: Tensor, teacher: Tensor, kernel: str) -> Tensor:
-    """The loop over rows that public distillation code runs, for the Taylor expansion."""
+    """Return the Taylor expansion by a loop over rows, as public distillation code does."""
     x, y = F.normalize(student), F.normalize(teacher)
     total = 0.0
     for i in range(len(x)):
@@ -56,7 +56,7 @@ def row_by_row(student: Tensor, teacher: Tensor, kernel: str) -> Tensor:
 
 
 def keops(student: Tensor, teacher: Tensor, kernel: str) -> Tensor:
-    """The Taylor expansion or the Gaussian, streamed over all pairs."""
+    """Return the Taylor expansion or the Gaussian, streamed over all pairs."""
     from pykeops.torch import LazyTensor
 
     def correlations(x: Tensor) -> LazyTensor:

@@ -1,7 +1,7 @@
 """SemCKD's loss of all layer pairs: ``pytest bench/bench_feature_mse.py``.
 
-The student's projections have its own map sizes, or the smaller of both where it pools before it projects. The limit is
-the bytes that must move: every map is read twice, since the gradients, which are written, come in the backward pass.
+The student's projections have its own map size, or the smaller of both sizes if it pools before it projects. The limit
+is the bytes that must move. Every map is read twice, because the backward pass writes the gradients.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Similarity matrices of VGG-8 and ResNet-32x4, as SemCKD takes them: ``pytest bench/bench_gram.py``.
+"""Similarity matrices of VGG-8 and ResNet-32x4, as in SemCKD: ``pytest bench/bench_gram.py``.
 
-The limit is the bytes that must move: every map is read, and read again for the gradient of the student's, which is
+The limit is the bytes that must move. Every map is read once, and once more for the student's gradient, which is
 written.
 """
 

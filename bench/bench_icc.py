@@ -1,7 +1,6 @@
 """ICCT's loss: ``pytest bench/bench_icc.py``.
 
-The limit is this machine's rate of exponentials, of which the loss needs 2·b·K², one for every entry of every sample's
-two correlations.
+The limit is this machine's rate of exponentials. The loss needs 2·b·K², one per entry of P, per sample and per network.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def work(student: Tensor, teacher: Tensor) -> Work:
 
 
 def case(batch: int, classes: int, headline: bool = False) -> Case:
-    baselines = {"textbook": textbook} if classes < 10000 else {}  # which would need more than 20 GiB
+    baselines = {"textbook": textbook} if classes < 10000 else {}  # the textbook version would need more than 20 GiB
     return Case(f"ICCT K={classes}", batch, inputs, (batch, classes), fused, baselines, work, headline=headline)
 
 

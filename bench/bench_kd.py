@@ -13,8 +13,9 @@ import kdkernels
 TEMPERATURE = 4.0
 
 
-def inputs(batch: int, classes: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(batch, classes, requires_grad=True), torch.randn(batch, classes)
+def inputs(batch: int, classes: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    student, teacher = (torch.randn(batch, classes).to(dtype) for _ in range(2))
+    return student.requires_grad_(), teacher
 
 
 def textbook(student: Tensor, teacher: Tensor) -> Tensor:
@@ -41,10 +42,20 @@ def case(batch: int, classes: int, headline: bool = False) -> Case:
     return Case(f"KD K={classes}", batch, inputs, (batch, classes), fused, baselines, work, headline=headline)
 
 
-CASES = tuple(
-    case(batch, classes, headline=(batch, classes) == (64, 1000))
-    for classes in (1000, 100, 10)
-    for batch in (1, 64, 256, 1024)
+def vocabulary(dtype: torch.dtype) -> Case:
+    """Return the logits of 1,024 tokens."""
+    baselines = {"textbook": textbook, "log target": log_target}
+    name = f"KD K=32000, {str(dtype).removeprefix('torch.')}"
+    return Case(name, 1024, inputs, (1024, 32000, dtype), fused, baselines, work)
+
+
+CASES = (
+    *(
+        case(batch, classes, headline=(batch, classes) == (64, 1000))
+        for classes in (1000, 100, 10)
+        for batch in (1, 64, 256, 1024)
+    ),
+    *map(vocabulary, (torch.float32, torch.bfloat16)),
 )
 
 

@@ -1,6 +1,6 @@
-"""LKD of maps that are weighted by attention and cropped to its box: ``pytest bench/bench_patches.py``.
+"""LKD with class-aware attention: masked and cropped maps. ``pytest bench/bench_patches.py``.
 
-The limit is the products alone, so what is missing to it is the cost of masking, cropping and splitting.
+The limit has only the matrix products. The rest of the time is the cost of masking, cropping and splitting.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ K, THRESHOLD = 4, 0.5
 
 
 def inputs(n: int, channels: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention above the threshold in a box of its own for each image."""
+    """Return the maps, and attention that exceeds the threshold in a different box per image."""
     shape = n, channels, side, side
     start, size = torch.randint(0, side // 2, (2, n, 1)), torch.randint(side // 4, side // 2, (2, n, 1))
     rows, columns = (torch.arange(side) >= start) & (torch.arange(side) < start + size)
@@ -26,7 +26,7 @@ def inputs(n: int, channels: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fused(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    return kdkernels.local_correlation_loss(student, teacher, K, mask=mask, threshold=THRESHOLD)
+    return kdkernels.local_correlation_loss(student, teacher, K, mask=mask, threshold=THRESHOLD, reduction="sum")
 
 
 def textbook(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def textbook(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 
 
 def resampling(inside: Tensor) -> Tensor:
-    """For each image the matrix that bilinearly resamples what is between its first and last pixel inside."""
+    """Return per image the matrix that resamples bilinearly between its first and its last pixel inside the box."""
     side = inside.shape[1]
     index = torch.arange(side, device=inside.device)
     first = torch.where(inside, index, side).amin(1)[:, None]

@@ -1,6 +1,6 @@
-"""RKD with its angles, of which the textbook holds b x b x d differences: ``pytest bench/bench_rkd.py``.
+"""RKD with angles. The textbook version holds b x b x d differences: ``pytest bench/bench_rkd.py``.
 
-No limit is given: the work is b³ comparisons of angles, of which the machine has no measured rate.
+There is no limit, because the machine has no measured rate for the b³ comparisons of angles.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""SemCKD's whole loss with attention and projections: ``pytest bench/bench_semckd.py``.
+"""The whole loss of SemCKD with attention and projections: ``pytest bench/bench_semckd.py``.
 
-Nearly all of its work are the convolutions of the projections, three times over: the loss, and the gradients of their
-inputs and of their weights. The limit is the rate of this machine's matrix products on them. Variants agree less than
-elsewhere, for a number that rounding puts on the other side of a ReLU has another gradient.
+Nearly all of its work is the convolutions of the projections: the loss, the gradient to the inputs, and the gradient to
+the weights. The limit is the rate of this machine's matrix products for them. Variants agree less than in other
+benchmarks, because rounding moves numbers across the zero of a ReLU, which changes their gradient.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def fused(calibration: SemanticCalibration, student: Maps, teacher: Maps, parame
 
 
 def textbook(calibration: SemanticCalibration, student: Maps, teacher: Maps, parameters: list[Tensor]) -> Tensor:
-    """The same parameters in plain PyTorch, layer by layer and pair by pair."""
+    """Return the loss with the same parameters in plain PyTorch, layer by layer and pair by pair."""
     keys = torch.stack([embedded(e.linears, m) for e, m in zip(calibration.keys, teacher, strict=True)], 1)
     queries = torch.stack([embedded(e.linears, m) for e, m in zip(calibration.queries, student, strict=True)], 1)
     attention = (queries @ keys.mT).softmax(-1)

@@ -1,4 +1,4 @@
-"""SP's loss: ``pytest bench/bench_similarity_preserving.py``. The limit is the products of the form that is chosen."""
+"""SP's loss: ``pytest bench/bench_similarity_preserving.py``. The limit is the matrix products of the chosen form."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""LKD's loss against the textbook's at the paper's sizes: time of forward + backward, and peak extra memory.
+"""LKD against the textbook version at the sizes of the paper: time of forward + backward, and peak extra memory.
 
-``make demo`` ends with it. ``make bench`` measures more sizes, every operator, and all of them under torch.compile.
+``make demo`` begins with it. ``make bench`` measures more sizes, every operator, and all of them under torch.compile.
 """
 
 from __future__ import annotations

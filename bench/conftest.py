@@ -1,4 +1,4 @@
-"""Prints what the benchmarks noted about each case under pytest-benchmark's own table, and adds it to a file."""
+"""Print the notes of each case below pytest-benchmark's own table, and add them to a file of results."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from measure import SECONDS, compare, provenance, table
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--results", type=Path, help="put what was measured, with machine and versions, into this file")
+    parser.addoption("--results", type=Path, help="write the results, with machine and versions, to this file")
     parser.addoption("--seconds", type=float, default=SECONDS, help="time for the measurement of each case")
-    parser.addoption("--grid", action="store_true", help="measure the time on the grids of sizes, too: half an hour")
+    parser.addoption("--grid", action="store_true", help="also measure the time on the grids of sizes (half an hour)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The grids show that no size is slower than PyTorch; the other cases are what tables and figures are made of."""
+    """Select the cases. The grids look for sizes that are slower than PyTorch. The other cases are for tables and
+    figures.
+    """
     if not config.getoption("--grid"):
         items[:] = [item for item in items if item.originalname != "test_grid"]
 
@@ -31,7 +33,7 @@ def seed() -> None:
 
 @pytest.fixture(name="compare")
 def compare_case(benchmark, pytestconfig: pytest.Config) -> Callable:
-    """``measure.compare`` for as long as the command line says."""
+    """Return ``measure.compare`` with the duration of the command line."""
     return functools.partial(compare, benchmark, seconds=pytestconfig.getoption("--seconds"))
 
 

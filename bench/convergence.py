@@ -1,12 +1,14 @@
-"""Trains students with the fused kernels and with the references, and compares the courses of their losses.
+"""Train students with the fused kernels and with the references, and compare their loss curves.
 
     python bench/convergence.py
 
-For every method, seed and precision (float32, and bfloat16 by autocast) two students start alike, see the same batches
-of digits, and differ only in the backend of their losses. Rounding alone drives them apart, as far as a third, trained
-by the reference from weights nudged in their last bit: after many steps as far as two runs of different seeds, but not
-farther, and not to one side. Writes every number as JSON and a figure beside it. Every finished run is kept: an
-interrupted command goes on.
+For every method, seed and precision (float32, and bfloat16 by autocast), two students start from the same weights and
+see the same batches of digits. They differ only in the backend of their losses, so only rounding drives them apart. A
+third student shows how far rounding drives a run: the reference trains it from weights that differ in their last bit.
+After many steps, these students are as far apart as two seeds, but not farther, and without a bias.
+
+The program writes every number as JSON and draws a figure. It keeps every finished run: after an interruption, the same
+command continues.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
@@ -34,12 +37,13 @@ import train_cckd  # noqa: E402
 import train_icct  # noqa: E402
 import train_lkd  # noqa: E402
 import train_semckd  # noqa: E402
-from common import data, training  # noqa: E402
+from common import data, figures, training  # noqa: E402
 from common.data import Dataset  # noqa: E402
 from common.experiment import Experiment  # noqa: E402
 from common.training import Losses, Schedule  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
+FIGURES = RESULTS.parent.parent / "docs" / "figures"
 EXAMPLES = {
     "LKD": (train_lkd, train_lkd.LocalCorrelation),
     "CCKD": (train_cckd, train_cckd.CorrelationCongruence),
@@ -52,11 +56,11 @@ NUDGED = "reference, nudged"
 QUANTITIES = {"loss": "training loss", "test_accuracy": "test accuracy, %"}
 
 Curve = list[float]
-Runs = dict[str, dict[str, list[Curve]]]  # a quantity's, by backend and seed
+Runs = dict[str, dict[str, list[Curve]]]  # of one quantity, by backend and seed
 
 
 def experiment(method: str, backend: str, out: Path, dataset: Dataset) -> Experiment:
-    """The method's example with its demo's recipe, in small batches."""
+    """Return the method's example with the recipe of its demo, in small batches."""
     example, kind = EXAMPLES[method]
     name = "reference" if backend == NUDGED else backend
     flags = ["--out", str(out), "--backend", name, "--threads", "1", "--batch-size", str(BATCH)]
@@ -65,7 +69,7 @@ def experiment(method: str, backend: str, out: Path, dataset: Dataset) -> Experi
 
 
 def teacher_of(method: str, out: Path, dataset: Dataset, epochs: int) -> nn.Module:
-    """A trained, frozen teacher; CCKD's has an embedding, the others share one."""
+    """Return a trained, frozen teacher. CCKD's has an embedding. The other methods share one teacher."""
     own = method if method == "CCKD" else "LKD"
     study = experiment(own, "reference", out / own, dataset)
     schedule = study.recipe.teacher_schedule.lasting(epochs)
@@ -78,7 +82,7 @@ def teacher_of(method: str, out: Path, dataset: Dataset, epochs: int) -> nn.Modu
 def student_of(
     method: str, study: Experiment, teacher: nn.Module, seed: int
 ) -> Iterator[tuple[nn.Module, nn.Module, Callable[..., Losses]]]:
-    """A student, all that is trained with it, and the method's whole loss."""
+    """Return a student, everything that is trained with it, and the method's whole loss."""
     torch.manual_seed(seed)
     recipe = study.recipe
     if method == "CCKD":
@@ -101,7 +105,7 @@ def student_of(
 
 @torch.no_grad()
 def nudge(module: nn.Module) -> None:
-    """Change every weight by a unit in its last place."""
+    """Change every weight by one unit in the last place."""
     for parameter in module.parameters():
         parameter.copy_(torch.nextafter(parameter, torch.full_like(parameter, torch.inf)))
 
@@ -122,7 +126,7 @@ def train(
     *,
     nudged: bool = False,
 ) -> dict[str, Curve]:
-    """The mean loss of each ``every`` steps, and the test accuracy after them."""
+    """Train, and return the mean loss over every ``every`` steps, and the test accuracy after them."""
     curves: dict[str, Curve] = {name: [] for name in QUANTITIES}
     schedule, device = schedule_of(study), study.device
     batches = study.dataset.only(study.recipe.share).batches(schedule.batch_size, seed, device)
@@ -150,10 +154,11 @@ def train(
 
 
 def parity(reference: Sequence[Curve], fused: Sequence[Curve]) -> dict[str, float]:
-    """How far the backends are apart, in units of how far seeds are.
+    """Return how far the backends are apart, relative to how far seeds are apart.
 
     Returns:
-        "distance": the mean difference of two runs of one seed, divided by that of two references of different seeds.
+        "distance": the mean difference of two runs of one seed, divided by the mean difference of two references of
+            different seeds.
         "bias": the mean of the signed differences, divided by the standard deviation of the references over seeds.
     """
     own, other = np.array(reference), np.array(fused)
@@ -189,7 +194,7 @@ def run_all(
 
 
 def summary(curves: Mapping[str, Mapping[str, Runs]]) -> list[dict]:
-    """What every other kind of run is to the reference."""
+    """Return the parity of every other kind of run with the reference."""
     return [
         {
             "method": method,
@@ -207,10 +212,13 @@ def summary(curves: Mapping[str, Mapping[str, Runs]]) -> list[dict]:
 
 
 def draw(path: Path, curves: Mapping[str, Mapping[str, Runs]], every: int) -> None:
-    """Loss and accuracy, mean and range over seeds; and how far apart backends, nudged runs and seeds are."""
-    import matplotlib.pyplot as plt
+    """Draw loss and accuracy, mean and range over seeds, and the distances of backends, nudged runs and seeds."""
+    figures.save_variants(lambda: panels(curves, every), path)
 
-    figure, axes = plt.subplots(6, len(curves), figsize=(3 * len(curves), 13), sharex=True, layout="constrained")
+
+def panels(curves: Mapping[str, Mapping[str, Runs]], every: int) -> Figure:
+    figure = Figure(figsize=(3.6 * len(curves), 15))
+    axes = figure.subplots(6, len(curves), sharex=True)
     for column, (method, of_method) in zip(axes.T, curves.items(), strict=True):
         for three, (precision, of_precision) in zip((column[:3], column[3:]), of_method.items(), strict=True):
             three[0].set_title(f"{method}, {precision}")
@@ -218,28 +226,27 @@ def draw(path: Path, curves: Mapping[str, Mapping[str, Runs]], every: int) -> No
         column[-1].set_xlabel("steps")
     for axis, label in zip(axes[:, 0], 2 * (*QUANTITIES.values(), "difference of losses"), strict=True):
         axis.set_ylabel(label)
-        axis.legend(fontsize=7)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+        axis.legend()
+    return figure
 
 
 def draw_courses(axes: Sequence[Any], runs: Mapping[str, Mapping[str, list[Curve]]], every: int) -> None:
-    """One column of three: a method in a precision."""
+    """Draw three panels: one method in one precision."""
     for axis, (quantity, courses) in zip(axes[:2], runs.items(), strict=True):
-        for (name, values), color, style in zip(courses.items(), ("C7", "C3"), ("-", "--"), strict=False):
+        for (name, values), color, style in zip(courses.items(), ("C1", "C0"), ("-", "--"), strict=False):
             values = np.array(values)
             steps = every * np.arange(1, values.shape[1] + 1)
-            axis.plot(steps, values.mean(0), style, color=color, lw=1.5, label=name)
+            axis.plot(steps, values.mean(0), style, color=color, label=name)
             axis.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
         axis.set_yscale("log" if quantity == "loss" else "linear")
     reference, *others = (np.array(values) for values in runs["loss"].values())
     seeds = np.mean([np.abs(a - b) for a, b in itertools.combinations(reference, 2)], axis=0)
-    axes[2].plot(steps, seeds, color="C7", label="seeds")
-    for other, color, style, name in zip(others, ("C3", "C0"), ("--", ":"), ("backends", "a nudge"), strict=True):
+    axes[2].plot(steps, seeds, color="C2", label="seeds")
+    for other, color, style, name in zip(others, ("C0", "C3"), ("--", ":"), ("backends", "a nudge"), strict=True):
         axes[2].plot(steps, np.abs(other - reference).mean(0), style, color=color, label=name)
     distances = [parity(reference, other)["distance"] for other in others]
     axes[2].set_yscale("log")
-    axes[2].set_title("backends {:.2g}, nudge {:.2g} of seeds".format(*distances), fontsize=8)
+    axes[2].set_title("backends {:.2g}, nudge {:.2g} of seeds".format(*distances), fontsize="small")
 
 
 def main() -> None:
@@ -262,14 +269,15 @@ def main() -> None:
     file = RESULTS / f"convergence-cpu-{date}.json"
     content = {**measure.provenance(), "steps per point": arguments.every, "results": rows, "curves": curves}
     training.write_json(file, content)
-    draw(file.with_suffix(".png"), curves, arguments.every)
+    figure = FIGURES / f"{file.stem}.svg"
+    draw(figure, curves, arguments.every)
     header = ("method", "precision", "quantity", "reference and", "distance / seeds", "bias / seeds")
     table = [
         (r["method"], r["precision"], r["quantity"], r["runs"], f"{r['distance']:.3f}", f"{r['bias']:+.2f}")
         for r in rows
     ]
     print(measure.table(header, table))
-    print(f"wrote {file} and {file.with_suffix('.png')}")
+    print(f"wrote {file} and {figure}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 bench/distributed.py && python bench/report.py
 
-Measures messages and the loss, in one process and in all of them, and reckons from the formulas what many more would
-send and compute. Writes the tables with machine, versions, commit and date.
+The program measures messages and the loss, in one process and in all of them. From the formulas it calculates what many
+more processes would send and compute. It writes the tables with machine, versions, commit and date.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from kdkernels.distributed import Ranks
 from kdkernels.ops.congruence.distributed import MOVED, costs, numbers_moved
 
 FILE = Path(__file__).resolve().parent / "results" / "distributed-cpu.json"
-CASES = (("64 x 8 x 8", 64, 8), ("16 x 32 x 32", 16, 32))  # channels and side of the maps, in 4 x 4 patches
-IMAGES, K = 64, 4  # images of a process
-MANY, BYTES_PER_SECOND = 4096, 25e9  # the processes and the network that are reckoned with
+CASES = (("64 x 8 x 8", 64, 8), ("16 x 32 x 32", 16, 32))  # (name, channels, side) of the maps, in 4 x 4 patches
+IMAGES, K = 64, 4  # images per process
+MANY, BYTES_PER_SECOND = 4096, 25e9  # of the calculation
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def messages() -> dict:
 
 
 def losses(alone: dist.ProcessGroup, together: dist.ProcessGroup) -> dict:
-    """Forward and backward of the loss, of the first process by itself and of all together."""
+    """Return the loss, forward and backward, of only the first process, and of all processes."""
     header = ["maps", "form", "numbers sent", "1 process, ms", f"{together.size()} processes, ms"]
     rows = []
     for name, channels, side in CASES:
@@ -76,7 +76,7 @@ def reckoned() -> dict:
             sent, products = 4 * numbers, cost[form] - MOVED * numbers
             took = f"{1e3 * sent / BYTES_PER_SECOND:,.2f} ms"
             rows.append([case(name, channels, side), form, f"{sent / 1e6:,.1f} MB", took, f"{products:.0e}"])
-    return {"title": f"Reckoned for {MANY} processes of {IMAGES} images each:", "header": header, "rows": rows}
+    return {"title": f"Calculated for {MANY} processes of {IMAGES} images each:", "header": header, "rows": rows}
 
 
 def case(name: str, channels: int, side: int) -> str:
@@ -89,13 +89,13 @@ def width(channels: int, side: int) -> int:
 
 
 def problem(processes: int, channels: int, side: int) -> tuple[Ranks, int, int, int, bool]:
-    """What the formulas ask for."""
+    """Return the problem that the formulas need."""
     ranks = Ranks(dist.group.WORLD, dist.get_rank(), (IMAGES,) * processes)
     return ranks, K * K, width(channels, side), width(channels, side), False
 
 
 def seconds(run: Callable[[], object], repeats: int = 15, alone: bool = False) -> float:
-    """The median over repeats of the slowest rank's time; ``alone``, only the first one runs."""
+    """Return the median over repeats of the slowest rank's time. With ``alone`` set, only the first rank runs."""
     times = []
     for _ in range(repeats):
         dist.barrier()

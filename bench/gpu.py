@@ -1,8 +1,8 @@
-"""Measures every loss on a GPU, forward and backward: ``python bench/gpu.py --json FILE``.
+"""Measure every loss on a GPU, forward and backward: ``python bench/gpu.py --json FILE``.
 
-Each case is measured twice: launched from Python, as the wall clock has it, and replayed from a CUDA graph, as the
-device has it, where below 100 µs nothing else would be measured but the gaps between launches. The fused loss runs on
-every backend that can; ``fused`` is the faster one.
+Each case is measured twice: launched from Python with the wall clock, and replayed from a CUDA graph with the device's
+clock. Below 100 µs, the wall clock measures only the gaps between launches. The fused loss runs on every backend that
+can run. ``fused`` is the faster of them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import itertools
+import os
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ import bench_icc
 import bench_kd
 import bench_patches
 import bench_similarity_preserving
+import gpu_check
 import results
 import torch
 from measure import Case, Loss, Work, compiled, forget_gradients, gradient_bytes, interleaved, limit, provenance, table
@@ -33,14 +36,22 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import kdkernels
 from kdkernels import backends
 
-REPLAYS = 20  # of a graph between two events
-SECONDS = 1.0  # for one case, launched or replayed
+PRETENDED = bool(os.environ.get("KDKERNELS_PRETENDED_GPU"))
+if PRETENDED:
+    import pretended_gpu
+
+    pretended_gpu.install()
+
+REPLAYS = 20  # graph replays between two events
+SECONDS = 0.01 if PRETENDED else 1.0  # per case, launched or replayed
 CLOCK_RATE = 13  # CU_DEVICE_ATTRIBUTE_CLOCK_RATE in cuda.h
-LONG = 0.1  # seconds of a step that is not captured: its launches are not what it waits for
+LONG = 0.1  # seconds; a longer step is not captured, because its launches do not matter
 
 
 def cases() -> list[Case]:
-    """One operator after the other, in rounds: sizes that only a GPU is given, those that tables show, the rest."""
+    """Return the cases in rounds: the sizes for GPUs only, then the headline cases, then the rest. A round has every
+    operator.
+    """
     lkd, cckd, icc, kd = bench_congruence, bench_correlation_congruence, bench_icc, bench_kd
     large = {
         lkd: [lkd.case(1024, 4, (64, 8), headline=True)],
@@ -57,7 +68,7 @@ def cases() -> list[Case]:
 
 
 def on(backend: str, loss: Loss) -> Loss:
-    """The loss on one backend."""
+    """Return the loss on one backend."""
 
     def run(*inputs: object) -> Tensor:
         with kdkernels.use_backend(backend):
@@ -67,7 +78,7 @@ def on(backend: str, loss: Loss) -> Loss:
 
 
 def to_gpu(inputs: tuple) -> tuple:
-    """A tensor that is there more than once, as a teacher's maps in SemCKD are, stays one."""
+    """Copy inputs to the GPU. A tensor that occurs twice, such as a teacher's map in SemCKD, is copied once."""
     moved = {
         id(x): x.detach().cuda().requires_grad_(x.requires_grad) for x in tree_leaves(inputs) if isinstance(x, Tensor)
     }
@@ -80,7 +91,7 @@ def step(loss: Loss, inputs: tuple) -> None:
 
 
 def launched(loss: Loss, inputs: tuple) -> Callable[[], float]:
-    """Seconds of one step on the wall clock."""
+    """Return the seconds of one step on the wall clock."""
 
     def run() -> float:
         torch.cuda.synchronize()
@@ -95,7 +106,7 @@ def launched(loss: Loss, inputs: tuple) -> Callable[[], float]:
 
 
 def replayed(loss: Loss, inputs: tuple) -> Callable[[], float]:
-    """Seconds of one step on the device, in a graph."""
+    """Return the seconds of one step on the device, in a graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -132,7 +143,7 @@ def peak_extra_memory(loss: Loss, inputs: tuple) -> int:
 
 
 def medians(steps: dict[str, Callable[[], float]]) -> dict[str, float]:
-    """Each one's median over interleaved rounds."""
+    """Return each variant's median over interleaved rounds."""
     times: dict[str, list[float]] = defaultdict(list)
     for measured in interleaved(steps, SECONDS) if steps else ():
         for name, value in measured.items():
@@ -141,7 +152,7 @@ def medians(steps: dict[str, Callable[[], float]]) -> dict[str, float]:
 
 
 def attempt(variants: dict[str, Loss], prepare: Callable[[Loss], object], failures: dict[str, str]) -> dict:
-    """What can be prepared; why the rest cannot."""
+    """Return the variants that could be prepared, and why the others could not."""
     prepared = {name: _attempt(name, loss, prepare, failures) for name, loss in variants.items()}
     return {name: ready for name, ready in prepared.items() if name not in failures}
 
@@ -149,13 +160,15 @@ def attempt(variants: dict[str, Loss], prepare: Callable[[Loss], object], failur
 def _attempt(name: str, loss: Loss, prepare: Callable[[Loss], object], failures: dict[str, str]) -> object:
     try:
         return prepare(loss)
-    except Exception as error:  # of whatever: the other variants are to be measured all the same
+    except Exception as error:  # of any kind, so that the other variants are measured
         failures[name] = f"{type(error).__name__}: {error}".split("\n")[0][:300]
         torch.cuda.synchronize()
 
 
 def that_fit(variants: dict[str, Loss], memory: dict[str, int], failures: dict[str, str]) -> dict[str, Loss]:
-    """Those whose graphs, which keep what a step needs, have room beside each other: the hungriest are left out."""
+    """Return the variants whose graphs fit in memory together. A graph keeps the memory of a step. The largest are left
+    out.
+    """
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
     left = free
@@ -175,10 +188,14 @@ def measure(case: Case, rates: Work) -> Iterator[dict]:
     inputs = to_gpu(case.inputs(*case.arguments))
     tensor = next(leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
     failures: dict[str, str] = {}
-    ours = [b for b in ("native", "triton") if backends.why_not(b, tensor) is None]
-    variants = {backend: on(backend, case.fused) for backend in ours} | case.others() | compiled(case.baselines)
+    ours = [b for b in ("native", "triton", "library") if backends.why_not(b, tensor, library=True) is None]
+    variants = {backend: on(backend, case.fused) for backend in ours} | case.others()
+    if not PRETENDED:
+        variants |= compiled(case.baselines)
     memory = attempt(variants, lambda loss: peak_extra_memory(loss, inputs), failures)
     variants = {name: loss for name, loss in variants.items() if name in memory}
+    if "no form by PyTorch's matrix products" in failures.get("library", ""):
+        del failures["library"]
     for how, prepare in (("", launched), (", in a CUDA graph", replayed)):
         if prepare is replayed:
             variants = that_fit(variants, {name: memory[name] + gradient_bytes(inputs) for name in variants}, failures)
@@ -204,17 +221,19 @@ def measure(case: Case, rates: Work) -> Iterator[dict]:
 
 
 def machine_rates() -> Work:
-    """What this GPU reaches: bytes moved, products in float32's accuracy, which is a third of tf32's, exponentials."""
+    """Return this GPU's rates: bytes, products with float32 accuracy (a third of the tf32 rate), and exponentials."""
 
     def rate(work: float, run: Callable[[], object]) -> float:
         graph = replayed_call(run)
         return work / statistics.median(graph() for _ in range(5))
 
+    if PRETENDED:
+        return Work(1.0, 1.0, 1.0)
     source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
     a, b = torch.randn(2, 8192, 8192, device="cuda")
     result = torch.empty_like(a)
-    # 16 a cycle on every multiprocessor, in NVIDIA's tables of throughputs for compute capability 8.0 to 10.0.
+    # NVIDIA's throughput tables give 16 per cycle and multiprocessor for compute capability 8.0 to 10.0.
     exponentials = 16 * torch.cuda.get_device_properties(0).multi_processor_count * clock_rate()
     exact = rate(8192**3, lambda: torch.mm(a, b, out=result))
     before = torch.get_float32_matmul_precision()
@@ -226,7 +245,7 @@ def machine_rates() -> Work:
 
 
 def clock_rate() -> float:
-    """Cycles per second, by the driver: the properties that PyTorch passes on lack it since CUDA 13."""
+    """Return cycles per second from the driver, because the device properties lack them since CUDA 13."""
     driver, gpu, kilohertz = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_int()
     failure = driver.cuDeviceGet(ctypes.byref(gpu), 0)
     failure = failure or driver.cuDeviceGetAttribute(ctypes.byref(kilohertz), CLOCK_RATE, gpu)
@@ -252,32 +271,40 @@ def replayed_call(run: Callable[[], object]) -> Callable[[], float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="put the results into this file, after each case")
+    parser.add_argument("--json", type=Path, help="write the results to this file after each case")
     parser.add_argument("--only", default="", help="cases whose names contain this")
-    parser.add_argument("--minutes", type=float, default=4, help="begin no case later than this")
+    parser.add_argument("--minutes", type=float, default=4, help="start no case after this time")
+    parser.add_argument("--headline", action="store_true", help="only the headline cases")
+    parser.add_argument("--resume", action="store_true", help="leave out the cases that the file has")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("PyTorch sees no GPU here: nothing was measured on one")
         return
     end = time.perf_counter() + 60 * arguments.minutes
+    known = set()
+    if arguments.resume and arguments.json.exists():
+        known = {case["case"] for case in results.read(arguments.json)["results"]}
+    wanted = [case for case in cases() if arguments.only in str(case) and str(case) not in known]
+    wanted = [case for case in wanted if case.headline or not arguments.headline]
     rates = machine_rates()
     origin = provenance() | {"processor": torch.cuda.get_device_name(0), "rates": rates._asdict()}
     rows = []
     try:
-        for case in cases():
-            if arguments.only not in str(case) or time.perf_counter() > end:
-                continue
+        for place, case in enumerate(wanted):
+            if time.perf_counter() > end:
+                print(f"{len(wanted) - place} cases are left")
+                sys.exit(gpu_check.STOPPED)
             measured = list(measure(case, rates))
             if arguments.json:
                 results.add(arguments.json, origin, measured)
             for result in measured:
                 rows += lines(result)
-    finally:  # also when it is interrupted
+    finally:  # also after an interruption
         print(table(("forward + backward", "", "time", "of the fastest fused"), rows))
 
 
 def lines(result: dict) -> Iterator[tuple[str, ...]]:
-    """What to print of a result: every variant's time, and why others have none."""
+    """Return the lines to print: every variant's time, and why other variants have none."""
     seconds = result.get("seconds by backend", {}) | result["seconds"]
     fused = seconds.pop("fused", None)
     for i, (name, value) in enumerate(seconds.items()):

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: variants interleaved in one run, medians, and peak memory in a child process.
+"""Measurements of the benchmarks: interleaved variants in one run, medians, and peak memory in a child process.
 
 A variant is a loss as a function of the inputs of a case.
 """
@@ -33,14 +33,14 @@ from kdkernels import info, native
 Loss = Callable[..., Tensor]
 HOPELESS = 10  # a variant this many times slower than another is not measured again
 SECONDS = 3.0
-SHORT = 5e-3  # a loss that takes less is slower after another, whose code and data fill the caches
-AGREEMENT = 1e-3  # of a norm: float32 textbook versions lose digits that the fused ones keep
+SHORT = 5e-3  # a shorter loss is slower after another loss, whose code and data fill the caches
+AGREEMENT = 1e-3  # relative to a norm; float32 textbook versions lose digits that the fused versions keep
 
-torch._dynamo.config.recompile_limit = 64  # beyond it torch.compile silently runs eager code
+torch._dynamo.config.recompile_limit = 64  # beyond this limit, torch.compile silently runs eager code
 
 
 class Work(NamedTuple):
-    """What a loss and its gradient need at least, or what a machine does in a second."""
+    """The minimal work of a loss and its gradient, or the work of a machine per second."""
 
     bytes: float = 0
     multiply_adds: float = 0
@@ -50,8 +50,8 @@ class Work(NamedTuple):
 class Case(NamedTuple):
     """A loss at one size.
 
-    ``inputs``, which makes its inputs from ``arguments``, and the losses of them are functions of a module, because
-    memory is measured in processes that import them. ``fused.__module__`` tells the operator.
+    ``inputs`` makes the inputs from ``arguments``. It and the losses are functions of a module, because child processes
+    that measure memory import them. ``fused.__module__`` has the name of the operator.
     """
 
     loss: str
@@ -72,24 +72,24 @@ class Case(NamedTuple):
         return self.baselines | self.uncompiled
 
     def record(self) -> dict[str, object]:
-        """What a file of results says of a case."""
+        """Return the record of the case for a file of results."""
         operator = self.fused.__module__.removeprefix("bench_")
         parameters = {"loss": self.loss, "batch": self.batch}
         return {"case": str(self), "operator": operator, "parameters": parameters, "headline": self.headline}
 
 
 def where_installed(keops: Loss) -> dict[str, Loss]:
-    """The variant that pykeops streams, whose first call compiles for a minute."""
+    """Return the KeOps variant if pykeops is installed. Its first call compiles for a minute."""
     return {"KeOps": keops} if importlib.util.find_spec("pykeops") else {}
 
 
 def compiled(variants: dict[str, Loss]) -> dict[str, Loss]:
-    """The same functions under torch.compile, each size for itself."""
+    """Return the same functions under torch.compile, compiled for each size."""
     return {f"{name}, compiled": torch.compile(loss, dynamic=False) for name, loss in variants.items()}
 
 
 def step(loss: Loss, *inputs: object) -> float:
-    """Seconds of one forward and backward pass, of a short one the second in a row."""
+    """Return the seconds of one forward and backward pass. For a short pass, measure the second call in a row."""
     seconds = _pass(loss, inputs)
     return _pass(loss, inputs) if seconds < SHORT else seconds
 
@@ -108,7 +108,7 @@ def forget_gradients(inputs: tuple) -> None:
 
 
 def interleaved(steps: dict[str, Callable[[], float]], seconds: float, least: int = 5) -> Iterator[dict[str, float]]:
-    """Rounds of one step of each variant until the time is up. A first call of each is left out."""
+    """Yield rounds of one step per variant until the time is up. The first call of each variant is not counted."""
     for run in steps.values():
         run()
     end = time.perf_counter() + seconds
@@ -122,7 +122,7 @@ def interleaved(steps: dict[str, Callable[[], float]], seconds: float, least: in
 
 
 def medians(variants: dict[str, Loss], inputs: tuple, seconds: float = SECONDS) -> dict[str, float]:
-    """Each variant's median over interleaved rounds."""
+    """Return each variant's median over interleaved rounds."""
     steps = {name: functools.partial(step, loss, *inputs) for name, loss in variants.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for measured in interleaved(steps, seconds):
@@ -132,11 +132,11 @@ def medians(variants: dict[str, Loss], inputs: tuple, seconds: float = SECONDS) 
 
 
 def compare(benchmark, case: Case, seconds: float = SECONDS, memory: bool = True) -> None:
-    """Time the fused variant by pytest-benchmark, every other one before each of its rounds.
+    """Time the fused variant with pytest-benchmark, and every other variant before each of its rounds.
 
-    Their order changes from round to round. Before, every variant has to agree with the fused one. Notes the ratio to
-    the best of the others, the fraction reached of the limit that the machine's measured rates set and, on demand, the
-    bytes each variant needs at its peak.
+    The order of the variants changes from round to round. Before the first round, every variant must agree with the
+    fused variant. The notes have the ratio to the best other variant, the share of the processor's peak
+    and, on demand, each variant's peak memory.
     """
     torch.compiler.reset()
     inputs = case.inputs(*case.arguments)
@@ -164,7 +164,7 @@ def compare(benchmark, case: Case, seconds: float = SECONDS, memory: bool = True
         best = min(measured, key=measured.__getitem__)
         note |= {"best of the others": best, "its ms": measured[best] * 1e3, "ratio": measured[best] / own}
     if case.work is not None:
-        note["share of the limit"] = limit(case, inputs, machine_rates()) / own
+        note["share of the peak"] = limit(case, inputs, machine_rates()) / own
     note |= case.record() | {"seconds": {"fused": own} | measured}
     if memory:
         needed = peaks({"fused": case.fused} | case.others(), case.inputs, *case.arguments)
@@ -174,7 +174,7 @@ def compare(benchmark, case: Case, seconds: float = SECONDS, memory: bool = True
 
 
 def agree(case: Case, variants: dict[str, Loss], inputs: tuple) -> None:
-    """Raise if another variant computes another loss or gradient than the fused one: its time would mean nothing."""
+    """Raise if a variant computes another loss or gradient than the fused variant."""
     value, gradients = _result(case.fused, inputs)
     for name, loss in variants.items():
         other, slopes = _result(loss, inputs)
@@ -194,14 +194,16 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 def peaks(variants: dict[str, Loss], inputs: Callable[..., tuple], *case: object) -> dict[str, int]:
-    """``peak_extra_memory`` of each variant."""
+    """Return ``peak_extra_memory`` of each variant."""
     return {name: peak_extra_memory(loss, inputs, *case) for name, loss in variants.items()}
 
 
 def peak_extra_memory(loss: Loss, inputs: Callable[..., tuple], *case: object) -> int:
-    """Bytes by which a child process grows at its peak, beside the gradients, from inputs to a loss and its gradients.
+    """Return by how many bytes a child process grows at its peak, without the gradients, while it computes a loss and
+    gradients.
 
-    ``loss`` and ``inputs``, which makes the inputs of a case, are functions of a module: the child imports them.
+    ``loss`` and ``inputs``, which makes the inputs of a case, are functions of a module, because the child imports
+    them.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -219,9 +221,9 @@ def peak_extra_memory(loss: Loss, inputs: Callable[..., tuple], *case: object) -
 
 def _measure_memory(sender: Connection, loss: Loss, inputs: Callable[..., tuple], case: tuple) -> None:
     tensors = inputs(*case)
-    step(lambda x: x.sum(), torch.ones(1, requires_grad=True))  # what the first backward pass of a process loads
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again without being counted
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    step(lambda x: x.sum(), torch.ones(1, requires_grad=True))  # loads what the first backward pass of a process needs
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise freed memory would be used again without being counted
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status("VmRSS")
     step(loss, *tensors)
     sender.send(max(0, _status("VmHWM") - before - gradient_bytes(tensors)))
@@ -239,7 +241,7 @@ def _status(field: str) -> int:
 
 
 def limit(case: Case, inputs: tuple, rates: Work) -> float:
-    """Seconds that a machine of these rates needs at least: inputs are read, and gradients of theirs are written."""
+    """Return the minimal seconds at these rates. Inputs are read, and their gradients are written."""
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     least = Work(bytes=sum(tensor.nbytes * (2 if tensor.requires_grad else 1) for tensor in tensors))
     needed = case.work(*inputs)
@@ -248,38 +250,23 @@ def limit(case: Case, inputs: tuple, rates: Work) -> float:
 
 @functools.cache
 def machine_rates() -> Work:
-    """What this machine does in a second, by measurement."""
-    return Work(bandwidth(), gemm_rate(), exp_rate())
-
-
-@functools.cache
-def gemm_rate() -> float:
-    """Multiply-adds per second of torch.mm at 2048² in float32."""
-    a, b = torch.randn(2, 2048, 2048)
-    return 2048**3 / _median_seconds(lambda: torch.mm(a, b))
+    """Return this processor's peak: bytes of a copy, multiply-adds in registers, and exponentials in the L1 cache."""
+    return Work(bandwidth(), rate("multiply_adds", 20_000_000), rate("exponentials", 20_000))
 
 
 @functools.cache
 def bandwidth() -> float:
-    """Bytes per second of copying memory that no cache holds, read and written bytes both counted."""
+    """Return the bytes per second of a copy that no cache holds. Bytes read and bytes written both count."""
     a = torch.randn(2**26)
     b = torch.empty_like(a)
     return 2 * a.nbytes / _median_seconds(lambda: b.copy_(a))
 
 
 @functools.cache
-def exp_rate() -> float:
-    """Exponentials per second of csrc/cpu/exp.h over numbers in the first cache, all threads together."""
-    flags = {"avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma", "avx2": "-mavx2 -mfma", "default": ""}
-    level = native.cpu_library().stem.removeprefix("_native_cpu_")
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder, "exp_rate.so")
-        compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math"]
-        source = Path(__file__).with_name("exp_rate.cpp")
-        subprocess.run([*compiler, *flags[level].split(), "-shared", "-fPIC", source, "-o", library], check=True)
-        run = ctypes.CDLL(library).exponentials
-    run.argtypes, run.restype = [ctypes.c_int64], ctypes.c_int64
-    threads, rounds = torch.get_num_threads(), 20000
+def rate(name: str, rounds: int) -> float:
+    """Return how much all threads together compute in a second by a function of rates.cpp."""
+    run = getattr(_rates(), name)
+    threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
         rates = []
         for _ in range(5):
@@ -287,6 +274,22 @@ def exp_rate() -> float:
             count = sum(pool.map(run, [rounds] * threads))
             rates.append(count / (time.perf_counter() - begin))
     return max(rates)
+
+
+@functools.cache
+def _rates() -> ctypes.CDLL:
+    """Compile rates.cpp for the instruction set of the library that is in use."""
+    flags = {"avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma", "avx2": "-mavx2 -mfma", "default": ""}
+    level = native.cpu_library().stem.removeprefix("_native_cpu_")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "rates.so")
+        compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math"]
+        source = Path(__file__).with_name("rates.cpp")
+        subprocess.run([*compiler, *flags[level].split(), "-shared", "-fPIC", source, "-o", library], check=True)
+        loaded = ctypes.CDLL(library)
+    for run in (loaded.exponentials, loaded.multiply_adds):
+        run.argtypes, run.restype = [ctypes.c_int64], ctypes.c_int64
+    return loaded
 
 
 def _median_seconds(run: Callable[[], object]) -> float:
@@ -300,7 +303,7 @@ def _median_seconds(run: Callable[[], object]) -> float:
 
 
 def provenance() -> dict[str, str]:
-    """Machine, versions, commit and date of a measurement."""
+    """Return machine, versions, commit and date of a measurement."""
     return {
         **{name.strip(): value for name, value in info.rows()},
         "commit": os.environ.get("COMMIT") or _commit() or "unknown",
@@ -309,7 +312,7 @@ def provenance() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Empty where there is no git, or no repository."""
+    """Return the commit. It is empty without git or without a repository."""
     if shutil.which("git") is None:
         return ""
     command = ["git", "describe", "--always", "--dirty"]

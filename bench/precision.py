@@ -1,6 +1,6 @@
-"""Errors of every loss and of its gradient against float64, with inputs of each dtype: ``python bench/precision.py``.
+"""Errors of every loss and its gradient against float64, for inputs of each dtype: ``python bench/precision.py``.
 
-``--json bench/results/precision-cpu-DATE.json`` keeps them; ``bench/report.py`` writes them into docs/precision.md.
+``--json bench/results/precision-cpu-DATE.json`` keeps them. ``bench/report.py`` writes them to docs/precision.md.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 import kdkernels
 
 MAPS, ROWS, LOGITS = (64, 32, 8, 8), (256, 128), (64, 100)
-DRAWS = 5  # the largest error of which is told
-NEAR = 0.03  # how far a student's numbers are from its teacher's where it has nearly become it
+DRAWS = 5  # the largest error of these is reported
+NEAR = 0.03  # relative difference of a student that nearly equals its teacher
 
 Errors = dict[str, dict[str, float]]
 Loss = Callable[..., Tensor]
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def measured_in_child(amx: str) -> list[dict[str, object]]:
-    """Every case with or without AMX, which a process decides upon once."""
+    """Measure every case with or without AMX in a child process, because a process decides this once."""
     os.environ["KDKERNELS_AMX"] = amx
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(measure)
@@ -124,9 +124,10 @@ def measure() -> list[dict[str, object]]:
 
 
 def errors_of(loss: Loss, student: Tensor, teacher: Tensor, backend: str) -> dict[str, float]:
-    """Relative errors, in norm, of the loss, of its gradient, and of the exact gradient rounded to the inputs' dtype.
+    """Return the relative errors of the loss, of its gradient, and of the exact gradient rounded to the dtype of the
+    inputs.
 
-    The loss is scaled as a GradScaler would, so that the largest number of the gradient is near 1.
+    Like a GradScaler, this scales the loss so that the largest number of the gradient is near 1.
     """
     exact, correct = value_and_gradient(loss, student.double(), teacher.double(), "reference")
     scale = 2.0 ** -correct.abs().max().log2().ceil().item()

@@ -1,4 +1,4 @@
-"""Files of results: what was measured on one machine, each case with its commit and date."""
+"""Files of results: the measurements of one machine, each case with its commit and date."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def add(file: Path, provenance: dict[str, Any], measured: Iterable[Result]) -> None:
-    """Replace a file's results of the same cases, and all of another machine or another PyTorch."""
+    """Replace a file's results of the same cases. Drop all results of another machine or another PyTorch version."""
     own = {key: provenance[key] for key in ("commit", "date")}
     machine = {key: value for key, value in provenance.items() if key not in own}
     before = read(file) if file.exists() else {}

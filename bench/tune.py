@@ -1,8 +1,8 @@
-"""Measures other numbers beside those that kernels are tuned by: ``python bench/tune.py --json FILE``.
+"""Compare the tuning numbers of the kernels with other numbers: ``python bench/tune.py --json FILE``.
 
-They stand in kdkernels/ops/tuning.py for Triton and in csrc/cuda/tuning.cuh for CUDA. Each setting is measured in a
-process of its own, on the sizes that the tables show, in CUDA graphs. What is faster than the present numbers is for a
-person to write into the tables, with the file as its reason.
+The numbers are in kdkernels/ops/tuning.py for Triton and in csrc/cuda/tuning.cuh for CUDA. Each setting is measured in
+its own process, at the headline sizes, in CUDA graphs. If a setting is faster, a person writes it into the tables, with
+the file as the reason.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from measure import provenance, table
 
 ROOT = Path(__file__).resolve().parent.parent
 REPEATS = 7
-# Of Triton: the operator, the name of its module's number, and what to try.
+# Triton: the operator, the name of the number in its module, and the values to try.
 SHAPES = [
     ("gram", "PROGRAMS", (256, 1024)),
     ("congruence", "PROGRAMS", (128, 512)),
@@ -37,18 +37,18 @@ SHAPES = [
     ("kd", "MAX_BLOCK", (1024, 8192)),
     ("patches", "ROW_BLOCK", (1024, 8192)),
     ("similarity_preserving", "TILE", ((16, 64), (32, 128))),
-    # By dtype and precision: only that of float32.
+    # The number depends on dtype and precision. Only the float32 number is tried.
     ("congruence", "TILES", ((32, 32, 32), (64, 32, 16), (128, 64, 16), (128, 128, 16))),
     ("gram", "TILES", ((32, 32, 4), (64, 32, 4), (128, 16, 8))),
 ]
 FLOAT32 = {"congruence": (torch.float32, "ieee"), "gram": torch.float32}
-# Of CUDA: which operator the numbers of a line of kTunings belong to, and by what to multiply them.
+# CUDA: the operator of each number in a line of kTunings, and the factors to try.
 OPERATORS = {"gram": "gram", "product": "congruence", "error": "feature_mse"}
 FACTORS = (0.5, 2.0, 4.0)
 
 
 class Trial(NamedTuple):
-    """A backend's setting for an operator. Its variables are those of the process that measures it."""
+    """A setting of an operator's backend. The variables are the environment of the process that measures it."""
 
     operator: str
     backend: str
@@ -57,7 +57,7 @@ class Trial(NamedTuple):
 
 
 def present() -> dict[str, int]:
-    """The first line of kTunings, by the names of its fields."""
+    """Return the first line of kTunings, by field name."""
     text = (ROOT / "csrc" / "cuda" / "tuning.cuh").read_text()
     fields = re.search(r"struct Tuning \{(.*?)\};", text, re.DOTALL)[1]
     names = [name for line in re.findall(r"int64_t ([\w, ]+);", fields) for name in line.split(", ")]
@@ -83,7 +83,7 @@ def trials() -> list[Trial]:
 
 
 def apply(operator: str, name: str, value: object) -> None:
-    """Put a number of Triton's in the place of the present one."""
+    """Replace a Triton number."""
     module = importlib.import_module(f"kdkernels.ops.{operator}.triton")
     assert hasattr(module, name), f"{module.__name__} has no {name}"
     value = tuple(value) if isinstance(value, list) else value
@@ -94,7 +94,7 @@ def apply(operator: str, name: str, value: object) -> None:
 
 
 def seconds(operator: str, backend: str) -> dict[str, float]:
-    """Of every case that tables show: forward and backward on one backend, in a CUDA graph."""
+    """Return the seconds of every headline case: forward and backward on one backend, in a CUDA graph."""
     if "TRIED" in os.environ:
         apply(operator, *json.loads(os.environ["TRIED"]))
     times = {}
@@ -106,7 +106,9 @@ def seconds(operator: str, backend: str) -> dict[str, float]:
 
 
 def measured(trial: Trial) -> dict[str, float]:
-    """In another process; nothing where a setting does not run, as where it takes too much shared memory."""
+    """Measure in another process. The result is empty if the setting does not run, for example without enough shared
+    memory.
+    """
     command = [sys.executable, __file__, "--measure", trial.operator, trial.backend]
     done = subprocess.run(
         command, env=os.environ | trial.variables, capture_output=True, text=True, check=False, timeout=300
@@ -119,9 +121,10 @@ def measured(trial: Trial) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="put the results into this file, after each setting")
-    parser.add_argument("--minutes", type=float, default=20, help="begin no setting later than this")
-    parser.add_argument("--measure", nargs=2, metavar=("OPERATOR", "BACKEND"), help="this one alone, as JSON")
+    parser.add_argument("--json", type=Path, help="write the results to this file after each setting")
+    parser.add_argument("--minutes", type=float, default=20, help="start no setting after this time")
+    parser.add_argument("--only", default="", help="operators whose names contain this")
+    parser.add_argument("--measure", nargs=2, metavar=("OPERATOR", "BACKEND"), help="only this one, as JSON")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("PyTorch sees no GPU here: nothing was measured on one")
@@ -134,6 +137,8 @@ def main() -> None:
     rows, found = [], []
     try:
         for trial in trials():
+            if arguments.only not in trial.operator:
+                continue
             if time.perf_counter() > end:
                 break
             for case, value in measured(trial).items():
@@ -144,7 +149,7 @@ def main() -> None:
             if arguments.json:
                 origin = provenance() | {"processor": torch.cuda.get_device_name(0)}
                 results.write(arguments.json, origin | {"results": found})
-    finally:  # also when it is interrupted
+    finally:  # also after an interruption
         print(table(("forward + backward, in a CUDA graph", "setting", "time", "faster than at present"), rows))
 
 

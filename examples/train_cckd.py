@@ -1,16 +1,21 @@
 """Correlation congruence distillation (CCKD) from a teacher to tables.
 
-Teacher and student end in an embedding of 128 features, on which the classifier sits. Students are trained by
+Teacher and student end in an embedding of 128 features and a classifier. Students are trained with
 
     loss = alpha * CE + (1 - alpha) * KD + beta * CC                      (Eq. 7)
 
-and compared over several seeds in four studies: methods (CE, KD, SP, CCKD), samplers of the batches (uniform,
-class-uniform, superclass-uniform; the paper's Table 7), orders of the Taylor series (1, 2, 3; Table 6) and metrics of
-correlation (MMD, bilinear, Gaussian; Table 5). With --task retrieval the networks learn some of the classes, and their
-embeddings are to find images of each other's class among classes never seen: rank-1, rank-5 and mean average precision.
-Writes a table per study, every number of every epoch as JSON, and figures. Every epoch ends with a checkpoint: however
-a run was interrupted, the same command goes on from there. On digits all of it takes four minutes of one
-processor's time.
+and compared over several seeds in four studies: methods (CE, KD, SP, CCKD), samplers (uniform, class-uniform,
+superclass-uniform; the paper's Table 7), orders of the Taylor series (1, 2, 3; Table 6) and correlation metrics (MMD,
+bilinear, Gaussian; Table 5). A fifth study, compared, has DML, AT and Adv.
+
+With --task retrieval, the networks learn some of the classes. Then their embeddings retrieve images of unseen classes:
+rank-1, rank-5 and mean average precision. On Market-1501 and MSMT17 they find persons, by the protocol of Market-1501
+(Table 3). With --task identification, they find one image of an identity among distractors, by the protocol of MegaFace
+(Table 4). The recipe of faces has ArcFace in place of CE, and the L2 mimic (Eq. 2) in place of KD.
+
+The program writes a table per study, every number of every epoch as JSON, and figures. Every epoch ends with a
+checkpoint: after an interruption, the same command continues from there. On digits, everything takes four minutes on
+one core.
 """
 
 from __future__ import annotations
@@ -23,13 +28,23 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import figures, networks, options, parallel, results, training
-from common.data import Dataset
+from common import data, figures, networks, options, parallel, results, training
+from common.data import DataError, Dataset, Images
 from common.experiment import Experiment, conduct
+from common.heads import CosineClassifier, arcface_loss, mimic_loss, polynomial_congruence, triplet_loss
+from common.people import Faces, Persons
+from common.ranking import identification, powers_of_ten, re_identification, retrieval
 from common.training import History, Losses, Schedule
 from torch import Tensor, nn
 
-from kdkernels.nn import AttentionTransferLoss, CorrelationCongruenceLoss, KDLoss, SimilarityPreservingLoss
+from kdkernels.nn import (
+    AdversarialLoss,
+    AttentionTransferLoss,
+    CorrelationCongruenceLoss,
+    DMLLoss,
+    KDLoss,
+    SimilarityPreservingLoss,
+)
 from kdkernels.samplers import ClassUniformSampler, SuperclassUniformSampler
 
 
@@ -39,22 +54,32 @@ class Recipe:
     student: str
     teacher_schedule: Schedule
     student_schedule: Schedule
-    features: int  # of the embeddings
-    share: float  # of the training images, for the students; the teacher sees all
+    features: int  # width of the embeddings
+    share: float  # of the training images for the students; the teacher sees all
     seen: float  # of the classes, in the retrieval task
     alpha: float
     temperature: float
     beta: float
+    reduction: str  # of the squared differences over all pairs of a batch, see CorrelationCongruenceLoss
+    normalize: bool  # whether embeddings are divided by their norm
     gamma: float
-    sp: float  # weight of SP in the place of CC
+    sp: float  # weight of SP in place of CC
     at: float  # of AT
     samples: int  # k, of each class in a batch
     superclasses: int
     seeds: int
+    head: str = "linear"  # or "arcface"
+    scale: float = 64.0  # s and m of ArcFace
+    margin: float = 0.5
+    triplet: float = 0.0  # weight of the triplet loss beside CE
+    triplet_margin: float = 0.3
+    instance: str = "kd"  # what makes instances congruent, or "mimic"
+    adv: float = 1.0  # weight of Adv
+    coefficients: tuple[float, ...] = ()  # of Eq. 8; Taylor's if there are none
 
 
-# The demo's beta and sp are the best of 1 ... 100 and of 100 ... 3000 with --validate and eight seeds; any beta in that
-# range does about as well.
+# The demo's beta and sp are the best in 1 ... 100 and in 100 ... 3000, with --validate and eight seeds. The
+# paper's beta acts on unit rows only if the squared differences are summed; docs/cckd.md has the measurement.
 RECIPES = {
     "demo": Recipe(
         teacher="resnet14-half",
@@ -67,6 +92,8 @@ RECIPES = {
         alpha=0.0,
         temperature=4.0,
         beta=10.0,
+        reduction="mean",
+        normalize=True,
         gamma=0.4,
         sp=1000.0,
         at=1.0,
@@ -85,6 +112,8 @@ RECIPES = {
         alpha=0.0,
         temperature=4.0,
         beta=0.003,
+        reduction="sum",
+        normalize=True,
         gamma=0.4,
         sp=3000.0,
         at=1000.0,
@@ -93,22 +122,51 @@ RECIPES = {
         seeds=3,
     ),
 }
+RECIPES["imagenet"] = replace(
+    RECIPES["paper"],
+    teacher="resnet50-224",
+    student="mobilenetv2-224",
+    teacher_schedule=Schedule(150, 0.4, (50, 80, 120), batch_size=1024),
+    student_schedule=Schedule(150, 0.4, (50, 80, 120), batch_size=1024),
+    seeds=1,
+)
+RECIPES["persons"] = replace(
+    RECIPES["paper"],
+    teacher="resnet50-224",
+    student="resnet18-224",
+    teacher_schedule=Schedule(90, 0.0003, (45, 60), batch_size=40),
+    student_schedule=Schedule(90, 0.0003, (45, 60), batch_size=40),
+    features=256,
+    superclasses=1000,
+    seeds=1,
+)
+RECIPES["faces"] = replace(
+    RECIPES["paper"],
+    teacher="resnet50-224",
+    student="mobilenetv2-224",
+    teacher_schedule=Schedule(120, 0.1, (50, 80, 100), batch_size=1024),
+    student_schedule=Schedule(120, 0.1, (50, 80, 100), batch_size=1024),
+    head="arcface",
+    instance="mimic",
+    seeds=1,
+)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What a student is trained by. The defaults are CCKD's main experiments."""
+    """The training of a student. The defaults are the main experiments of CCKD."""
 
-    loss: str = "cc"  # beside KD: "cc", "sp", "at" or none of them, or "ce" without KD
+    loss: str = "cc"  # with KD: "cc", "sp", "at", "adv" or none; without KD: "ce" or "dml"
     sampler: str = "cur"
     kernel: str = "taylor_rbf"
     order: int = 2
+    pretrained: bool = False  # whether student and DML's large network start from given weights
 
     @property
     def name(self) -> str:
-        """Of its checkpoints: a student that two studies show is trained once."""
+        """Return the name of the checkpoints. Two studies with the same student train it once."""
         how = [self.kernel, f"order{self.order}"] if self.loss == "cc" else []
-        return "-".join([self.loss, self.sampler, *how])
+        return "-".join([self.loss, self.sampler, *how, *(["pretrained"] if self.pretrained else [])])
 
 
 STUDIES: dict[str, dict[str, Variant]] = {
@@ -125,27 +183,29 @@ STUDIES: dict[str, dict[str, Variant]] = {
         "Gaussian, exact": Variant(kernel="rbf"),
         "Gaussian, P = 2": Variant(),
     },
+    "compared": {"DML": Variant("dml"), "AT": Variant("at"), "Adv": Variant("adv")},
 }
-MEASURES = {
-    "classification": {"test_accuracy": "test accuracy, %"},
-    "retrieval": {"rank_1": "rank-1, %", "rank_5": "rank-5, %", "map": "mAP, %"},
-}
+DEFAULT_STUDIES = ("methods", "samplers", "orders", "metrics")
+TASKS = ("classification", "retrieval", "identification")
+TASK_OF = {"market1501": "retrieval", "msmt17": "retrieval", "faces": "identification"}
 
 Runs = dict[str, list[tuple["Embedder", History]]]
 
 
 class Embedder(nn.Module):
-    """A network with a layer of ``features`` outputs, its embedding, between the pooled maps and the classifier."""
+    """A network with an embedding layer of ``features`` outputs between the pooled maps and the classifier."""
 
-    def __init__(self, network: networks.StagedNetwork, features: int) -> None:
+    def __init__(self, network: networks.StagedNetwork, features: int, scale: float | None = None) -> None:
+        """``scale`` is ArcFace's. Without it, the classifier is linear."""
         super().__init__()
         self.network = network
         self.embedding = nn.Linear(network.classifier.in_features, features)
-        self.classifier = nn.Linear(features, network.classifier.out_features)
+        classes = network.classifier.out_features
+        self.classifier = nn.Linear(features, classes) if scale is None else CosineClassifier(features, classes, scale)
         network.classifier = nn.Identity()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Logits, embedding, and the stages' maps."""
+        """Return the logits, the embedding, and the maps of the stages."""
         pooled, stages = self.network(images)
         embedding = self.embedding(pooled)
         return self.classifier(embedding), embedding, stages
@@ -153,7 +213,7 @@ class Embedder(nn.Module):
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments = options.parse(parser, argv)
     conduct(parser, arguments, partial(CorrelationCongruence, arguments, recipe_of(arguments)))
 
 
@@ -161,40 +221,63 @@ class CorrelationCongruence(Experiment):
     """One data set, one teacher, and the students of every study."""
 
     def __init__(self, arguments: argparse.Namespace, recipe: Recipe, dataset: Dataset) -> None:
+        self.task: str = arguments.task or TASK_OF.get(arguments.data, TASKS[0])
+        self.weights: dict[str, str] = dict(getattr(arguments, "weights", ()))  # by the name of the network
         self.unseen: Dataset | None = None
-        if arguments.task == "retrieval":
+        self.distractors: Images | None = None
+        if isinstance(dataset, (Persons, Faces)):
+            if self.task != TASK_OF[arguments.data]:
+                raise DataError(f"--task must be {TASK_OF[arguments.data]} for {arguments.data}, got {self.task}")
+            self.unseen = dataset
+            self.distractors = getattr(dataset, "distractors", None)
+        elif self.task != "classification":
             split = round(recipe.seen * dataset.num_classes)
             self.unseen = dataset.of_classes(range(split, dataset.num_classes))
+            if self.task == "identification":
+                self.distractors = dataset.of_classes(
+                    range((split + dataset.num_classes) // 2, dataset.num_classes)
+                ).test
+                self.unseen = dataset.of_classes(range(split, (split + dataset.num_classes) // 2))
             dataset = dataset.of_classes(range(split))
         super().__init__(arguments, dataset)
-        self.data_settings |= {"task": arguments.task}
-        self.task: str = arguments.task
-        self.studies = list(STUDIES) if arguments.study == "all" else [arguments.study]
+        self.data_settings |= {"task": self.task}
+        self.studies = DEFAULT_STUDIES if arguments.study == "all" else (arguments.study,)
         self.few = dataset.only(recipe.share)
-        # Few classes make smaller batches, whatever composes them: methods and samplers are compared at one size.
+        # Few classes make smaller batches for every sampler, because methods and samplers are compared at one batch
+        # size.
         self.groups = min(max(1, recipe.student_schedule.batch_size // recipe.samples), dataset.num_classes)
         schedule = replace(recipe.student_schedule, batch_size=self.groups * recipe.samples)
         self.recipe = replace(recipe, student_schedule=schedule)
 
+    @property
+    def measures(self) -> dict[str, str]:
+        """Return the titles of the measures of the task, by their names in the histories."""
+        if self.task == "identification":
+            counts = powers_of_ten(len(self.distractors))
+            return {f"rank_1_of_{count}": f"rank-1 of {count}, %" for count in counts}
+        if self.task == "retrieval":
+            return {"rank_1": "rank-1, %", "rank_5": "rank-5, %", "map": "mAP, %"}
+        return {"test_accuracy": "test accuracy, %"}
+
     def run(self) -> None:
         self.introduce(self.few)
         teacher, teacher_history = self.teacher()
+        variants = dict.fromkeys(variant for study in self.studies for variant in STUDIES[study].values())
+        calls = [(variant, seed) for variant in variants for seed in range(self.recipe.seeds)]
         runs: Runs = {}
-        for study in self.studies:
-            for variant in STUDIES[study].values():
-                if variant.name not in runs:
-                    seeds = range(self.recipe.seeds)
-                    runs[variant.name] = [self.student(variant, seed, teacher) for seed in seeds]
+        for (variant, _), trained in zip(calls, self.train_all(self.student, checkpoint, calls, teacher), strict=True):
+            runs.setdefault(variant.name, []).append(trained)
         if parallel.rank() == 0:
             self.report(teacher, teacher_history[-1], runs)
 
     def teacher(self) -> tuple[Embedder, History]:
-        """The trained, frozen teacher, and its history."""
+        """Return the trained, frozen teacher, and its history."""
         torch.manual_seed(0)
         teacher = self.embedder(self.recipe.teacher)
 
         def loss(images: Tensor, labels: Tensor) -> Losses:
-            return {"loss": F.cross_entropy(teacher(images)[0], labels)}
+            logits, embedding, _ = teacher(images)
+            return {"loss": self.task_loss(logits, embedding, labels)}
 
         history = self.fit(
             f"teacher {self.recipe.teacher}",
@@ -204,54 +287,98 @@ class CorrelationCongruence(Experiment):
             self.recipe.teacher_schedule,
             0,
             "teacher",
-            {"network": self.recipe.teacher, "features": self.recipe.features},
+            {"network": self.recipe.teacher, "features": self.recipe.features} | self.head_settings(),
             evaluate=partial(self.evaluate, teacher),
         )
         return teacher.requires_grad_(False).eval(), history
 
     def student(self, variant: Variant, seed: int, teacher: Embedder) -> tuple[Embedder, History]:
-        """A student trained as a variant says, with its history."""
+        """Return a student trained according to a variant, and its history."""
         torch.manual_seed(seed)
         recipe = self.recipe
-        student = self.embedder(recipe.student)
+        student = self.embedder(recipe.student, variant.pretrained)
+        partner = self.partner(variant)
+        module = student if partner is None else nn.ModuleDict({"student": student, "partner": partner})
+        settings = self.settings(variant, teacher) | {"seed": seed}
+        if variant.pretrained:
+            settings["start"] = training.fingerprint(module)
         history = self.fit(
             f"{variant.name} seed {seed}",
-            student,
-            self.loss(variant, student, teacher),
+            module,
+            self.loss(variant, student, teacher, partner),
             self.few,
             recipe.student_schedule,
             seed,
-            f"{variant.name}-seed{seed}",
-            self.settings(variant, teacher) | {"seed": seed},
+            checkpoint(variant, seed),
+            settings,
             evaluate=partial(self.evaluate, student),
             sampler=self.sampler(variant.sampler, seed, teacher),
         )
         return student, history
 
-    def loss(self, variant: Variant, student: Embedder, teacher: Embedder) -> Callable[[Tensor, Tensor], Losses]:
-        """Eq. 7 with the variant's correlation term."""
+    def partner(self, variant: Variant) -> nn.Module | None:
+        """Return what is trained beside the student: DML's large network, or the discriminator of Adv."""
+        if variant.loss == "dml":
+            return self.embedder(self.recipe.teacher, variant.pretrained)
+        return AdversarialLoss(self.recipe.features).to(self.device) if variant.loss == "adv" else None
+
+    def task_loss(self, logits: Tensor, embedding: Tensor, labels: Tensor) -> Tensor:
+        """Return CE or ArcFace, and the weighted triplet loss."""
         recipe = self.recipe
-        kd = KDLoss(recipe.temperature, backend=self.backend)
-        cc = CorrelationCongruenceLoss(
+        if recipe.head == "arcface":
+            loss = arcface_loss(logits, labels, recipe.scale, recipe.margin)
+        else:
+            loss = F.cross_entropy(logits, labels)
+        if recipe.triplet:
+            loss = loss + recipe.triplet * triplet_loss(embedding, labels, recipe.triplet_margin)
+        return loss
+
+    def congruence(self, variant: Variant) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return Eq. 6 with the variant's kernel."""
+        recipe = self.recipe
+        if recipe.coefficients and variant.kernel == "taylor_rbf":
+            return partial(
+                polynomial_congruence,
+                coefficients=recipe.coefficients,
+                normalize=recipe.normalize,
+                reduction=recipe.reduction,
+            )
+        return CorrelationCongruenceLoss(
             kernel=variant.kernel,
             gamma=recipe.gamma,
             order=variant.order,
+            normalize=recipe.normalize,
+            reduction=recipe.reduction,
             backend=self.backend,
             group=parallel.group(),
         )
+
+    def loss(
+        self, variant: Variant, student: Embedder, teacher: Embedder, partner: nn.Module | None = None
+    ) -> Callable[[Tensor, Tensor], Losses]:
+        """Return Eq. 7 with the variant's correlation term. ``partner`` is trained with it."""
+        recipe = self.recipe
+        kd = KDLoss(recipe.temperature, backend=self.backend)
+        cc = self.congruence(variant)
         sp = SimilarityPreservingLoss(backend=self.backend, group=parallel.group())
-        at = AttentionTransferLoss()
+        at, dml = AttentionTransferLoss(), DMLLoss(backend=self.backend)
 
         def loss(images: Tensor, labels: Tensor) -> Losses:
             logits, embedding, stages = student(images)
-            losses = {"ce": F.cross_entropy(logits, labels)}
+            if variant.loss == "dml":
+                losses = dml([logits, partner(images)[0]], labels)
+                return {"loss": losses.sum(), "dml": losses[0]}
+            losses = {"ce": self.task_loss(logits, embedding, labels)}
             if variant.loss == "ce":
                 return losses | {"loss": losses["ce"]}
             with torch.no_grad():
                 teacher_logits, teacher_embedding, teacher_stages = teacher(images)
-            losses["kd"] = kd(logits, teacher_logits)
-            total = recipe.alpha * losses["ce"] + (1 - recipe.alpha) * losses["kd"]
-            # Recorded for every student, as the paper's Fig. 3 does; only CCKD's learn from it.
+            if recipe.instance == "mimic":
+                losses["mimic"] = mimic_loss(embedding, teacher_embedding)
+            else:
+                losses["kd"] = kd(logits, teacher_logits)
+            total = recipe.alpha * losses["ce"] + (1 - recipe.alpha) * losses[recipe.instance]
+            # Recorded for every student, as in Fig. 3 of the paper. Only students of CCKD learn from it.
             losses["cc"] = cc(embedding, teacher_embedding)
             if variant.loss == "cc":
                 total = total + recipe.beta * losses["cc"]
@@ -261,23 +388,41 @@ class CorrelationCongruence(Experiment):
             if variant.loss == "at":
                 losses["at"] = at(stages[-2:], teacher_stages[-2:])
                 total = total + recipe.at * losses["at"]
+            if variant.loss == "adv":  # its two losses train different weights, so one step serves both
+                losses["adv"] = parallel.over_all(partner, embedding, teacher_embedding)
+                everyone = parallel.rows_of_all(embedding, teacher_embedding)
+                total = total + recipe.adv * losses["adv"] + partner.discriminator_loss(*everyone)
             return losses | {"loss": total}
 
         return loss
 
+    def head_settings(self) -> dict[str, object]:
+        """Return the settings of the task's loss that CE does not have."""
+        recipe = self.recipe
+        settings: dict[str, object] = {}
+        if recipe.head == "arcface":
+            settings |= {"head": "arcface", "scale": recipe.scale, "margin": recipe.margin}
+        if recipe.triplet:
+            settings |= {"triplet": recipe.triplet, "triplet_margin": recipe.triplet_margin}
+        return settings
+
     def settings(self, variant: Variant, teacher: Embedder) -> dict[str, object]:
-        """What a student depends on, and nothing else: runs of other variants stay valid when a setting changes."""
+        """Return only the settings that a student depends on, so that runs of other variants stay valid when a setting
+        changes.
+        """
         recipe = self.recipe
         settings = {
             "network": recipe.student,
             "features": recipe.features,
             "share": recipe.share,
             "sampler": variant.sampler,
-        }
+        } | self.head_settings()
         if variant.sampler != "uniform":
             settings["samples"] = recipe.samples
         if variant.sampler == "sur":
             settings["superclasses"] = recipe.superclasses
+        if variant.loss == "dml":
+            return settings | {"loss": "dml", "peer": recipe.teacher, "backend": self.backend}
         if variant.loss != "ce":
             settings |= {
                 "teacher": training.fingerprint(teacher),
@@ -285,44 +430,70 @@ class CorrelationCongruence(Experiment):
                 "temperature": recipe.temperature,
                 "backend": self.backend,
                 "gamma": recipe.gamma,
+                "reduction": recipe.reduction,
+                "normalize": recipe.normalize,
             }
         if variant.loss == "cc":
             settings |= {"beta": recipe.beta, "kernel": variant.kernel, "order": variant.order}
-        if variant.loss in ("sp", "at"):
+        if variant.loss != "ce" and recipe.coefficients:
+            settings["coefficients"] = recipe.coefficients
+        if variant.loss != "ce" and recipe.instance == "mimic":
+            settings["instance"] = "mimic"
+        if variant.loss in ("sp", "at", "adv"):
             settings[variant.loss] = getattr(recipe, variant.loss)
         return settings
 
     def sampler(self, name: str, seed: int, teacher: Embedder) -> ClassUniformSampler | None:
-        """Batches of ``samples`` images of each class or superclass in them; None draws as many images uniformly."""
+        """Return a sampler of batches with ``samples`` images per class or superclass. None draws as many images
+        uniformly.
+        """
         recipe = self.recipe
+        whole = {"rank": 0, "world_size": 1}  # processes share each batch
         if name == "uniform":
             return None
         if name == "sur":
             superclasses = min(recipe.superclasses, len(self.few.train))
             groups = min(self.groups, superclasses)
-            embeddings = self.embeddings(teacher, self.few.train.pixels)
-            return SuperclassUniformSampler(embeddings, superclasses, groups, recipe.samples, seed=seed)
-        return ClassUniformSampler(self.few.train.labels, self.groups, recipe.samples, seed=seed)
+            embeddings = self.embeddings(teacher, self.few.train)
+            return SuperclassUniformSampler(embeddings, superclasses, groups, recipe.samples, seed=seed, **whole)
+        return ClassUniformSampler(self.few.train.labels, self.groups, recipe.samples, seed=seed, **whole)
 
-    def embedder(self, name: str) -> Embedder:
-        return Embedder(self.network(name), self.recipe.features).to(self.device)
+    def embedder(self, name: str, pretrained: bool = False) -> Embedder:
+        scale = self.recipe.scale if self.recipe.head == "arcface" else None
+        network = self.network(name)
+        if pretrained:
+            try:
+                training.load_trunk(network, networks.weights_file(self.weights[name]))
+            except ValueError as error:
+                raise DataError(str(error)) from error
+        return Embedder(network, self.recipe.features, scale).to(self.device)
 
     @torch.no_grad()
-    def embeddings(self, network: Embedder, pixels: Tensor) -> Tensor:
-        """Embeddings of images, on the CPU."""
-        parts = pixels.split(1000)
-        return torch.cat([network(self.dataset.normalise(part.to(self.device)))[1].cpu() for part in parts])
+    def embeddings(self, network: Embedder, images: Images) -> Tensor:
+        """Return the embeddings of images without augmentation, on the CPU."""
+        return torch.cat([network(batch)[1].cpu() for batch in self.dataset.views(images, self.device)])
 
     def evaluate(self, network: Embedder) -> dict[str, float]:
-        """Accuracy, or how well the embeddings retrieve classes never seen."""
+        """Return the accuracy, or how well the embeddings find images of unseen classes, persons or faces."""
         if self.unseen is None:
             return self.measure(lambda images: network(images)[0])
-        found = retrieval(self.embeddings(network, self.unseen.test.pixels), self.unseen.test.labels)
-        return found | {"test_accuracy": self.measure(lambda images: network(images)[0])["test_accuracy"]}
+        accuracy = {}
+        if not isinstance(self.dataset, (Persons, Faces)):  # they have no test images of the classes they learn
+            accuracy["test_accuracy"] = self.measure(lambda images: network(images)[0])["test_accuracy"]
+        test = self.unseen.test
+        embeddings = self.embeddings(network, test)
+        if isinstance(self.unseen, Persons):
+            gallery = self.unseen.gallery
+            found = self.embeddings(network, gallery)
+            return re_identification((embeddings, test.labels, test.cameras), (found, gallery.labels, gallery.cameras))
+        if self.distractors is None:
+            return retrieval(embeddings, test.labels) | accuracy
+        others = self.embeddings(network, self.distractors)
+        return identification(embeddings, test.labels, others, powers_of_ten(len(others))) | accuracy
 
     def report(self, teacher: Embedder, of_teacher: Mapping[str, float], runs: Runs) -> None:
         """Write tables, results.json and figures, and print the tables."""
-        measures = MEASURES[self.task]
+        measures = self.measures
         content: dict[str, object] = {"recipe": asdict(self.recipe), "data": self.data_settings}
         content["teacher"] = {measure: of_teacher[measure] for measure in measures}
         tables = []
@@ -335,70 +506,55 @@ class CorrelationCongruence(Experiment):
             rows = {label: list(values.values()) for label, values in measured.items()}
             tables.append(results.grid(study, rows, list(measures.values())))
         tables[0]["rows"].insert(0, ["teacher", *([value] for value in content["teacher"].values())])
-        text = results.report(tables)
-        training.write_json(self.out / "results.json", content | {"tables": tables})
-        training.replace_file(self.out / "table.md", lambda path: path.write_text(text + "\n"))
         self.draw(teacher, of_teacher, runs)
         recipe = self.recipe
-        print(f"\n{text}\n\nTeacher: {recipe.teacher}. Students: {recipe.student}, after the last epoch,")
-        print(f"mean ± standard deviation over {recipe.seeds} seeds. Batches are class-uniform unless said otherwise.")
-        print(f"Tables, numbers and figures are in {self.out}; the same command prints this again without training.")
+        self.write(
+            content,
+            tables,
+            f"Teacher: {recipe.teacher}. Students: {recipe.student}, after the last epoch,\nmean ± standard deviation "
+            f"over {recipe.seeds} seeds. Batches are class-uniform unless said otherwise.",
+        )
 
     def draw(self, teacher: Embedder, of_teacher: Mapping[str, float], runs: Runs) -> None:
-        """Loss curves (the paper's Fig. 3) and cosines within and between classes (Fig. 4)."""
+        """Draw loss curves (the paper's Fig. 3) and cosines within and between classes (Fig. 4)."""
         shown = {label: runs[variant.name] for label, variant in STUDIES["methods"].items() if variant.name in runs}
         if not shown:
             return
-        measure, title = next(iter(MEASURES[self.task].items()))
+        measure, title = next(iter(self.measures.items()))
+        instance = {"kd": "KL divergence (KD)", "mimic": "squared distance (L2 mimic)"}[self.recipe.instance]
         figures.curves(
             self.out / "figures" / "curves.png",
             {label: [history for _, history in of_method] for label, of_method in shown.items()},
-            [("kd", "KL divergence (KD)"), ("cc", "correlation congruence (Eq. 6)"), (measure, title)],
-            log=("kd", "cc"),
+            [(self.recipe.instance, instance), ("cc", "correlation congruence (Eq. 6)"), (measure, title)],
+            log=(self.recipe.instance, "cc"),
             zoom=(measure,),
             level=(measure, "teacher", of_teacher[measure]),
         )
         self.draw_cosines({"teacher": teacher, **{label: of_method[0][0] for label, of_method in shown.items()}})
 
     def draw_cosines(self, shown: Mapping[str, Embedder], classes: int = 10, images: int = 8) -> None:
-        """Cosines between the embeddings of some test images of each class, sorted by class (the paper's Fig. 4), with
-        their means within classes and between them over all test images; first seeds."""
+        """Draw cosines between the embeddings of some test images per class, sorted by class (the paper's Fig. 4). The
+        means within and between classes are over all test images. Only the first seed is drawn.
+        """
         dataset = self.unseen or self.dataset
-        test, classes = dataset.test, min(classes, dataset.num_classes)
-        some = torch.cat([(test.labels == label).nonzero()[:images, 0] for label in range(classes)])
+        test, labels = dataset.test, dataset.test.labels.unique()[:classes].tolist()
+        some = torch.cat([(test.labels == label).nonzero()[:images, 0] for label in labels])
+        names = [str(n) if isinstance(dataset, (Persons, Faces)) else dataset.class_names[n] for n in labels]
         panels = {}
         for name, network in shown.items():
-            embeddings = self.embeddings(network, test.pixels)
+            embeddings = self.embeddings(network, test)
             within, between = mean_cosines(embeddings, test.labels)
             unit = F.normalize(embeddings[some])
             panels[f"{name}: {within:.2f} within, {between:.2f} between"] = (unit @ unit.T).numpy()
-        figures.matrices(
-            self.out / "figures" / "cosines.png", panels, dataset.class_names[:classes], "cosine of embeddings"
-        )
+        figures.matrices(self.out / "figures" / "cosines.png", panels, names, "cosine of embeddings")
 
 
-def retrieval(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
-    """Every image asks for its class among all others, by cosine: rank-1, rank-5 and mean average precision, percent.
-
-    Rank-k is the share of images with one of their class among the k nearest. An image without another of its class
-    asks for nothing.
-    """
-    unit = F.normalize(embeddings)
-    cosines = (unit @ unit.T).fill_diagonal_(-torch.inf)
-    order = cosines.argsort(dim=1, descending=True, stable=True)[:, :-1]
-    hits = labels[order] == labels[:, None]
-    hits = hits[hits.any(1)].double()
-    precision = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1)
-    average = (precision * hits).sum(1) / hits.sum(1)
-    return {
-        "rank_1": 100 * hits[:, 0].mean().item(),
-        "rank_5": 100 * hits[:, :5].amax(1).mean().item(),
-        "map": 100 * average.mean().item(),
-    }
+def checkpoint(variant: Variant, seed: int) -> str:
+    return f"{variant.name}-seed{seed}"
 
 
 def mean_cosines(embeddings: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Mean cosine between different images of one class, and between images of different classes."""
+    """Return the mean cosine between different images of one class, and between images of different classes."""
     unit = F.normalize(embeddings)
     cosines = unit @ unit.T
     same = labels[:, None] == labels
@@ -407,41 +563,35 @@ def mean_cosines(embeddings: Tensor, labels: Tensor) -> tuple[float, float]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser, group = options.new_parser(__doc__, Path("runs/cckd"), RECIPES)
-    parser.add_argument("--task", choices=MEASURES, default="classification", help="default: %(default)s")
+    parser, group = options.new_parser(__doc__, Path("runs/cckd"), RECIPES, sets=(*data.SETS, *data.PEOPLE))
+    parser.add_argument("--task", choices=TASKS, help="default: the task of the data, mostly classification")
     parser.add_argument("--study", choices=["all", *STUDIES], default="all", help="default: %(default)s")
     add = partial(options.add_recipe_flag, group, RECIPES)
-    count, name = options.positive_int, {"choices": networks.NETWORKS, "metavar": "NAME"}
-    add("--teacher", str, "teacher network", lambda r: r.teacher, **name)
-    add("--student", str, "student network", lambda r: r.student, **name)
-    add("--seeds", count, "number of students per variant, with seeds 0, 1, ...", lambda r: r.seeds, metavar="N")
-    add("--epochs", count, "epochs of a student", lambda r: r.student_schedule.epochs, metavar="N")
-    add("--teacher-epochs", count, "epochs of the teacher", lambda r: r.teacher_schedule.epochs, metavar="N")
-    add("--batch-size", count, "images per batch of a student", lambda r: r.student_schedule.batch_size, metavar="N")
+    count = options.positive_int
+    options.add_shared_flags(group, RECIPES, networks.NETWORKS)
     add("--features", count, "features of the embeddings", lambda r: r.features, metavar="N")
-    add("--share", options.share, "share of the training images that students see", lambda r: r.share)
     add("--seen", options.share, "share of the classes that are seen in the retrieval task", lambda r: r.seen)
     add("--alpha", float, "weight of CE against KD", lambda r: r.alpha)
-    add("--temperature", options.positive, "temperature of KD", lambda r: r.temperature)
     add("--beta", float, "weight of CC", lambda r: r.beta)
     add("--gamma", options.positive, "of the Gaussian", lambda r: r.gamma)
     add("--sp", float, "weight of SP", lambda r: r.sp)
     add("--at", float, "weight of AT", lambda r: r.at)
+    add("--adv", float, "weight of Adv", lambda r: r.adv)
+    add("--head", str, "CE of a linear layer, or ArcFace", lambda r: r.head, choices=["linear", "arcface"])
+    add("--scale", options.positive, "s of ArcFace", lambda r: r.scale)
+    add("--margin", float, "m of ArcFace, in radians", lambda r: r.margin)
+    add("--triplet", float, "weight of the batch-hard triplet loss beside CE or ArcFace", lambda r: r.triplet)
+    add("--triplet-margin", float, "margin of the triplet loss", lambda r: r.triplet_margin)
+    add("--instance", str, "KD of logits, or L2 mimic of embeddings", lambda r: r.instance, choices=["kd", "mimic"])
+    add("--coefficients", float, "of Eq. 8, in place of Taylor's", lambda r: r.coefficients, nargs="+", metavar="A")
     add("--samples", count, "images of each class in a class-uniform batch", lambda r: r.samples, metavar="N")
     add("--superclasses", count, "clusters of the teacher's embeddings", lambda r: r.superclasses, metavar="N")
     return parser
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    """The recipe asked for with the flags that were given in place of its values."""
-    recipe = options.recipe_of(arguments, RECIPES)
-    students, teachers = recipe.student_schedule, recipe.teacher_schedule
-    students = students.lasting(arguments.epochs or students.epochs)
-    return replace(
-        recipe,
-        teacher_schedule=teachers.lasting(arguments.teacher_epochs or teachers.epochs),
-        student_schedule=replace(students, batch_size=arguments.batch_size or students.batch_size),
-    )
+    """Return the requested recipe, with the values of the given flags."""
+    return options.recipe_of(arguments, RECIPES)
 
 
 if __name__ == "__main__":

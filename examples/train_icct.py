@@ -1,16 +1,16 @@
 """Inter-class correlation transfer (ICCT) between networks of any capacity.
 
-Trains students by ``CE + λ · transfer`` in the paper's three scenarios, over several seeds:
+Students are trained with ``CE + λ · transfer`` in the paper's three scenarios, over several seeds:
 
     strong-to-weak   a large teacher, a small student
     born-again       the student of one generation teaches the next, a network of the same kind, for four generations
     weak-to-strong   a small teacher, a large student
 
 The transfer is nothing (CE), the softened divergence (KD), the error of the logits (LT), or the divergence of the
-inter-class correlation maps (ICCT); ICCT+AT and ICCT+SP add attention transfer or similarity preserving where asked for
-with --methods. Writes a table per scenario, every number of every epoch as JSON, and figures. Every epoch ends with a
-checkpoint: however a run was interrupted, the same command goes on from there. On digits all of it takes five minutes
-of one processor's time.
+inter-class correlation maps (ICCT). With --methods, ICCT+AT and ICCT+SP add attention transfer at every stage or
+similarity preserving at the last stage. The program writes a table per scenario, every number of every epoch as JSON,
+and figures. Every epoch ends with a checkpoint: after an interruption, the same command continues from there. On
+digits, everything takes five minutes on one core.
 """
 
 from __future__ import annotations
@@ -48,21 +48,23 @@ class Recipe:
     weak: str
     again: str  # the network that is born again
     schedule: Schedule
-    schedules: Mapping[str, Schedule]  # of networks that have their own
-    share: float  # of the training images, for the students; teachers of another capacity see all
+    schedules: Mapping[str, Schedule]  # for networks with their own schedule
+    share: float  # of the training images for the students; teachers of another capacity see all
     temperature: float
-    kd: float  # the weights λ of the transfers
+    kd: float  # weights λ of the transfers
     lt: float
     icct: float
+    reduction: str  # of ICCT's divergence over the rows of the map, see InterClassCorrelationLoss
     at: float
     sp: float
-    tfkd: float  # Tf-KD's share of the teacher, α; the rest is the cross-entropy's
+    tfkd: float  # α of Tf-KD; cross-entropy has the weight 1 - α
     generations: int
     seeds: int
+    median: bool = False  # whether tables have medians over the seeds, as the paper's, in place of means
 
 
-# The paper trains CNN-5 with Adam and the others with SGD, and found its weights λ by held-out validation without
-# printing them.
+# The paper trains CNN-5 with Adam and the other networks with SGD. It found its weights λ by validation and does not
+# print them.
 _PAPER_SCHEDULE = Schedule(
     epochs=200, lr=0.1, milestones=(60, 120, 160), batch_size=128, weight_decay=1e-4, nesterov=True, decay=0.2
 )
@@ -70,7 +72,7 @@ _PAPER_CNN5 = Schedule(
     epochs=140, lr=1e-3, milestones=(40, 80, 120), batch_size=256, weight_decay=0.0, decay=0.2, optimizer="adam"
 )
 
-# The demo's weights are the best of 0.1, 0.3, 1 and 3 (LT: of 0.03 to 1) in the first scenario with --validate and four
+# The demo's weights are the best of 0.1, 0.3, 1 and 3 (LT: 0.03 to 1) in the first scenario, with --validate and four
 # seeds.
 RECIPES = {
     "demo": Recipe(
@@ -84,6 +86,7 @@ RECIPES = {
         kd=0.3,
         lt=0.1,
         icct=0.1,
+        reduction="mean",
         at=1000.0,
         sp=3000.0,
         tfkd=0.9,
@@ -101,15 +104,28 @@ RECIPES = {
         kd=1.0,
         lt=1.0,
         icct=1.0,
+        reduction="mean",
         at=1000.0,
         sp=3000.0,
         tfkd=0.9,
         generations=4,
-        seeds=3,
+        seeds=10,
+        median=True,
     ),
 }
 
-# The transfers that each method adds to the cross-entropy.
+# On one seed, because ImageNet is large.
+RECIPES["imagenet"] = replace(
+    RECIPES["paper"],
+    strong="resnet50-224",
+    weak="resnet18-224",
+    again="resnet18-224",
+    schedule=Schedule(epochs=90, lr=0.1, milestones=(), batch_size=256, weight_decay=1e-4, nesterov=True, cosine=True),
+    schedules={},
+    seeds=1,
+)
+
+# The transfers that each method adds to cross-entropy.
 METHODS: dict[str, tuple[str, ...]] = {
     "CE": (),
     "KD": ("kd",),
@@ -128,7 +144,7 @@ Runs = dict[str, list[tuple[StagedNetwork, History]]]
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments = options.parse(parser, argv)
     conduct(parser, arguments, partial(InterClassCorrelation, arguments, recipe_of(arguments)))
 
 
@@ -155,30 +171,34 @@ class InterClassCorrelation(Experiment):
             else:
                 table, content[scenario] = self.taught(scenario, recipe.weak, recipe.strong)
             tables.append(table)
-        text = results.report(tables)
         if parallel.rank() == 0:
-            training.write_json(self.out / "results.json", content | {"tables": tables})
-            training.replace_file(self.out / "table.md", lambda path: path.write_text(text + "\n"))
-        print(f"\n{text}\n\nAccuracy after the last epoch, mean ± standard deviation over seeds.")
-        print(f"Tables, numbers and figures are in {self.out}; the same command prints this again without training.")
+            what = "median over seeds, lowest and highest" if recipe.median else "mean ± standard deviation over seeds"
+            self.write(content, tables, f"Accuracy after the last epoch, {what}.")
 
     def taught(self, scenario: str, teacher_name: str, student_name: str) -> tuple[results.Table, dict]:
-        """Students of one kind by every method, taught by one teacher of another: the table and the accuracies."""
+        """Return table and accuracies of students with one architecture, taught with every method by a teacher of
+        another architecture.
+        """
         teacher, history = self.teacher(teacher_name)
         runs: Runs = {name: [] for name in self.methods}
-        for seed in range(self.recipe.seeds):
-            for name in self.methods:
-                runs[name].append(self.student(name, student_name, seed, teacher, scenario))
+        calls = [(name, student_name, seed) for seed in range(self.recipe.seeds) for name in self.methods]
+        file = partial(checkpoint, scenario)
+        for (name, *_), trained in zip(
+            calls, self.train_all(self.student, file, calls, teacher, scenario), strict=True
+        ):
+            runs[name].append(trained)
         accuracies = {name: [final(run) for run in of_method] for name, of_method in runs.items()}
         if parallel.rank() == 0:
             self.draw_curves(scenario, teacher_name, student_name, runs, history[-1]["test_accuracy"])
             self.draw_networks(scenario, {"teacher": teacher, **{name: runs[name][0][0] for name in runs}})
         title = f"{scenario}, students: {student_name}"
-        table = results.table((teacher_name, history[-1]["test_accuracy"]), accuracies, baseline="CE", title=title)
+        table = results.table(
+            (teacher_name, history[-1]["test_accuracy"]), accuracies, "CE", title, median=self.recipe.median
+        )
         return table, {"teacher": history[-1]["test_accuracy"], **accuracies}
 
     def born_again(self) -> tuple[results.Table, dict]:
-        """Generations of one network by every method, each taught by the one before: the table and the accuracies."""
+        """Return table and accuracies of generations of one network per method. Each generation teaches the next."""
         network, generations = self.recipe.again, range(1, self.recipe.generations + 1)
         methods = [name for name in self.methods if name != "CE"]
         accuracies: dict[str, list[list[float]]] = {name: [] for name in methods}
@@ -197,11 +217,11 @@ class InterClassCorrelation(Experiment):
             rows[str(generation)] = [[run[index] for run in accuracies[name]] for name in methods]
         if parallel.rank() == 0:
             self.draw_networks("born-again", last)
-        table = results.grid("generation", rows, methods, title=f"born-again, network: {network}")
+        table = results.grid("generation", rows, methods, f"born-again, network: {network}", median=self.recipe.median)
         return table, {"generation 0": first, **accuracies}
 
     def teacher(self, name: str) -> tuple[StagedNetwork, History]:
-        """The trained, frozen teacher, and its history."""
+        """Return the trained, frozen teacher, and its history."""
         teacher, history = self.classifier(
             f"teacher {name}", name, self.dataset, self.schedule(name), 0, f"teacher-{name}"
         )
@@ -210,11 +230,11 @@ class InterClassCorrelation(Experiment):
     def descent(
         self, method: str, network: str, seed: int, teacher: StagedNetwork, generations: range
     ) -> list[tuple[StagedNetwork, History]]:
-        """Each generation taught by the one before, the first by ``teacher``."""
+        """Return the generations. Each teaches the next, and ``teacher`` teaches the first."""
         runs = []
         for generation in generations:
             teacher.requires_grad_(False).eval()
-            # Another beginning than its teacher's.
+            # Not the initial weights of its teacher.
             runs.append(
                 self.student(
                     method, network, seed, teacher, f"generation{generation}", first_seed=100 * generation + seed
@@ -233,12 +253,17 @@ class InterClassCorrelation(Experiment):
         *,
         first_seed: int | None = None,
     ) -> tuple[StagedNetwork, History]:
-        """A network trained on the students' images by a method, with its history."""
-        schedule = self.schedule(network)
+        """Return a network trained with a method on the students' images, and its history."""
+        schedule, file = self.schedule(network), checkpoint(scenario, method, network, seed)
         transfers = METHODS[method]
-        if not transfers:  # the same in every scenario
+        if not transfers:  # equal in every scenario
             return self.classifier(
-                f"CE {network} seed {seed}", network, self.few, schedule, seed, f"ce-{network}-seed{seed}"
+                f"CE {network} seed {seed}",
+                network,
+                self.few,
+                schedule,
+                seed,
+                checkpoint(scenario, method, network, seed),
             )
         torch.manual_seed(seed if first_seed is None else first_seed)
         student = self.network(network)
@@ -250,6 +275,10 @@ class InterClassCorrelation(Experiment):
             "backend": self.backend,
         }
         settings |= {name: getattr(self.recipe, name) for name in transfers}
+        if "at" in transfers:
+            settings["at_stages"] = "all"
+        if "icct" in transfers:
+            settings["reduction"] = self.recipe.reduction
         if {"kd", "tfkd"} & set(transfers):
             settings["temperature"] = self.recipe.temperature
         history = self.fit(
@@ -259,7 +288,7 @@ class InterClassCorrelation(Experiment):
             self.few,
             schedule,
             seed,
-            f"{scenario}-{method.lower()}-seed{seed}",
+            file,
             settings,
         )
         return student, history
@@ -267,12 +296,16 @@ class InterClassCorrelation(Experiment):
     def loss(
         self, transfers: Sequence[str], student: StagedNetwork, teacher: StagedNetwork
     ) -> Callable[[Tensor, Tensor], Losses]:
-        """Cross-entropy and the weighted transfers (the paper's Eqs. 4 and 7), or Tf-KD, which has its own weights."""
+        """Return cross-entropy plus the weighted transfers (the paper's Eqs. 4 and 7), or Tf-KD, which has its own
+        weights.
+        """
         teacher_free = TeacherFreeKDLoss(self.recipe.tfkd, self.recipe.temperature, backend=self.backend)
         modules: dict[str, nn.Module] = {
             "kd": KDLoss(self.recipe.temperature, backend=self.backend),
             "lt": LogitMSELoss(),
-            "icct": InterClassCorrelationLoss(backend=self.backend, group=parallel.group()),
+            "icct": InterClassCorrelationLoss(
+                reduction=self.recipe.reduction, backend=self.backend, group=parallel.group()
+            ),
             "at": AttentionTransferLoss(),
             "sp": SimilarityPreservingLoss(backend=self.backend, group=parallel.group()),
         }
@@ -285,8 +318,13 @@ class InterClassCorrelation(Experiment):
             if "tfkd" in transfers:
                 return losses | {"loss": teacher_free(logits, teacher_logits, labels)}
             for name in transfers:
-                on_features = name in ("at", "sp")
-                pair = (stages[-1], teacher_stages[-1]) if on_features else (logits, teacher_logits)
+                if name == "at":  # at the end of each stage; the deepest stages if one network has more
+                    count = min(len(stages), len(teacher_stages))
+                    pair = stages[-count:], teacher_stages[-count:]
+                elif name == "sp":
+                    pair = stages[-1], teacher_stages[-1]
+                else:
+                    pair = logits, teacher_logits
                 losses[name] = modules[name](*pair)
             return losses | {"loss": losses["ce"] + sum(getattr(self.recipe, n) * losses[n] for n in transfers)}
 
@@ -313,8 +351,9 @@ class InterClassCorrelation(Experiment):
 
     @torch.no_grad()
     def draw_maps(self, scenario: str, shown: Mapping[str, StagedNetwork]) -> None:
-        """Inter-class correlation maps over all test images, the paper's Fig. 3, and how far each is from the first, in
-        ICCT's divergence; first seeds."""
+        """Draw the inter-class correlation maps over all test images (the paper's Fig. 3), with ICCT's divergence of
+        each map from the first. Only the first seed is drawn.
+        """
         logits = {name: self.outputs(network, lambda net, images: net(images)[0]) for name, network in shown.items()}
         first, reference = next(iter(logits.items()))
         panels = {}
@@ -328,7 +367,7 @@ class InterClassCorrelation(Experiment):
 
     @torch.no_grad()
     def draw_embeddings(self, scenario: str, shown: Mapping[str, StagedNetwork]) -> None:
-        """What the last layer sees of the test images, in the plane by t-SNE: the paper's Fig. 5; first seeds."""
+        """Draw t-SNE of the last layer's inputs for the test images (the paper's Fig. 5), for the first seed."""
         from sklearn.manifold import TSNE
 
         count = 1000
@@ -344,9 +383,13 @@ class InterClassCorrelation(Experiment):
         )
 
     def outputs(self, network: StagedNetwork, function: Callable[[StagedNetwork, Tensor], Tensor]) -> Tensor:
-        """``function`` of the network and every test image."""
-        batches = self.dataset.test.pixels.split(1000)
-        return torch.cat([function(network, self.dataset.normalise(pixels.to(self.device))) for pixels in batches])
+        """Return ``function`` of the network for every test image."""
+        views = self.dataset.views(self.dataset.test, self.device)
+        return torch.cat([function(network, images).clone() for images in views])  # a CUDA graph overwrites its output
+
+
+def checkpoint(scenario: str, method: str, network: str, seed: int) -> str:
+    return f"{scenario if METHODS[method] else 'ce'}-{method.lower() if METHODS[method] else network}-seed{seed}"
 
 
 def final(run: tuple[StagedNetwork, History]) -> float:
@@ -377,17 +420,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    """The recipe asked for with the flags that were given in place of its values."""
+    """Return the requested recipe, with the values of the given flags."""
     recipe = options.recipe_of(arguments, RECIPES)
-
-    def changed(schedule: Schedule) -> Schedule:
-        schedule = schedule.lasting(arguments.epochs or schedule.epochs)
-        return replace(schedule, batch_size=arguments.batch_size or schedule.batch_size)
 
     return replace(
         recipe,
-        schedule=changed(recipe.schedule),
-        schedules={network: changed(schedule) for network, schedule in recipe.schedules.items()},
+        schedules={name: options.rescheduled(own, arguments, "") for name, own in recipe.schedules.items()},
     )
 
 

@@ -1,15 +1,16 @@
 """Local correlation distillation (LKD) from a teacher to a table.
 
-Trains a teacher, then class-aware attention (CAAT) on its frozen features, one module per stage, then students by
+The program trains a teacher, then class-aware attention (CAAT) on its frozen features, one module per stage, then
+students with
 
     loss = (1 - alpha) * CE + alpha * KD + beta * LKD                     (Eq. 11)
 
-with cross-entropy alone (CE), with KD, with LKD, and with LKD on masked and cropped features (LKD+CAAT), over several
-seeds. Writes a table of accuracies, every number of every epoch as JSON, and figures. Every epoch ends with a
-checkpoint: however a run was interrupted, the same command goes on from there.
+with only cross-entropy (CE), with KD, with LKD, and with LKD on masked and cropped features (LKD+CAAT), over several
+seeds. It writes a table of accuracies, every number of every epoch as JSON, and figures. Every epoch ends with a
+checkpoint: after an interruption, the same command continues from there.
 
-On several processes, by torchrun --nproc-per-node N examples/train_lkd.py ..., each takes its share of every batch, and
-patches are compared across all of them: the batch size is that of all together.
+With torchrun --nproc-per-node N examples/train_lkd.py ..., each process takes its share of every batch, and patches are
+compared across all processes. The batch size counts the images of all processes.
 """
 
 from __future__ import annotations
@@ -49,21 +50,24 @@ class Recipe:
     teacher_schedule: Schedule
     caat_schedule: Schedule
     student_schedule: Schedule
-    share: float  # of the training images, for the students; teacher and CAAT see all
+    share: float  # of the training images for the students; teacher and CAAT see all
     k: int
     alpha: float
     temperature: float
-    beta: float  # factor of the sum over all pairs of patches in a batch
+    scale: bool  # whether KD has the factor T², which Eq. 1 of the paper does not have
+    beta: float
+    reduction: str  # of the sum over all pairs of patches in a batch, see LocalCorrelationLoss
+    partition: str
     threshold: float
-    last_stage: bool  # compare the patches of the last stage alone
-    at: float  # weights of what others compare with LKD
+    last_stage: bool  # compare only the patches of the last stage
+    at: float  # weights of the methods that are compared with LKD
     sp: float
     cc: float
     seeds: int
 
 
-# The demo's beta and threshold are the best of 1e-7 ... 1e-3 and of 0, 0.5, 0.7, 0.8 with --validate and four seeds.
-# The paper's beta lies within [0.001, 0.1]; beside a sum over all pairs of patches that lets KD say little.
+# The demo's beta and threshold are the best of 1e-7 ... 1e-3 times 64² and of 0, 0.5, 0.7, 0.8 with --validate and four
+# seeds. This beta is a fifth above the paper's range [0.001, 0.1].
 RECIPES = {
     "demo": Recipe(
         teacher="resnet14-half",
@@ -75,7 +79,10 @@ RECIPES = {
         k=4,
         alpha=1.0,
         temperature=4.0,
-        beta=3e-5,
+        scale=True,
+        beta=3e-5 * 64**2,
+        reduction="batchmean",
+        partition="resize",
         threshold=0.8,
         last_stage=False,
         at=1.0,
@@ -93,7 +100,10 @@ RECIPES = {
         k=4,
         alpha=1.0,
         temperature=4.0,
+        scale=False,
         beta=0.001,
+        reduction="batchmean",
+        partition="split",
         threshold=0.0,
         last_stage=False,
         at=1000.0,
@@ -103,14 +113,29 @@ RECIPES = {
     ),
 }
 
+RECIPES["imagenet"] = replace(
+    RECIPES["paper"],
+    teacher="resnet34-224",
+    student="resnet18-224",
+    teacher_schedule=Schedule(120, 0.4, (40, 72, 96), batch_size=1024, weight_decay=4e-4),
+    caat_schedule=Schedule(48, 0.8, (36, 44), batch_size=1024, weight_decay=4e-4),
+    student_schedule=Schedule(120, 0.4, (40, 72, 96), batch_size=1024, weight_decay=4e-4),
+    k=3,
+    last_stage=True,
+    temperature=2.0,
+    beta=0.5,
+    threshold=0.1,
+    seeds=1,
+)
+
 
 class Method(NamedTuple):
-    """Which terms of Eq. 11 a method has."""
+    """The terms of Eq. 11 that a method has."""
 
     kd: bool = True
     lkd: tuple[float, float, float] | None = None  # the weights of Eqs. 4 to 6
     mask: str | None = None
-    other: str | None = None  # in LKD's place
+    other: str | None = None  # in place of LKD
 
 
 ALL = (1.0, 1.0, 1.0)
@@ -132,7 +157,7 @@ DEFAULT_METHODS = ["CE", "KD", "LKD", "LKD+CAAT"]
 
 
 class Trained(NamedTuple):
-    """All networks, students and their histories by method and seed."""
+    """All networks, and the students with their histories by method and seed."""
 
     teacher: StagedNetwork
     caat: nn.ModuleList | None
@@ -142,7 +167,7 @@ class Trained(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments = options.parse(parser, argv)
     conduct(parser, arguments, partial(LocalCorrelation, arguments, recipe_of(arguments)))
 
 
@@ -153,7 +178,6 @@ class LocalCorrelation(Experiment):
         super().__init__(arguments, dataset)
         self.recipe = recipe
         self.methods = {name: METHODS[name] for name in arguments.methods}
-        self.teacher_weights: Path | None = arguments.teacher_weights
 
     def run(self) -> None:
         few = self.dataset.only(self.recipe.share)
@@ -162,28 +186,20 @@ class LocalCorrelation(Experiment):
         caat = self.caat(teacher) if any(method.mask == "caat" for method in self.methods.values()) else None
         students: dict[str, list[StagedNetwork]] = {name: [] for name in self.methods}
         histories: dict[str, list[History]] = {name: [] for name in self.methods}
-        for seed in range(self.recipe.seeds):
-            for name in self.methods:
-                student, history = self.student(name, seed, few, teacher, caat)
-                students[name].append(student)
-                histories[name].append(history)
+        runs = [(name, seed) for seed in range(self.recipe.seeds) for name in self.methods]
+        trained = self.train_all(self.student, student_checkpoint, runs, few, teacher, caat)
+        for (name, _), (student, history) in zip(runs, trained, strict=True):
+            students[name].append(student)
+            histories[name].append(history)
         if parallel.rank() == 0:
             self.report(Trained(teacher, caat, students, histories))
 
     def teacher(self) -> StagedNetwork:
-        """The trained, frozen teacher."""
-        recipe = self.recipe
-        if self.teacher_weights is not None:
-            teacher = self.network(recipe.teacher)
-            training.load_weights(teacher, self.teacher_weights)
-        else:
-            teacher, _ = self.classifier(
-                f"teacher {recipe.teacher}", recipe.teacher, self.dataset, recipe.teacher_schedule, 0, "teacher"
-            )
-        return teacher.requires_grad_(False).eval()
+        """Return the trained, frozen teacher."""
+        return self.taught_by(self.recipe.teacher, self.recipe.teacher_schedule)
 
     def caat(self, teacher: StagedNetwork) -> nn.ModuleList:
-        """One trained, frozen mask generator per stage of the teacher (Eqs. 8-9)."""
+        """Return one trained, frozen mask generator per stage of the teacher (Eqs. 8-9)."""
         torch.manual_seed(0)
         classes = self.dataset.num_classes
         caat = nn.ModuleList(ClassAwareAttention(channels, classes) for channels in teacher.channels).to(self.device)
@@ -193,7 +209,7 @@ class LocalCorrelation(Experiment):
             return {"loss": sum(module.loss(stage, labels) for module, stage in zip(caat, stages, strict=True))}
 
         def evaluate() -> dict[str, float]:
-            """How well each auxiliary classifier tells the classes from the masked features."""
+            """Return the accuracy of each auxiliary classifier on the masked features."""
             measured = self.measure(
                 lambda images: torch.stack(
                     [module.logits(stage) for module, stage in zip(caat, teacher(images)[1], strict=True)]
@@ -210,26 +226,26 @@ class LocalCorrelation(Experiment):
     def student(
         self, name: str, seed: int, dataset: Dataset, teacher: StagedNetwork, caat: nn.ModuleList | None
     ) -> tuple[StagedNetwork, History]:
-        """A student trained by a method, with its history."""
+        """Return a student trained with a method, and its history."""
         torch.manual_seed(seed)
         student = self.network(self.recipe.student)
         method, schedule = METHODS[name], self.recipe.student_schedule
         loss = self.student_loss(method, student, teacher, caat)
         settings = self.student_settings(method, teacher, caat) | {"seed": seed}
-        checkpoint = f"{name.lower()}-seed{seed}"
+        checkpoint = student_checkpoint(name, seed)
         return student, self.fit(f"{name} seed {seed}", student, loss, dataset, schedule, seed, checkpoint, settings)
 
     def student_loss(
         self, method: Method, student: StagedNetwork, teacher: StagedNetwork, caat: nn.ModuleList | None
     ) -> Callable[[Tensor, Tensor], Losses]:
-        """Eq. 11 with the method's terms."""
+        """Return Eq. 11 with the terms of the method."""
         recipe = self.recipe
-        kd = KDLoss(recipe.temperature, backend=self.backend)
+        kd = KDLoss(recipe.temperature, scale=recipe.scale, backend=self.backend)
         lkd = LocalCorrelationLoss(
             recipe.k,
             weights=method.lkd or ALL,
-            threshold=recipe.threshold,
-            partition="resize",
+            partition=recipe.partition,
+            reduction=recipe.reduction,
             backend=self.backend,
             group=parallel.group(),
         )
@@ -247,7 +263,8 @@ class LocalCorrelation(Experiment):
             total = (1 - recipe.alpha) * losses["ce"] + recipe.alpha * losses["kd"]
             if method.lkd:
                 masks = self.masks(method, images, labels, teacher, teacher_stages, caat)
-                losses["lkd"] = lkd(stages[kept], teacher_stages[kept], masks and masks[kept])
+                crop = (masks[kept], recipe.threshold) if masks else ()
+                losses["lkd"] = lkd(stages[kept], teacher_stages[kept], *crop)
                 total = total + recipe.beta * losses["lkd"]
             if other is not None:
                 losses[method.other] = other(stages, teacher_stages)
@@ -257,7 +274,7 @@ class LocalCorrelation(Experiment):
         return loss
 
     def other_loss(self, name: str) -> Callable[[list[Tensor], list[Tensor]], Tensor]:
-        """Of both networks' stages: all of them (AT), the last (SP), or its average over positions (CC)."""
+        """Return the loss of all stages (AT), of the last stage (SP), or of its average over positions (CC)."""
         if name == "at":
             return AttentionTransferLoss()
         if name == "sp":
@@ -275,8 +292,10 @@ class LocalCorrelation(Experiment):
         stages: list[Tensor],
         caat: nn.ModuleList | None,
     ) -> list[Tensor] | None:
-        """Where both networks' features count, in [0, 1]: by CAAT, by the sum of the teacher's squares, or by what the
-        class's logit owes to each position (Table 5, which puts the latter two through a sigmoid)."""
+        """Return masks in [0, 1] for the features of both networks. They come from CAAT, from the sum of the teacher's
+        squares, or from each position's contribution to the logit of the class (Table 5, which applies a sigmoid to the
+        latter two).
+        """
         if method.mask is None:
             return None
         if method.mask == "caat":
@@ -294,7 +313,9 @@ class LocalCorrelation(Experiment):
         return [total.relu().sigmoid().detach() for total in weighted]
 
     def student_settings(self, method: Method, teacher: StagedNetwork, caat: nn.ModuleList | None) -> dict[str, object]:
-        """What a student depends on, and nothing else: runs of other methods stay valid when a setting changes."""
+        """Return only the settings that a student depends on, so that runs of other methods stay valid when a setting
+        changes.
+        """
         recipe = self.recipe
         settings = {"network": recipe.student, "share": recipe.share}
         if method.kd:
@@ -302,10 +323,13 @@ class LocalCorrelation(Experiment):
                 "teacher": training.fingerprint(teacher),
                 "alpha": recipe.alpha,
                 "temperature": recipe.temperature,
+                "scale": recipe.scale,
                 "backend": self.backend,
             }
         if method.lkd:
-            settings |= {"beta": recipe.beta, "k": recipe.k, "weights": method.lkd, "last_stage": recipe.last_stage}
+            for name in ("beta", "k", "reduction", "partition", "last_stage"):
+                settings[name] = getattr(recipe, name)
+            settings["weights"] = method.lkd
         if method.mask:
             settings |= {"mask": method.mask, "threshold": recipe.threshold}
         if method.mask == "caat":
@@ -335,14 +359,11 @@ class LocalCorrelation(Experiment):
                 f"stage {number}": {name: overlap(density, stage["teacher"]) for name, density in stage.items()}
                 for number, stage in enumerate(cosines, 1)
             },
-            "tables": tables,
         }
-        training.write_json(self.out / "results.json", content)
-        text = results.report(tables)
-        training.replace_file(self.out / "table.md", lambda path: path.write_text(text + "\n"))
         self.draw(trained, cosines, teacher_accuracy)
-        print(f"\n{text}\n\nStudents: {recipe.student}, accuracy after the last epoch, mean ± standard deviation.")
-        print(f"Tables, numbers and figures are in {self.out}; the same command prints this again without training.")
+        self.write(
+            content, tables, f"Students: {recipe.student}, accuracy after the last epoch, mean ± standard deviation."
+        )
 
     def draw(self, trained: Trained, cosines: list[dict[str, np.ndarray]], teacher_accuracy: float) -> None:
         folder = self.out / "figures"
@@ -371,10 +392,10 @@ class LocalCorrelation(Experiment):
 
     @torch.no_grad()
     def draw_masks(self, path: Path, teacher: StagedNetwork, caat: nn.ModuleList) -> None:
-        """The first test image of each of the first ten classes (the paper's Fig. 3)."""
+        """Draw the first test image of each of the first ten classes (the paper's Fig. 3)."""
         test = self.dataset.test
         shown = [int((test.labels == label).nonzero()[0]) for label in test.labels.unique()[:10]]
-        pixels = test.pixels[shown]
+        pixels = self.dataset.pixels(test[torch.tensor(shown)])
         _, stages = teacher(self.dataset.normalise(pixels.to(self.device)))
         figures.masks(
             path,
@@ -389,14 +410,19 @@ class LocalCorrelation(Experiment):
 
     @torch.no_grad()
     def cosines(self, trained: Trained) -> list[dict[str, np.ndarray]]:
-        """For every stage and method, how the cosines between patches of a batch of test images are distributed over
-        ``EDGES`` (the paper's Fig. 1), averaged over the seeds."""
-        images = self.dataset.normalise(self.dataset.test.pixels[:64].to(self.device))
+        """Return the distribution of cosines between patches over ``EDGES`` for every stage and method (the paper's
+        Fig. 1). The patches belong to a batch of test images, and the distribution is averaged over the seeds.
+        """
+        images = self.dataset.normalise(self.dataset.pixels(self.dataset.test[:64]).to(self.device))
         densities = {
             name: np.mean([[density(stage, self.recipe.k) for stage in network(images)[1]] for network in runs], axis=0)
             for name, runs in {"teacher": [trained.teacher], **trained.students}.items()
         }
         return [dict(zip(densities, stage, strict=True)) for stage in zip(*densities.values(), strict=True)]
+
+
+def student_checkpoint(method: str, seed: int) -> str:
+    return f"{method.lower()}-seed{seed}"
 
 
 EDGES = np.linspace(-1, 1, 101)
@@ -410,51 +436,31 @@ def density(features: Tensor, k: int) -> np.ndarray:
 
 
 def overlap(density: np.ndarray, other: np.ndarray) -> float:
-    """The area two densities share: 1 if they are equal."""
+    """Return the area that two densities share, which is 1 if they are equal."""
     return float((np.minimum(density, other) * np.diff(EDGES)).sum())
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser, group = options.new_parser(__doc__, Path("runs/lkd"), RECIPES)
     add = partial(options.add_recipe_flag, group, RECIPES)
-    count, name = options.positive_int, {"choices": networks.NETWORKS, "metavar": "NAME"}
-    add("--teacher", str, "teacher network", lambda r: r.teacher, **name)
-    add("--student", str, "student network", lambda r: r.student, **name)
-    add("--seeds", count, "number of students per method, with seeds 0, 1, ...", lambda r: r.seeds, metavar="N")
-    add("--epochs", count, "epochs of a student", lambda r: r.student_schedule.epochs, metavar="N")
-    add("--teacher-epochs", count, "epochs of the teacher", lambda r: r.teacher_schedule.epochs, metavar="N")
+    count = options.positive_int
+    options.add_shared_flags(group, RECIPES, networks.NETWORKS, foreign=True)
     add("--caat-epochs", count, "epochs of CAAT", lambda r: r.caat_schedule.epochs, metavar="N")
-    add("--batch-size", count, "images per batch", lambda r: r.student_schedule.batch_size, metavar="N")
-    add("--lr", options.positive, "first learning rate of teacher and students", lambda r: r.student_schedule.lr)
-    add("--share", options.share, "share of the training images that students see", lambda r: r.share)
     add("--k", count, "patches per side of a feature map", lambda r: r.k)
     add("--alpha", float, "weight of KD against CE", lambda r: r.alpha)
-    add("--temperature", options.positive, "temperature of KD", lambda r: r.temperature)
-    add("--beta", float, "factor of LKD, a sum over all pairs of patches", lambda r: r.beta)
+    add("--beta", float, "factor of LKD", lambda r: r.beta)
     add("--threshold", float, "features are cropped to where the mask exceeds this", lambda r: r.threshold)
     for other in ("at", "sp", "cc"):
         add(f"--{other}", float, f"weight of {other.upper()} in LKD's place", lambda r, o=other: getattr(r, o))
     group.add_argument(
         "--methods", nargs="+", choices=METHODS, default=DEFAULT_METHODS, help=f"default: {' '.join(DEFAULT_METHODS)}"
     )
-    group.add_argument("--teacher-weights", type=Path, metavar="FILE", help="load the teacher instead of training it")
     return parser
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    """The recipe asked for with the flags that were given in place of its values."""
-    recipe = options.recipe_of(arguments, RECIPES)
-
-    def schedule(of_recipe: Schedule, epochs: int | None, lr: float | None) -> Schedule:
-        shape = of_recipe.lasting(epochs or of_recipe.epochs)
-        return replace(shape, lr=lr or shape.lr, batch_size=arguments.batch_size or shape.batch_size)
-
-    return replace(
-        recipe,
-        teacher_schedule=schedule(recipe.teacher_schedule, arguments.teacher_epochs, arguments.lr),
-        caat_schedule=schedule(recipe.caat_schedule, arguments.caat_epochs, None),
-        student_schedule=schedule(recipe.student_schedule, arguments.epochs, arguments.lr),
-    )
+    """Return the requested recipe, with the values of the given flags."""
+    return options.recipe_of(arguments, RECIPES)
 
 
 if __name__ == "__main__":

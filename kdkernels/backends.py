@@ -1,4 +1,4 @@
-"""Which backend runs a call: the reference, the native library or Triton."""
+"""Choose the backend that runs a call: the reference, the native library, Triton or PyTorch's matrix products."""
 
 from __future__ import annotations
 
@@ -11,23 +11,37 @@ import torch
 from torch.autograd import forward_ad
 
 from . import native
+from .types import BACKENDS, Backend
 
-BACKENDS = ("auto", "reference", "native", "triton")
-# What "auto" takes, the first that runs: on a GPU, of native kernels and Triton's, those that bench/results has as
-# faster on the published sizes. Neither has been measured yet. Until then native ones, for what can be counted: LKD
-# launches 5 kernels for the stages of CIFAR where Triton launches 27, each from Python, and float32 is multiplied on
-# tensor cores, in three products that keep its accuracy, where Triton multiplies it outside them.
-PREFERRED = {"cpu": ("native",), "cuda": ("native", "triton")}
+# "auto" takes the first of these that runs. Neither native nor Triton kernels have been measured on a GPU yet. Until
+# then the native kernels come first, because of what can be counted. LKD launches 5 kernels for the stages of CIFAR,
+# where Triton launches 27, each from Python. Native kernels multiply float32 on tensor cores, in three products that
+# keep its accuracy, where Triton does not use tensor cores for float32. Large products are PyTorch's on a GPU.
+PREFERRED: dict[str, tuple[Backend, ...]] = {"cpu": ("native",), "cuda": ("native", "triton")}
 
 # A plain module variable, like the flags of torch.backends: torch.compile reads and guards it.
-_default = "auto"
+_default: Backend = "auto"
 
 
 @contextmanager
-def use_backend(backend: str) -> Iterator[None]:
-    """Make ``backend`` the choice of every call in the block that does not name one itself.
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Make ``backend`` the default of every call in a ``with`` block. A call that names a backend keeps its own.
 
-    Like the flags of ``torch.backends`` this holds for the whole process, not for one thread.
+    Like the flags of ``torch.backends``, it holds for the whole process, not for one thread.
+
+    Args:
+        backend: "auto", "reference", "native", "triton" or "library".
+
+    Raises:
+        ValueError: if there is no backend of this name.
+
+    Examples:
+        >>> import torch
+        >>> import kdkernels
+        >>> student, teacher = torch.randn(8, 10), torch.randn(8, 10)
+        >>> with kdkernels.use_backend("reference"):
+        ...     print(kdkernels.explain("kd_loss", student, teacher).backend)
+        reference
     """
     global _default
     _check(backend)
@@ -39,61 +53,106 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 def load_operators() -> None:
-    """Load all operators that can be, which otherwise the first call that wants them does.
+    """Load all operators that this machine can run. Otherwise the first call of a loss loads what it needs.
 
-    ``torch.export.load`` wants them before: a saved program has operators of the library that ran where it was traced.
+    Call it before ``torch.export.load``: an exported program uses operators of the library that ran when it was traced.
+
+    Examples:
+        >>> import kdkernels
+        >>> kdkernels.load_operators()
     """
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         native.why_not(torch.device(device, 0))
-    if importlib.util.find_spec("triton"):
-        for path in Path(__file__).parent.glob("ops/*/triton.py"):
-            importlib.import_module(f"kdkernels.ops.{path.parent.name}.triton")
+    for backend in ("library", *(["triton"] if importlib.util.find_spec("triton") else [])):
+        for path in Path(__file__).parent.glob(f"ops/*/{backend}.py"):
+            importlib.import_module(f"kdkernels.ops.{path.parent.name}.{backend}")
 
 
-def choose(backend: str, *tensors: torch.Tensor, native_on: tuple[str, ...] = ("cpu", "cuda")) -> str:
-    """The backend that runs a call on ``tensors``: never "auto". ``native_on`` names the devices of its native kernels.
+def choose(
+    backend: str,
+    tensor: torch.Tensor,
+    native_on: tuple[str, ...] = ("cpu", "cuda"),
+    triton: bool = True,
+    library: bool = False,
+    large: bool = False,
+) -> str:
+    """Return the backend that runs a call on the device of ``tensor``, never "auto".
 
-    Raises ``RuntimeError`` when the backend asked for by name cannot run, saying why.
+    Args:
+        backend: the backend that the call names.
+        native_on: the devices for which the operator has native kernels.
+        triton: whether it has Triton kernels.
+        library: whether the call has a form by PyTorch's matrix products.
+        large: whether the call is so large that "auto" takes this form on a GPU.
+
+    Raises ``RuntimeError`` if the named backend cannot run. The message says why.
     """
-    backend = asked(backend)
+    backend = requested(backend)
     if backend != "auto":
-        reason = why_not(backend, *tensors, native_on=native_on)
+        reason = why_not(backend, tensor, native_on, triton, library)
         if reason is not None:
             raise RuntimeError(f"backend={backend!r} cannot run here: {reason}")
         return backend
-    for preferred in PREFERRED.get(tensors[0].device.type, ("triton",)):
-        if why_not(preferred, *tensors, native_on=native_on) is None:
-            return preferred
+    return automatic(tensor, native_on, triton, library, large)
+
+
+def automatic(
+    tensor: torch.Tensor,
+    native_on: tuple[str, ...] = ("cpu", "cuda"),
+    triton: bool = True,
+    library: bool = False,
+    large: bool = False,
+) -> Backend:
+    """Return the backend that "auto" takes, by the arguments of ``choose``."""
+    device = tensor.device.type
+    preferred = PREFERRED.get(device, ("triton",))
+    if device == "cuda":
+        preferred = ("library", *preferred) if large else (*preferred, "library")
+    for backend in preferred:
+        if why_not(backend, tensor, native_on, triton, library) is None:
+            return backend
     return "reference"
 
 
-def asked(backend: str) -> str:
-    """The backend that a call names, or else its block; "auto" if neither does."""
+def requested(backend: str) -> str:
+    """Return the backend that a call names, otherwise the backend of its block, or "auto"."""
     _check(backend)
     return _default if backend == "auto" else backend
 
 
-def why_not(backend: str, *tensors: torch.Tensor, native_on: tuple[str, ...] = ("cpu", "cuda")) -> str | None:
-    """Why ``backend`` cannot run on ``tensors``, in one sentence; None when it can."""
+def why_not(
+    backend: str,
+    tensor: torch.Tensor,
+    native_on: tuple[str, ...] = ("cpu", "cuda"),
+    triton: bool = True,
+    library: bool = False,
+) -> str | None:
+    """Return why ``backend`` cannot run on the device of ``tensor``, in one sentence, or None if it can."""
     if backend == "reference":
         return None
     if transformed():
         return "the transforms of torch.func (grad, vmap, jvp) and forward mode see through operations of PyTorch alone"
     if exporting() and torch.is_grad_enabled():
         return "torch.export leaves out the gradients of kernels; under torch.no_grad() it keeps the kernels"
-    device = tensors[0].device
-    if backend == "native" and device.type == "cuda" and "cuda" not in native_on:
-        return "this operator has no native kernels for cuda tensors yet"
+    device = tensor.device
+    if backend == "library":
+        return None if library else "this call has no form by PyTorch's matrix products"
+    if backend == "native" and device.type in ("cpu", "cuda") and device.type not in native_on:
+        return f"this operator has no native kernels for {device.type} tensors yet"
+    if backend == "triton" and not triton:
+        return "this operator has no Triton kernels"
     return native.why_not(device) if backend == "native" else _why_not_triton(device)
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func or forward mode is at work. PyTorch has no public way to ask."""
+    """Return whether a torch.func transform or forward mode is active. PyTorch has no public function for this."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def exporting() -> bool:
-    """Whether torch.export traces, but for its strict mode: within TorchDynamo PyTorch 2.11 always says so."""
+    """Return whether torch.export traces. Its strict mode is excluded, because PyTorch 2.11 always says yes within
+    TorchDynamo.
+    """
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 

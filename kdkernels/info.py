@@ -1,4 +1,4 @@
-"""``python -m kdkernels.info``: what is installed here, which backends run, and why the others do not."""
+"""``python -m kdkernels.info``: versions, devices, the backends that run, and why other backends do not."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from . import __version__, backends, native
+from .types import BACKENDS
 
 
 def rows() -> Iterator[tuple[str, str]]:
-    """The lines of the report, as a name and what there is to say about it."""
+    """Yield the lines of the report as (name, value)."""
     yield "kdkernels", __version__
     yield "Python", platform.python_version()
     yield "PyTorch", torch.__version__
@@ -30,7 +31,7 @@ def rows() -> Iterator[tuple[str, str]]:
         yield f"GPU {index}", torch.cuda.get_device_name(index)
     if len(devices) == 1:
         yield "GPU", "none"
-    for backend in backends.BACKENDS[1:]:
+    for backend in BACKENDS[1:]:
         for device in devices:
             reason = backends.why_not(backend, torch.empty(0, device=device))
             yield f"{backend} on {device}", "runs" if reason is None else f"does not run: {reason}"
@@ -57,13 +58,13 @@ def _processor() -> str:
 
 
 def _compiler(library: Path) -> str:
-    """What the compiler wrote about itself into the library."""
+    """Return the version that the compiler wrote into the library."""
     found = re.search(rb"GCC: \([^)]*\) [\d.]+|clang version [\d.]+", library.read_bytes())
     return found[0].decode() if found else "unknown"
 
 
 def _architectures(library: Path) -> list[str]:
-    """Those for which nvcc, as its parts wrote into the library, made code."""
+    """Return the architectures for which nvcc generated code, as its tools wrote into the library."""
     found = re.findall(rb"-arch (sm_\d+a?) -m 64 \0", library.read_bytes()) if library.exists() else []
     return sorted({name.decode() for name in found}, key=lambda name: int(re.sub(r"\D", "", name)))
 

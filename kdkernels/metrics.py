@@ -1,61 +1,86 @@
-"""How alike two networks' representations are, and how much one method improves on others."""
+"""Metrics: how similar the representations of two networks are, and how much a method improves on another."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .native import accumulation_dtype
 from .ops.congruence.plan import known
+from .ops.row_masks import to_mean, zeroed
+from .ops.shapes import accumulation_dtype
+from .types import FORMS, FormName
 
 __all__ = ["average_relative_improvement", "linear_cka", "semantic_mismatch_score"]
 
 
-def linear_cka(x: Tensor, y: Tensor, *, form: str = "auto") -> Tensor:
-    """Linear centred kernel alignment of two layers' features for the same samples (Kornblith et al. 2019).
+def linear_cka(x: Tensor, y: Tensor, *, mask: Tensor | None = None, form: FormName = "auto") -> Tensor:
+    """Return the linear centred kernel alignment of two layers (Kornblith et al. 2019).
 
-    With columns centred over the samples, ``CKA = ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖)``: 1 for features equal up to rotation and
-    scale. It is the biased estimate, with sums over all pairs of samples, the diagonal included.
+    The columns are centred over the samples. Then ``CKA = ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖)``. It is 1 for features that are equal
+    up to rotation and scale. It is the biased estimate: the sums include the diagonal.
 
     Args:
-        x: n x ..., n >= 2; everything but the samples is flattened. float32, float64, bfloat16 or float16.
-        y: n x ..., of any other width.
-        form: "feature" uses d x d products as above, "gram" the equal ``⟨XXᵀ, YYᵀ⟩ / (‖XXᵀ‖ ‖YYᵀ‖)`` of n x n
-            products; "auto" takes the one with fewer multiply-adds.
+        x: n x ..., n >= 2. Each sample is flattened. float32, float64, bfloat16 or float16, any strides.
+        y: n x ... features of the same samples, of any other width.
+        mask: n bools, True for each sample that counts. The result is the CKA of the batch without the other samples,
+            whatever these hold. None counts all samples.
+        form: "feature" uses the d x d products above. "gram" uses the equal ``⟨XXᵀ, YYᵀ⟩ / (‖XXᵀ‖ ‖YYᵀ‖)`` of n x n
+            products. "auto" takes the form with fewer multiply-adds.
 
     Returns:
-        A scalar in [0, 1]: float64 if either input is, else float32. NaN where one network gives all samples the same
-        features, since nothing can be said of it.
+        A scalar in [0, 1], float64 if an input is float64, otherwise float32. It is NaN if a network gives all samples
+        the same features. It is 0 if no sample counts.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what it got.
+        TypeError: if an argument has the wrong type. The message names the argument, what was expected and what it got.
+        ValueError: if a shape or a setting does not fit, with the same parts in the message.
 
-    Memory: both features centred in float32, and the products of the form taken.
+    Memory:
+        Both features, centred, in float32, and the products of the form.
+
+    Examples:
+        >>> import torch
+        >>> from kdkernels import linear_cka
+        >>> features = torch.randn(32, 16)
+        >>> torch.allclose(linear_cka(features, 3 * features), torch.ones(()))
+        True
     """
-    checks.one_of("form", form, ("auto", "feature", "gram"))
+    checks.one_of("form", form, FORMS)
     checks.tensor("x", x, None, "n x ...")
     checks.tensor("y", y, None, "n x ...")
     checks.same_batch("y", y, "x", x)
     checks.same_device("y", y, "x", x)
+    checks.sample_mask(mask, "x", x)
     if x.shape[0] < 2:
         raise ValueError(f"x must have at least 2 samples, got shape {tuple(x.shape)}")
     dtype = accumulation_dtype(x, y)
     with torch.autocast(x.device.type, enabled=False):
-        a, b = (_centred(features.flatten(1).to(dtype)) for features in (x, y))
-        feature = _feature_form_is_cheaper(*a.shape, b.shape[1]) if form == "auto" else form == "feature"
+        a, b = (_centred(features.flatten(1).to(dtype), mask) for features in (x, y))
+        empty = 0 if mask is None else (~mask.any()).double()  # in the divisor, so that no sample gives 0 and not NaN
+        cheaper = _feature_form_is_cheaper(len(a), a.shape[1], b.shape[1])
+        feature = cheaper if form == "auto" else form == "feature"
         if feature:
             cross, own_a, own_b = ((p.T @ q).double().norm() for p, q in ((a, b), (a, a), (b, b)))
-            return (cross.square() / (own_a * own_b)).to(dtype)
-        gram_a, gram_b = ((rows @ rows.T).double() for rows in (a, b))
-        return ((gram_a * gram_b).sum() / (gram_a.norm() * gram_b.norm())).to(dtype)
+            alignment: Tensor = cross.square() / (own_a * own_b + empty)
+        else:
+            gram_a, gram_b = ((rows @ rows.T).double() for rows in (a, b))
+            alignment = (gram_a * gram_b).sum() / (gram_a.norm() * gram_b.norm() + empty)
+        return alignment.to(dtype)
 
 
-def _centred(rows: Tensor) -> Tensor:
-    """The rows less their mean, at a size whose products neither overflow nor vanish."""
-    rows = rows - rows.mean(0)
+def _centred(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the rows less their mean, at a size whose products neither overflow nor vanish. Rows that do not count
+    are 0.
+    """
+    if mask is None:
+        rows = rows - rows.mean(0)
+    else:
+        (rows,) = zeroed(mask, (rows,))
+        (rows,) = zeroed(mask, (rows - to_mean(rows.mean(0), mask),))
     largest = rows.detach().abs().amax()
     return rows / torch.where(largest > 0, largest, 1.0)
 
@@ -72,23 +97,33 @@ def semantic_mismatch_score(
     *,
     pairs: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
-    """SM-score: how far the similarity matrices of associated layers are apart (SemCKD Eq. 18).
+    """Return the SM-score: how far the similarity matrices of associated layers are apart (SemCKD Eq. 18).
 
-    ``(1/|C|) Σ_(i,j)∈C α_ij · MSE(student[i], teacher[j])``. With one α per sample, each weights the row of its sample.
+    ``(1/|C|) Σ_(i,j)∈C α_ij · MSE(student[i], teacher[j])``. If α differs between samples, it weights the row of its
+    sample.
 
     Args:
         student: s_L x b x b matrices of the student's layers, as ``similarity_matrices`` returns them.
         teacher: t_L x b x b matrices of the teacher's layers.
-        weights: α, b x s_L x t_L (or s_L x t_L for all samples); None is 1, as for methods without an attention.
-        pairs: C, the associated (student layer, teacher layer); None is all of them.
+        weights: α, b x s_L x t_L, or s_L x t_L for all samples. None is 1, for methods without attention.
+        pairs: C, the associated (student layer, teacher layer) pairs. None is all pairs.
 
     Returns:
-        A scalar: float64 if either input is, else float32.
+        A scalar: float64 if an input is float64, otherwise float32.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what it got.
+        TypeError: if an argument has the wrong type. The message names the argument, what was expected and what it got.
+        ValueError: if a shape or a setting does not fit, with the same parts in the message.
 
-    Memory: |C| x b x b for the differences.
+    Memory:
+        |C| x b x b numbers for the differences.
+
+    Examples:
+        >>> import torch
+        >>> from kdkernels import semantic_mismatch_score
+        >>> student, teacher = torch.zeros(2, 8, 8), torch.ones(3, 8, 8)
+        >>> semantic_mismatch_score(student, teacher, pairs=[(0, 0), (1, 2)])
+        tensor(1.)
     """
     checks.tensor("student", student, 3, "s_L x b x b")
     checks.tensor("teacher", teacher, 3, "t_L x b x b")
@@ -111,13 +146,13 @@ def _indices(
 ) -> tuple[Tensor, Tensor]:
     if pairs is None:
         pairs = [(i, j) for i in range(layers[0]) for j in range(layers[1])]
-    valid = all(
-        isinstance(pair, Sequence) and len(pair) == 2 and 0 <= pair[0] < layers[0] and 0 <= pair[1] < layers[1]
-        for pair in pairs
-    )
-    if not (pairs and valid):
+    try:
+        found = [(operator.index(i), operator.index(j)) for i, j in pairs]
+    except (TypeError, ValueError):
+        found = []
+    if not found or not all(0 <= i < layers[0] and 0 <= j < layers[1] for i, j in found):
         raise ValueError(f"pairs must be pairs of layers below {layers}, at least one, got {pairs!r}")
-    left, right = torch.tensor(list(pairs), device=device).T
+    left, right = torch.tensor(found, dtype=torch.int64, device=device).T
     return left, right
 
 
@@ -133,22 +168,28 @@ def _weights_of_samples(weights: Tensor, batch: int, layers: tuple[int, int]) ->
 def average_relative_improvement(
     accuracies: Sequence[float], compared: Sequence[float], student: Sequence[float]
 ) -> float:
-    """ARI: how much further a method takes students than another one did, in percent (SemCKD Eq. 17).
+    """Return ARI: how much more a method improves students than another method does, in percent (SemCKD Eq. 17).
 
     ``(1/M) Σ_i (accuracies[i] − compared[i]) / (compared[i] − student[i]) · 100``.
 
     Args:
-        accuracies: of the method, in M combinations of teacher and student.
-        compared: of the method it is compared with, in the same combinations.
-        student: of the student trained without a teacher.
+        accuracies: the accuracies of the method, for M combinations of teacher and student.
+        compared: the accuracies of the other method, for the same combinations.
+        student: the accuracies of the student without a teacher, for the same combinations.
 
     Returns:
-        Percent. Infinite or NaN where the compared method does not differ from the student.
+        Percent. It is infinite or NaN if the other method does not differ from the student.
 
     Raises:
-        ValueError: if the three do not have one length of at least 1.
+        ValueError: if the three do not have the same length of at least 1.
+
+    Examples:
+        >>> from kdkernels import average_relative_improvement
+        >>> average_relative_improvement([74.0, 76.0], [72.0, 74.0], [70.0, 70.0])
+        75.0
     """
-    ours, theirs, alone = (torch.as_tensor(values, dtype=torch.float64) for values in (accuracies, compared, student))
+    given = (accuracies, compared, student)
+    ours, theirs, alone = (torch.as_tensor(values, dtype=torch.float64, device="cpu") for values in given)
     shapes = [tuple(values.shape) for values in (ours, theirs, alone)]
     if shapes != 3 * [(ours.numel(),)] or not ours.numel():
         raise ValueError(f"accuracies, compared and student must have one length of at least 1, got shapes {shapes}")

@@ -1,4 +1,4 @@
-"""How results are compared. The tolerances of the whole suite are here."""
+"""Comparison of results, with the tolerances of the whole test suite."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdkernels import native
 
@@ -18,6 +19,9 @@ FLOAT64_TOLERANCE = 1e-12
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALF_DTYPES)
 
+needs_native = pytest.mark.skipif(
+    native.why_not(torch.device("cpu")) is not None, reason=str(native.why_not(torch.device("cpu")))
+)
 needs_every_library = pytest.mark.skipif(
     sum(path.name.startswith("_native_cpu_") for path in native.built()) == 1,
     reason="KDKERNELS_CPU_ISAS had the native library built for one instruction set only",
@@ -25,7 +29,7 @@ needs_every_library = pytest.mark.skipif(
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖ in float64; the plain norm where nothing is expected."""
+    """Return ‖actual − expected‖ / ‖expected‖ in float64, or the plain norm if expected is 0."""
     assert actual.shape == expected.shape, f"got shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     scale = expected.norm().item()
@@ -33,20 +37,22 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def assert_close(actual: Tensor, expected: Tensor, what: str = "result") -> None:
-    """A float32 or float64 result equals the exact one within its dtype's tolerance."""
+    """Assert that a float32 or float64 result equals the exact one within the tolerance of its dtype."""
     tolerance = FLOAT64_TOLERANCE if actual.dtype == torch.float64 else FLOAT32_TOLERANCE
     _assert_error(relative_error(actual, expected), tolerance, what)
 
 
 def assert_as_good_as(actual: Tensor, eager: Tensor, expected: Tensor, what: str = "result") -> None:
-    """A result from half-precision inputs is at most twice as wrong as that of eager code on inputs cast to float32."""
+    """Assert that a half-precision result has at most twice the error of eager code on inputs cast to float32."""
     _assert_error(relative_error(actual, expected), max(2 * relative_error(eager, expected), FLOAT32_TOLERANCE), what)
 
 
 def assert_gradients(
     leaves: Iterable[Tensor], gradients: Iterable[Tensor | None], exact: Iterable[Tensor | None]
 ) -> None:
-    """Every gradient has its leaf's dtype and is as exact as that allows; the same ones are missing."""
+    """Assert that every gradient has the dtype of its leaf and the precision of this dtype, and that the same gradients
+    are None.
+    """
     for leaf, gradient, correct in zip(leaves, gradients, exact, strict=True):
         assert (gradient is None) == (correct is None)
         if gradient is None:
@@ -59,11 +65,11 @@ def assert_gradients(
 
 
 def assert_matches(fused: Callable[..., Tensor], definition: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """The loss of ``fused`` and its gradients are those of ``definition`` in float64, and have the right dtypes.
+    """Assert that loss and gradients of ``fused`` equal those of ``definition`` in float64, with the right dtypes.
 
-    Where a result is a small difference of large terms, by the chance of a draw, no float32 code has it within the
-    tolerance. There it is right if it is at most four times as wrong as the definition in the loss's own dtype, at
-    inputs that differ by an ulp.
+    A random draw may make a result a small difference of large terms, which no float32 code computes within the
+    tolerance. Then the error may be at most four times the error of the definition in the loss's dtype, at inputs that
+    differ by one ulp.
     """
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in inputs), torch.float32)
     dtypes = (dtype, *(x.dtype for x in inputs))
@@ -84,7 +90,7 @@ def assert_matches(fused: Callable[..., Tensor], definition: Callable[..., Tenso
 
 
 def _nearby(dtype: torch.dtype, inputs: Iterable[Tensor]) -> list[Tensor]:
-    """Each of the numbers in ``dtype``, an ulp larger, smaller, or as it is; what was equal remains so."""
+    """Return each number in ``dtype``, one ulp larger, one ulp smaller, or unchanged. Equal numbers stay equal."""
     result = []
     for x in inputs:
         values, places = x.detach().to(dtype).unique(return_inverse=True)
@@ -103,7 +109,7 @@ def results_of(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor 
 
 
 def loss_and_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-    """The loss at leaves with the data, strides and requires_grad of ``inputs``, and each one's gradient or None."""
+    """Return the loss at leaves with the data, strides and requires_grad of ``inputs``, and each gradient or None."""
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
     loss = function(*leaves)
     loss.backward()
@@ -111,24 +117,41 @@ def loss_and_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> tupl
 
 
 def as_tf32(x: Tensor) -> Tensor:
-    """Rounded to the 11 significant bits of tf32, halves away from zero; in float64."""
+    """Return the numbers rounded to the 11 significant bits of tf32, with halves away from zero, in float64."""
     significand, exponent = torch.frexp(x.detach().double())
     return torch.ldexp(significand.sign() * (significand.abs() * 2**11 + 0.5).floor(), exponent - 11)
 
 
 def exactly(*inputs: Tensor) -> list[Tensor]:
-    """The same values in float64, for the exact result."""
+    """Return the same values in float64, for the exact result."""
     return [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
 
 
 def peak_growth(step: Callable[[], object]) -> int:
-    """Bytes by which this process grows, at its peak, while ``step`` runs. Call it in a child process."""
+    """Return by how many bytes this process grows at its peak while ``step`` runs. Call it in a child process."""
 
     def status(field: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = status("VmRSS")
     step()
     return status("VmHWM") - before
+
+
+class KernelCalls(TorchDispatchMode):
+    """Records the calls of registered kernels in a block: each function with its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch._ops.OpOverload, tuple]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace in ("kdkernels", "kdkernels_triton", "kdkernels_library"):
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def names(self) -> list[str]:
+        return [function._opname for function, _ in self.calls]

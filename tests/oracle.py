@@ -1,7 +1,8 @@
-"""Local correlation consistency once more, in NumPy float64 and from the equations: what the package is tested against.
+"""Local correlation consistency in NumPy float64, written from the equations. The package is tested against it.
 
-It shares no code with the package. The loss is a loop over pairs of patches; the gradient is written out by hand and is
-itself checked against central differences. ``eager`` is what a user would write in PyTorch, half precision's yardstick.
+It shares no code with the package. The loss is a loop over pairs of patches. The gradient is written by hand and
+checked against central differences. ``eager`` is what a user would write in PyTorch. Half precision is compared with
+it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch import Tensor
 
 
 def resampler(start: int, end: int, length: int, size: int) -> np.ndarray:
-    """The size x length matrix that stretches ``[start, end)`` over ``size`` points bilinearly, align_corners=False."""
+    """Return the size x length matrix that resamples ``[start, end)`` bilinearly to ``size`` points,
+    align_corners=False.
+    """
     matrix = np.zeros((size, length))
     inside = end - start
     for i in range(size):
@@ -28,7 +31,9 @@ def resampler(start: int, end: int, length: int, size: int) -> np.ndarray:
 
 
 def box(mask: np.ndarray, threshold: float) -> tuple[int, int, int, int]:
-    """Tight half-open bounds of ``mask > threshold`` of one image; the whole map when nothing exceeds it."""
+    """Return the tight half-open bounds of ``mask > threshold`` of one image, or of the whole map if nothing exceeds
+    it.
+    """
     above = [(i, j) for i, j in product(*map(range, mask.shape)) if not mask[i, j] <= threshold]
     if not above:
         return 0, mask.shape[0], 0, mask.shape[1]
@@ -37,13 +42,13 @@ def box(mask: np.ndarray, threshold: float) -> tuple[int, int, int, int]:
 
 
 def scaled(start: int, end: int, length: int, size: int) -> tuple[int, int]:
-    """Bounds on ``length`` pixels carried over to ``size`` pixels, widened to whole ones."""
+    """Return bounds on ``length`` pixels scaled to ``size`` pixels and widened to whole pixels."""
     return start * size // length, -(-end * size // length)
 
 
 @dataclass
 class Patches:
-    """The unit patch vectors of one network's map, and the way back for a gradient."""
+    """The unit patch vectors of one network's map, and the gradient through them."""
 
     features: np.ndarray  # n x c x h x w
     k: int
@@ -76,7 +81,7 @@ class Patches:
             for a, b in product(range(self.k), repeat=2):
                 rows.append(image[:, self._span(a, self.high), self._span(b, self.wide)].ravel())
         rows = np.stack(rows)
-        # Scaled by the largest entry, so that squares of very large and very small patches stay in range.
+        # Scaled by the largest entry, so that the squares of very large and very small patches stay in range.
         largest = np.abs(rows).max(1, keepdims=True)
         scaled_rows = rows / np.where(largest > 0, largest, 1)
         self.norms = largest[:, 0] * np.sqrt((scaled_rows**2).sum(1))
@@ -89,7 +94,7 @@ class Patches:
         return slice(index * length, (index + 1) * length)
 
     def gradient(self, of_unit: np.ndarray) -> np.ndarray:
-        """The gradient of the features, given that of the unit rows."""
+        """Return the gradient to the features, given the gradient to the unit rows."""
         of_rows = np.zeros_like(of_unit)
         unit, rest = self.unit[self.alive], of_unit[self.alive]
         of_rows[self.alive] = (rest - unit * (unit * rest).sum(1, keepdims=True)) / self.norms[self.alive, None]
@@ -105,7 +110,7 @@ class Patches:
 
 
 def relations(student: np.ndarray, teacher: np.ndarray, positions: int) -> tuple[float, float, float]:
-    """Eqs. 4, 5 and 6 of one stage, pair by pair."""
+    """Return Eqs. 4, 5 and 6 of one stage, pair by pair."""
     images = len(student) // positions
     intra = inter_same = inter_diff = 0.0
     for (i, p), (j, q) in product(product(range(images), range(positions)), repeat=2):
@@ -121,19 +126,32 @@ def relations(student: np.ndarray, teacher: np.ndarray, positions: int) -> tuple
 
 
 def factors(weights, reduction: str, images: int, positions: int) -> list[float]:
-    """What each of Eqs. 4, 5 and 6 is multiplied by."""
+    """Return the factors of Eqs. 4, 5 and 6."""
     pairs = [
         images * positions**2,
         positions * images**2,
         images * (images - 1) * positions * (positions - 1),
     ]
+    if reduction == "batchmean":
+        return [w / images**2 for w in weights]
     return [w / count if reduction == "mean" and count else w for w, count in zip(weights, pairs, strict=True)]
 
 
 def local_correlation_loss(
-    student, teacher, k, *, weights=(1, 1, 1), mask=None, threshold=None, partition="exact", reduction="sum", eps=1e-8
+    student,
+    teacher,
+    k,
+    *,
+    weights=(1, 1, 1),
+    mask=None,
+    threshold=None,
+    partition="exact",
+    reduction="batchmean",
+    eps=1e-8,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Eq. 7 in float64: the loss, and its gradients to the maps of every stage of the student, then of the teacher."""
+    """Return Eq. 7 in float64: the loss, and its gradients to the student's maps of every stage, then to
+    the teacher's.
+    """
     students, teachers, masks = ([array(x) for x in stages(value)] for value in (student, teacher, mask))
     ks = [k] * len(students) if isinstance(k, int) else k
     loss, of_students, of_teachers = 0.0, [], []
@@ -151,7 +169,7 @@ def local_correlation_loss(
 
 
 def stages(value) -> list[Tensor]:
-    """An argument that is one tensor, or a sequence of them, or None."""
+    """Return the stages of an argument that is one tensor, a sequence of tensors, or None."""
     return [] if value is None else [value] if isinstance(value, Tensor) else list(value)
 
 
@@ -160,7 +178,7 @@ def array(tensor: Tensor) -> np.ndarray:
 
 
 def unit_gradients(student: np.ndarray, teacher: np.ndarray, positions: int, factor) -> tuple[np.ndarray, np.ndarray]:
-    """Gradients of one stage with respect to both networks' unit rows: 4 (W ∘ D) X and -4 (W ∘ D) Y."""
+    """Return the gradients of one stage to both networks' unit rows: 4 (W ∘ D) X and -4 (W ∘ D) Y."""
     image, position = np.divmod(np.arange(len(student)), positions)
     same_image, same_position = image[:, None] == image, position[:, None] == position
     pair = factor[0] * same_image + factor[1] * same_position + factor[2] * ~(same_image | same_position)
@@ -169,7 +187,9 @@ def unit_gradients(student: np.ndarray, teacher: np.ndarray, positions: int, fac
 
 
 def eager(student: Tensor, teacher: Tensor, k: int) -> Tensor:
-    """The paper's loss of one stage as one would write it in PyTorch, in the precision of its inputs."""
+    """Return the paper's loss of one stage, divided by n² (Eq. 2), as one writes it in PyTorch, in the precision of its
+    inputs.
+    """
 
     def cosines(maps: Tensor) -> Tensor:
         size = (maps.shape[2] // k, maps.shape[3] // k)
@@ -178,4 +198,4 @@ def eager(student: Tensor, teacher: Tensor, k: int) -> Tensor:
         return rows @ rows.T
 
     squares = (cosines(student) - cosines(teacher)).square()
-    return squares.sum() + squares.diagonal().sum()
+    return (squares.sum() + squares.diagonal().sum()) / len(student) ** 2

@@ -1,4 +1,4 @@
-"""Which backend runs a call, and what holds for the native library as a whole."""
+"""The choice of the backend of a call, and properties of the whole native library."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import assert_close, loss_and_gradients, needs_every_library
-from torch import Tensor, library
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers import KernelCalls, assert_close, loss_and_gradients, needs_every_library
+from torch import Tensor
 
 import kdkernels
 from kdkernels import backends, local_correlation_loss, native, use_backend
+from kdkernels.ops import operator
 from kdkernels.ops.congruence import congruence
 from kdkernels.ops.patches import patches
 
@@ -28,19 +28,6 @@ needs_native = pytest.mark.skipif(native.why_not(CPU) is not None, reason=str(na
 
 def maps() -> tuple[Tensor, Tensor]:
     return torch.randn(3, 4, 4, 4), torch.randn(3, 5, 4, 4)
-
-
-class NativeCalls(TorchDispatchMode):
-    """The native operators called in a block, with their arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, tuple]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "kdkernels":
-            self.calls.append((function._opname, args))
-        return function(*args, **(kwargs or {}))
 
 
 # Choosing a backend ---------------------------------------------------------------------------------------------------
@@ -72,20 +59,20 @@ def test_auto_on_a_gpu_takes_the_first_that_runs(monkeypatch, running, expected)
 
 @needs_native
 def test_a_block_chooses_for_the_calls_in_it():
-    with NativeCalls() as log:
+    with KernelCalls() as log:
         local_correlation_loss(*maps(), 2)
-    assert [name for name, _ in log.calls] == ["local_correlation"]  # one call for everything
-    with NativeCalls() as log, use_backend("reference"):
+    assert log.names == ["local_correlation"]  # one call for everything
+    with KernelCalls() as log, use_backend("reference"):
         local_correlation_loss(*maps(), 2)
         patches(maps()[0], 2)
         congruence(torch.randn(4, 3), torch.randn(4, 3))
     assert not log.calls
-    with NativeCalls() as log, use_backend("reference"), use_backend("native"):
+    with KernelCalls() as log, use_backend("reference"), use_backend("native"):
         local_correlation_loss(*maps(), 2)
     assert log.calls
-    with NativeCalls() as log, use_backend("reference"):
+    with KernelCalls() as log, use_backend("reference"):
         local_correlation_loss(*maps(), 2, backend="native")
-    assert log.calls  # a call that names its backend gets it
+    assert log.calls  # a call gets the backend that it names
 
 
 def test_a_block_ends_with_its_choice():
@@ -117,7 +104,7 @@ def test_triton_without_a_gpu_says_why():
 
 
 def test_meta_tensors_are_not_native():
-    """Shapes can be inferred without data; only the reference runs there."""
+    """Shapes can be inferred without data. Only the reference runs there."""
     student, teacher = (x.to("meta") for x in maps())
     loss = local_correlation_loss(student, teacher, 2)
     assert loss.device.type == "meta"
@@ -136,18 +123,19 @@ def test_operators_without_cuda_kernels_say_so(monkeypatch):
         backends.choose("native", OnCuda(), native_on=("cpu",))
 
 
-def test_every_operator_with_cuda_kernels_is_known():
-    """Where there is a CUDA source, no room says that there is none."""
-    rooms = ROOT / "kdkernels" / "ops"
-    on_cuda = {path.stem for path in ROOT.glob("csrc/cuda/*.cu")}
-    for room in rooms.glob("*/__init__.py"):
-        text = room.read_text()
-        if "native.ops." in text:
-            assert ('native_on=("cpu",)' in text) == (room.parent.name not in on_cuda), room
+def test_every_operator_says_where_it_has_kernels():
+    """The sources agree: a CUDA file where there are native kernels for CUDA, a Triton file where there are such."""
+    for name, described in operator.OPERATORS.items():
+        room = ROOT / "kdkernels" / "ops" / name
+        assert (ROOT / "csrc" / "cpu" / f"{name}.cpp").exists() == ("cpu" in described.native)
+        assert (ROOT / "csrc" / "cuda" / f"{name}.cu").exists() == ("cuda" in described.native)
+        # LKD composes the Triton kernels of patches and congruence.
+        assert (room / "triton.py").exists() == (described.triton and name != "local_correlation")
+    assert {path.parent.name for path in ROOT.glob("kdkernels/ops/*/fake.py")} == set(operator.OPERATORS)
 
 
 def child(*command: str, **environment: str) -> str:
-    """What a fresh Python process prints; it must succeed."""
+    """Return the output of a new Python process, which must succeed."""
     done = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
@@ -161,7 +149,9 @@ def child(*command: str, **environment: str) -> str:
 
 
 def test_importing_loads_no_library_and_no_compiler():
-    """The native library is loaded by the first call that wants it; torch.compile's machinery and Triton not at all."""
+    """The first call that needs the native library loads it. Importing loads neither torch.compile's modules nor
+    Triton.
+    """
     script = (
         "import sys, kdkernels; print([m for m in sys.modules if m.split('.')[0] == 'triton' or m == 'torch._dynamo'])"
     )
@@ -188,7 +178,7 @@ print(torch.export.load({str(path)!r}).module()(*torch.load({str(tmp_path / "map
 
 
 def test_a_library_that_does_not_load_is_explained(tmp_path):
-    """A file that is no library, or lacks the operators: "auto" computes all the same, "native" says what is wrong."""
+    """If a file is not a library, or has no operators, "auto" still computes, and "native" says what is wrong."""
     script = f"""
 import pathlib, torch, kdkernels
 from kdkernels import native
@@ -211,7 +201,7 @@ for content in (None, b"not a library", pathlib.Path(torch._C.__file__).read_byt
 
 
 def test_a_library_whose_operators_take_other_arguments_is_explained(tmp_path):
-    """As after an update of the sources without a build."""
+    """This happens after an update of the sources without a build."""
     script = f"""
 import pathlib, torch
 from torch import library
@@ -223,86 +213,15 @@ operators.define("kd(Tensor student, Tensor teacher) -> Tensor")
 print(native.why_not(torch.device("cpu")))
 """
     reason = child("-c", script)
-    assert re.search(r"other sources.*build it again.*kd has the arguments \['student', 'teacher'\]", reason)
+    assert re.search(
+        r"other sources.*build it again.*it declares kdkernels::kd\(Tensor student, Tensor teacher\) -> Tensor", reason
+    )
 
 
 # The native library ---------------------------------------------------------------------------------------------------
 
 
-def operator_arguments() -> dict[str, list[tuple]]:
-    """Arguments for every native operator but those of logits, which have their own tests."""
-    features, mask = torch.randn(3, 4, 6, 6), torch.rand(3, 6, 6)
-    layouts = [
-        features,
-        features.to(memory_format=torch.channels_last),
-        torch.randn(6, 3, 4, 6).permute(1, 2, 0, 3),
-        torch.randn(3, 8, 6, 6)[:, ::2],
-        torch.randn(1, 4, 1, 6).expand(3, 4, 6, 6),
-        torch.randn(3, 1, 6, 6).to(memory_format=torch.channels_last),
-        torch.randn(1, 4, 6, 6).to(memory_format=torch.channels_last),
-    ]
-    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-    packed, unpacked, losses, gradients = [], [], [], []
-    for i, maps in enumerate(layouts):
-        maps = maps.to(dtypes[i % 4])
-        own_mask, threshold = ((None, None), (mask[: len(maps)], 0.5))[i % 2]
-        resize = i % 3 == 1
-        k = [4, 5] if resize else [2, 3]
-        packed.append((maps, k[0], own_mask, threshold, resize, 1e-8))
-        rows, norms = native.ops.patches(*packed[-1])
-        unpacked.append(
-            (torch.randn_like(rows), rows, norms, native.map_shape(maps), k[0], own_mask, threshold, resize)
-        )
-        other = torch.randn(len(maps), 2, 6, 3)
-        masks = [] if own_mask is None else [own_mask, own_mask]
-        wanted = [[1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 0, 0]][i % 3]
-        settings = (masks, k, [1.0, 0.5, 2.0], resize, [0, 7, 0] * 2, threshold, resize, 1e-8)
-        stages = [maps, maps], [torch.randn(len(maps), 2, 6, 2), other]
-        losses.append((*stages, *settings, wanted))
-        _, of_rows = native.ops.local_correlation(*losses[-1])
-        shapes = [number for stage in (*stages[0], *stages[1]) for number in native.map_shape(stage)]
-        gradients.append((torch.ones((), dtype=of_rows[0].dtype), of_rows, shapes, masks, k, threshold, resize))
-    x, y = torch.randn(12, 5), torch.randn(4, 12).T
-    congruences = [
-        (x, y, 3, [1.0, 0.5, 2.0, 0.3], [0, 7, 0], *wanted) for wanted in ((True, True), (True, False), (False, False))
-    ]
-    return {
-        "patches": packed,
-        "patches_backward": unpacked,
-        "congruence": congruences,
-        "local_correlation": losses,
-        "local_correlation_backward": gradients,
-    }
-
-
 OPERATORS = ("patches", "patches_backward", "congruence", "local_correlation", "local_correlation_backward")
-
-
-@needs_native
-@pytest.mark.parametrize("name", OPERATORS)
-def test_opcheck(name):
-    for arguments in operator_arguments()[name]:
-        library.opcheck(getattr(native.ops, name).default, arguments)
-
-
-@needs_native
-def test_every_operator_is_checked():
-    declared = {s.name.removeprefix("kdkernels::") for s in torch._C._jit_get_all_schemas() if "kdkernels::" in s.name}
-    elsewhere = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
-    assert declared == {*OPERATORS, *re.findall(r"opcheck\(\s*native\.ops\.(\w+)\.default", elsewhere)}
-
-
-@needs_native
-def test_without_gradient_none_is_computed():
-    """Validation under no_grad does not pay for a backward pass."""
-    student, teacher = (x.requires_grad_() for x in maps())
-    with NativeCalls() as log, torch.no_grad():
-        local_correlation_loss(student, teacher, 2, backend="native")
-    with NativeCalls() as of_detached:
-        local_correlation_loss(student.detach(), teacher.detach(), 2, backend="native")
-    for (_, arguments), (_, plain) in zip(log.calls, of_detached.calls, strict=True):
-        assert list(arguments[-1]) == [0, 0]
-        assert arguments[5] == plain[5]  # nor is the form chosen as if it were
 
 
 @pytest.mark.parametrize(
@@ -316,7 +235,7 @@ def test_without_gradient_none_is_computed():
     ids=["high", "medium", "allow_tf32", "fp32_precision"],
 )
 def test_tf32_by_whichever_of_pytorchs_settings(allow):
-    """Compiled code follows a change of the setting, too."""
+    """Compiled code follows a change of the setting too."""
     compiled = torch.compile(lambda x: x + native.allows_tf32(), backend="eager", fullgraph=True)
     zero = torch.zeros(())
     assert not native.allows_tf32()
@@ -330,52 +249,30 @@ def test_tf32_by_whichever_of_pytorchs_settings(allow):
     assert not native.allows_tf32()
 
 
-@needs_native
-@pytest.mark.parametrize("form", ["auto", "gram", "feature"])
-def test_any_number_of_threads(form):
-    """Work is shared out by sizes that fit no block: the result stays right, and bitwise the same from run to run."""
-    student, teacher = torch.randn(13, 6, 9, 9, requires_grad=True), torch.randn(13, 40, 6, 6, requires_grad=True)
-    settings = {"weights": (0.5, 2, 1), "form": form, "mask": torch.rand(13, 6, 6), "threshold": 0.7}
-
-    def run(backend: str) -> tuple[Tensor, list[Tensor]]:
-        return loss_and_gradients(
-            lambda s, t: local_correlation_loss(s, t, 3, backend=backend, **settings), student, teacher
-        )
-
-    expected, gradients = run("reference")
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 7, 20):
-            torch.set_num_threads(count)
-            (loss, of_native), (again, once_more) = run("native"), run("native")
-            assert torch.equal(loss, again)
-            assert all(torch.equal(a, b) for a, b in zip(of_native, once_more, strict=True))
-            assert_close(loss, expected, "loss")
-            for gradient, correct in zip(of_native, gradients, strict=True):
-                assert_close(gradient, correct, "gradient")
-    finally:
-        torch.set_num_threads(threads)
-
-
+@pytest.mark.slow
 @needs_native
 @needs_every_library
 @pytest.mark.parametrize(("level", "amx"), [("avx512", "1"), ("avx512", "0"), ("avx2", "1"), ("default", "1")])
 def test_every_instruction_set(level, amx):
-    """The library of each: built, chosen as PyTorch chooses its own, and right."""
+    """The library of each instruction set is built, chosen as PyTorch chooses its own, and computes right results."""
     if level == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("this processor has no AVX-512")
     script = "from kdkernels import native; print(native.cpu_library().name, native.cpu_library().exists())"
     chosen = child("-c", script, ATEN_CPU_CAPABILITY=level).split()
     assert chosen == [f"_native_cpu_{level}.so", "True"]
-    tests = ["tests/test_local_correlation.py", "tests/test_patches.py", "tests/test_congruence.py"]
-    which = "native and (random_problems or test_shapes or half_precision or test_mask or test_many_rows)"
+    files = ("contracts", "local_correlation", "patches", "congruence", "icc")
+    which = (
+        "native and not (logit_mse or pkt or attention_transfer) and (test_dtypes or test_sizes or not_a_number"
+        " or random_problems or test_shapes or half_precision or test_mask or test_many_rows or confident"
+        " or matches_the_definition)"
+    )
     report = child(
         "-m",
         "pytest",
         "-q",
         "-p",
         "no:cacheprovider",
-        *tests,
+        *(f"tests/test_{name}.py" for name in files),
         "-k",
         which,
         ATEN_CPU_CAPABILITY=level,
@@ -386,7 +283,7 @@ def test_every_instruction_set(level, amx):
 
 
 def test_offsets_beyond_32_bits(backend, tmp_path):
-    """Images more than 2³¹ elements apart, in a sparse file of which only they exist."""
+    """Images are more than 2³¹ elements apart, in a sparse file that contains only them."""
     apart = 2**31 + 64
     storage = torch.from_file(str(tmp_path / "features"), shared=True, size=apart + 4 * 4 * 4, dtype=torch.float32)
     student, teacher = storage.as_strided((2, 4, 4, 4), (apart, 16, 4, 1)), torch.randn(2, 5, 4, 4)
@@ -407,12 +304,17 @@ def test_offsets_beyond_32_bits(backend, tmp_path):
 def test_explain_knows_every_function_that_has_backends():
     logits, maps, labels = torch.randn(3, 4), torch.randn(3, 4, 6, 6), torch.tensor([0, 3, 1])
     arguments = {
+        "attention_transfer_loss": (maps, maps),
         "cross_layer_mse": ([[maps]], [[maps]], torch.ones(3, 1, 1)),
         "inter_class_correlation": (logits,),
         "local_correlation": (maps, 3),
         "local_correlation_loss": (maps, maps, 3),
         "similarity_matrices": ([maps],),
         "teacher_free_kd_loss": (logits, logits, labels),
+        "channel_wise_loss": (maps, maps),
+        "dkd_loss": (logits, logits, labels),
+        "contrastive_relation_loss": (logits,) * 4,
+        "token_relation_loss": (maps[..., 0], maps[..., 0]),
         "hint_loss": (maps, maps),
     }
     for name in kdkernels.functional.__all__:

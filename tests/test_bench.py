@@ -1,13 +1,16 @@
-"""The benchmarks compute what they are compared by, and their results go into tables as they were measured."""
+"""The variants of a benchmark agree, and tables show the measured results."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCH = Path(__file__).parents[1] / "bench"
 OPERATORS = sorted(path.stem.removeprefix("bench_") for path in BENCH.glob("bench_*.py"))
@@ -28,9 +31,11 @@ def record(case: str, operator: str, seconds: dict[str, float], **more) -> dict:
     return settings | {"seconds": seconds} | more
 
 
-@pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "semckd"])  # which takes long
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "semckd"])  # semckd takes long
 def test_variants_agree(operator: str) -> None:
-    """The smallest size of each operator's benchmark: the textbook's loss and gradient are the fused one's."""
+    """At the smallest size of each benchmark, loss and gradient of the textbook version equal those of the fused
+    version.
+    """
     measure = importlib.import_module("measure")
     cases = importlib.import_module(f"bench_{operator}").CASES
     case = min((case for case in cases if case.baselines), key=lambda case: case.batch)
@@ -118,7 +123,7 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = {"fused": 3 * 2**20, "textbook": 40 * 2**20, "KeOps": 5 * 2**20}
     measured = [
         record("KD, batch 64", "kd", {"fused": 4e-6}, headline=False),
-        record("KD, batch 9", "kd", {"textbook": 1e-3}),  # whose fused version failed
+        record("KD, batch 9", "kd", {"textbook": 1e-3}),  # its fused version failed
         record("KD, batch 8", "kd", {"fused": 3e-4, "textbook": 1.5e-4}),
         record("LKD, batch 8", "congruence", seconds, **{"peak extra bytes": peaks, "share of the limit": 0.456}),
     ]
@@ -126,7 +131,7 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = "before\n<!-- results: x.json -->\nstale\n<!-- end -->\n<!-- results: x.json kd -->\n<!-- end -->\nafter\n"
     filled = report.filled(page)
     assert report.filled(filled) == filled
-    # A column that has something in fewer than a quarter of the rows is left out.
+    # A column that is empty in more than three quarters of the rows is left out.
     loop = record("CCKD, batch 8", "correlation_congruence", {"fused": 1e-6, "textbook": 2e-6, "row by row": 3e-4})
     for others in (3, 4):
         kd = [record(f"KD, batch {batch}", "kd", {"fused": 4e-6}) for batch in range(others)]
@@ -197,13 +202,39 @@ def test_figures(tmp_path: Path) -> None:
         "ICCT K=9": [1, 8, 64],
         "KD K=9": [1, 64],
     }
-    assert list(report.overview(groups)) == ["ICCT K=9"]
-    report.plot(groups, tmp_path / "x.png", across=2)
-    assert (tmp_path / "x.png").stat().st_size > 1000
+    assert list(report.drawn("overview", groups)) == ["ICCT K=9"]
+    assert list(report.drawn("companions", groups)) == ["KD K=9"]
+    report.plot(groups, tmp_path / "x.svg")
+    light, dark = ((tmp_path / name).read_text() for name in ("x.svg", "x-dark.svg"))
+    assert light != dark
+    report.plot(groups, tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_text() == light
+
+
+def test_sentence_and_table_of_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results, report = importlib.import_module("results"), importlib.import_module("report")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    peaks = {"peak extra bytes": {"fused": 3 * 2**20, "textbook": 40 * 2**20}}
+    fast = record("LKD, batch 8", "congruence", {"fused": 1e-3, "textbook": 9e-3, "textbook, compiled": 7e-3}, **peaks)
+    slow = record("LKD, batch 1", "congruence", {"fused": 1e-3, "textbook": 2e-3}, **peaks)
+    for name in ("b", "a"):
+        measured = [fast, slow][: 1 + (name == "a")]
+        results.add(tmp_path / f"cpu-{name}.json", ORIGIN | {"processor": name}, measured)
+    filled = report.filled("<!-- best: cpu-a.json congruence -->\n<!-- end -->")
+    assert "**7 times faster" in filled
+    assert "takes 1.0 ms in place of 7.0 ms, and 3.0 MiB of extra memory in place of 40 MiB" in filled
+    page = "<!-- machines: cpu-*.json; LKD, batch 8; LKD, batch 1 -->\n<!-- end -->"
+    rows = [line for line in report.filled(page).splitlines() if line.startswith("| ")]
+    assert rows == [
+        "| machine | LKD, batch 8 | LKD, batch 1 |",
+        "| --- | ---: | ---: |",
+        "| a | 7.00x | 2.00x |",
+        "| b | 7.00x |  |",
+    ]
 
 
 def test_graphs_share_the_memory_of_a_gpu(monkeypatch):
-    """The hungriest are left out, with a word why."""
+    """The largest graphs are left out, with the reason."""
     gpu = importlib.import_module("gpu")
     monkeypatch.setattr(gpu.torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(gpu.torch.cuda, "mem_get_info", lambda: (78 * 2**30, 80 * 2**30))
@@ -211,3 +242,27 @@ def test_graphs_share_the_memory_of_a_gpu(monkeypatch):
     failures = {}
     assert list(gpu.that_fit(dict.fromkeys(memory), memory, failures)) == ["native", "torch", "triton"]
     assert failures == {"textbook": "no room for a graph of 50.0 GiB: all of them share 78.0 GiB"}
+
+
+def test_the_peak_of_multiply_adds_is_a_peak() -> None:
+    """A matrix product of PyTorch is below it. Time of the thread, because other programs use the processor, too."""
+    measure = importlib.import_module("measure")
+    a, b = torch.randn(2, 512, 512)
+
+    def per_second(run: Callable[[], int]) -> float:
+        begin = time.thread_time()
+        count = run()
+        return count / (time.thread_time() - begin)
+
+    def product() -> int:
+        torch.mm(a, b)
+        return 512**3
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        peak = max(per_second(lambda: measure._rates().multiply_adds(2_000_000)) for _ in range(3))
+        assert peak > 0.9 * max(per_second(product) for _ in range(30))
+    finally:
+        torch.set_num_threads(threads)
+    assert measure.rate("exponentials", 1000) > 0

@@ -1,9 +1,10 @@
-"""What building says where there is no compiler for CUDA, and what a source distribution holds."""
+"""The messages of a build without a CUDA compiler, and the content of a source distribution."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -14,12 +15,15 @@ from types import ModuleType
 
 import pytest
 
+import kdkernels
+from kdkernels import native
+
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def setup(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """setup.py as a module, asked for nothing but the version."""
+    """Return setup.py as a module, run with ``--version``."""
     monkeypatch.setattr(sys, "argv", ["setup.py", "--version"])
     monkeypatch.chdir(ROOT)
     spec = importlib.util.spec_from_file_location("kdkernels_setup", ROOT / "setup.py")
@@ -62,7 +66,7 @@ def test_the_cuda_of_a_torch(setup: ModuleType, tmp_path: Path, line: str) -> No
 def test_architectures(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KDKERNELS_CUDA_ARCHS", raising=False)
     content = setup.cuda_ninja_file("nvcc", Path("torch"))
-    assert all(f"code=sm_{arch}" in content for arch in (80, 86, 89, 90, 100))
+    assert all(f"code=sm_{arch}" in content for arch in (80, 86, 89, 90, 100, 120))
     assert "code=compute_90" in content
     monkeypatch.setenv("KDKERNELS_CUDA_ARCHS", "80;86")
     content = setup.cuda_ninja_file("nvcc", Path("torch"))
@@ -70,8 +74,35 @@ def test_architectures(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> No
     assert "sm_90" not in content
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fma f16c avx2 avx512f avx512dq avx512bw avx512vl", "avx512"),
+        ("fma f16c avx2 avx512f", "avx2"),
+        ("avx", "default"),
+    ],
+)
+def test_the_instruction_set_of_a_processor(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, expected: str
+) -> None:
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\nbugs\t\t:\n")
+    assert setup.native_isa(cpuinfo) == expected
+
+
+def test_the_instruction_set_of_this_processor_is_that_which_is_loaded(setup: ModuleType) -> None:
+    assert setup.name_of_library(setup.native_isa()) == native.cpu_library().name
+
+
+def test_an_unknown_instruction_set_is_named(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDKERNELS_CPU_ISAS", "avx1024")
+    with pytest.raises(setup.BuildError, match=r"KDKERNELS_CPU_ISAS must name some of .*default, got avx1024"):
+        setup.compile_cpu()
+
+
 def test_source_distribution_is_complete(tmp_path: Path) -> None:
-    """It builds, tests, measures and documents the package: everything but what is made from it."""
+    """It can build, test, measure and document the package. Only generated files are missing."""
     copy, dist = tmp_path / "copy", tmp_path / "dist"
     made = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", "*.pyc")
     shutil.copytree(ROOT, copy, ignore=made)
@@ -80,6 +111,38 @@ def test_source_distribution_is_complete(tmp_path: Path) -> None:
     subprocess.run(command, cwd=copy, env=os.environ | {"KDKERNELS_BUILD": "0"}, check=True)
     with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"setup.py", "csrc/library.cpp", "tests/test_build.py", "bench/results/cpu.json", "docs/index.md"} <= files
+    assert {"setup.py", "csrc/cpu/kd.cpp", "tests/test_build.py", "bench/results/cpu.json", "docs/index.md"} <= files
     assert files - held == set()
     assert not [name for name in held if name.endswith(".so")]
+
+
+@pytest.mark.parametrize(
+    ("file", "pattern"),
+    [
+        ("CITATION.cff", r"^version: (\S+)$"),
+        ("CHANGELOG.md", r"^## (\S+)"),
+        ("recipe/conda/recipe.yaml", r'^  version: "(.*)"$'),
+    ],
+)
+def test_every_file_names_the_same_version(file: str, pattern: str) -> None:
+    assert re.search(pattern, (ROOT / file).read_text(), re.MULTILINE)[1] == kdkernels.__version__
+
+
+def test_a_label_tells_wheels_of_one_version_apart(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"KDKERNELS_VERSION_LABEL": "+cpu"}, check=True)
+    information = (tmp_path / "kdkernels.egg-info" / "PKG-INFO").read_text()
+    assert f"\nVersion: {kdkernels.__version__}+cpu\n" in information
+    assert "Project-URL: Homepage, https://github.com/kdkernels/kdkernels" in information
+
+
+def test_workflows_use_what_the_repository_has() -> None:
+    """A renamed make target or file would otherwise fail only after the push."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    workflows = {path.name: path.read_text() for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+    if not workflows:
+        pytest.skip("a source distribution has no workflows")
+    called = {target for text in workflows.values() for target in re.findall(r"\bmake ([a-z-]+)", text)}
+    assert called <= targets
+    files = {file for text in workflows.values() for file in re.findall(r"\b(?:tests|csrc|kdkernels)/[\w./]+\w", text)}
+    assert [file for file in files if not (ROOT / file).exists()] == []

@@ -1,4 +1,4 @@
-"""The losses beside which the methods are trained, against their definitions in float64."""
+"""The companion losses against their definitions in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def features(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def attention(maps: Tensor) -> Tensor:
-    """Eq. 1 of the paper with p = 2, normalised image by image."""
+    """Return Eq. 1 of the paper with p = 2, normalised per image."""
     return torch.stack([q / q.square().sum().sqrt() for q in (maps * maps).sum(1)])
 
 
@@ -65,8 +65,8 @@ def test_attention_keeps_to_the_contracts():
     student, teacher = torch.randn(3, 4, 6, 6), torch.randn(3, 5, 6, 6)
     plain = attention_transfer_loss(student, teacher)
     assert_close(attention_transfer_loss(student.to(memory_format=torch.channels_last), teacher), plain)
-    assert_close(attention_transfer_loss(1e15 * student, teacher), plain)  # attention has no scale
-    half = (300 * student).half()  # squares beyond the range of float16
+    assert_close(attention_transfer_loss(1e15 * student, teacher), plain)  # attention does not depend on the scale
+    half = (300 * student).half()  # its squares exceed the range of float16
     assert attention_transfer_loss(half, teacher.half()).isfinite()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(attention_transfer_loss(student, teacher), plain)

@@ -1,4 +1,4 @@
-"""``congruence`` in every form against a loop over pairs, on rows that need not be unit vectors; and how it picks."""
+"""``congruence`` in every form against a loop over pairs, for rows of any norm, and the choice of the form."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from helpers import assert_close, loss_and_gradients, relative_error
+from helpers import assert_close, loss_and_gradients
 from torch import Tensor
 
 from kdkernels import native
@@ -31,7 +31,7 @@ every_form = pytest.mark.parametrize("form", FORMS)
 
 
 def exact(x: Tensor, y: Tensor, positions: int, coefficients) -> tuple[Tensor, list[Tensor]]:
-    """The sum pair by pair in float64, and its gradients 4 (W ∘ D) X and -4 (W ∘ D) Y."""
+    """Return the sum over pairs in float64, and its gradients 4 (W ∘ D) X and -4 (W ∘ D) Y."""
     x, y = x.detach().double(), y.detach().double()
     full, intra, same, diagonal = coefficients
     loss, slope = 0.0, torch.zeros(len(x), len(x), dtype=torch.float64)
@@ -45,7 +45,7 @@ def exact(x: Tensor, y: Tensor, positions: int, coefficients) -> tuple[Tensor, l
 
 
 def agree(x: Tensor, y: Tensor, positions: int, coefficients, **settings) -> None:
-    """Loss and gradients are exact."""
+    """Assert that loss and gradients equal the exact ones."""
     loss, gradients = loss_and_gradients(
         lambda x, y: congruence(x, y, positions=positions, coefficients=coefficients, **settings),
         x.requires_grad_(),
@@ -87,17 +87,9 @@ def test_one_row(backend, form):
 
 
 @every_form
-def test_strides(backend, form):
-    wide = torch.randn(12, 20)
-    for x in (wide[:, 3:9], wide[:, ::3], torch.randn(5, 12).T, torch.randn(1, 6).expand(12, 6)):
-        agree(x.detach(), torch.randn(12, 4), 3, (1, 0.5, 2, 0.3), form=form, backend=backend)
-        agree(torch.randn(12, 4), x.detach(), 3, (1, 0.5, 2, 0.3), form=form, backend=backend)
-
-
-@every_form
 @pytest.mark.parametrize("rows", [600, 1030])
 def test_many_rows(backend, form, rows):
-    """More rows than one strip of the Gram matrices, the last strip short."""
+    """There are more rows than one strip of the Gram matrices holds, and the last strip is short."""
     x, y = torch.randn(rows, 70, requires_grad=True), torch.randn(rows, 40, requires_grad=True)
     coefficients = (1.0, 0.4, -0.7, 0.5)
 
@@ -135,7 +127,7 @@ def test_auto_is_exact_whatever_it_picks(backend, sizes, grad_teacher):
 @pytest.mark.parametrize("form", [GRAM, FEATURE, MIXED], ids=str)
 @pytest.mark.parametrize("grad_x", [True, False])
 def test_every_mixture_of_forms(form, grad_x):
-    """The native operator takes each term from either space, whatever the cost model would say."""
+    """The native operator computes each term in either space, independent of the cost model."""
     reason = native.why_not(torch.device("cpu"))
     if reason:
         pytest.skip(reason)
@@ -146,42 +138,6 @@ def test_every_mixture_of_forms(form, grad_x):
     assert_close(loss, exact_loss, "loss")
     if grad_x:
         assert_close(gradient, exact_gradient, "gradient")
-
-
-@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)], ids=str)
-@every_form
-def test_gradient_goes_where_it_is_wanted(backend, form, wanted):
-    x, y = (torch.randn(12, 5, requires_grad=want) for want in wanted)
-    loss = congruence(x, y, positions=3, coefficients=(1, 0.5, 2, 0.3), form=form, backend=backend)
-    exact_loss, exact_gradients = exact(x, y, 3, (1, 0.5, 2, 0.3))
-    assert_close(loss, exact_loss)
-    assert loss.requires_grad == any(wanted)
-    if any(wanted):
-        loss.backward()
-    for rows, want, correct in zip((x, y), wanted, exact_gradients, strict=True):
-        assert (rows.grad is None) == (not want)
-        if want:
-            assert_close(rows.grad, correct)
-
-
-@every_form
-def test_autocast_changes_nothing(backend, form):
-    x, y = torch.randn(12, 5), torch.randn(12, 8)
-    outside = congruence(x, y, form=form, backend=backend)
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = congruence(x, y, form=form, backend=backend)
-    assert inside.dtype == torch.float32
-    assert relative_error(inside, outside) < 1e-6
-
-
-@every_form
-def test_not_a_number_comes_out(backend, form):
-    x, y = torch.randn(12, 5), torch.randn(12, 8)
-    for value in (float("nan"), float("inf")):
-        broken = x.clone()
-        broken[3, 2] = value
-        assert not congruence(broken, y, form=form, backend=backend).isfinite()
-        assert not congruence(y, broken, form=form, backend=backend).isfinite()
 
 
 @pytest.mark.parametrize(
@@ -226,29 +182,29 @@ def test_auto_is_the_cheapest_candidate(grads):
         }
 
 
-CIFAR = ((16, 32), (32, 16), (64, 8))  # channels and side of LKD's stages
+CIFAR = ((16, 32), (32, 16), (64, 8))  # (channels, side) of LKD's stages
 
 
-def plans_of_cifar(images, form="auto", *, launched=True):
-    """The forms of all pairs at k = 4, whose launches are weighed or not."""
+def plans_of_cifar(images, form="auto", target="cuda"):
+    """Return the forms of the sum over all pairs at k = 4, with and without the cost of launches."""
     widths = [channels * (side // 4) ** 2 for channels, side in CIFAR]
     full = Coefficients(1.0, 0.0, 0.0, 1.0)
     problems = tuple(Problem(full, images * 16, 16, width, width, True, False) for width in widths)
-    plans = make_plans(form, problems, launched=launched)
+    plans = make_plans(form, problems, target)
     return [plan.full for plan in plans], launches(plans, problems)
 
 
 def test_launches_are_weighed_against_multiply_adds():
-    """At the paper's batch all stages share one form, where each of the others would cost less in feature space."""
-    assert plans_of_cifar(64, launched=False)[0] == [GRAM, FEATURE, FEATURE]
+    """At the paper's batch, all stages share one form, although some would cost less in feature space."""
+    assert plans_of_cifar(64, target="cpu")[0] == [GRAM, FEATURE, FEATURE]
     assert plans_of_cifar(64) == ([GRAM] * 3, 2)
-    assert plans_of_cifar(65)[0] == [GRAM, FEATURE, FEATURE]  # which is more than one strip
+    assert plans_of_cifar(65)[0] == [GRAM, FEATURE, FEATURE]  # 65 images have more than one strip
     assert plans_of_cifar(128) == ([FEATURE] * 3, 3)
     assert plans_of_cifar(64, "feature") == ([FEATURE] * 3, 3)
     assert plans_of_cifar(128, "gram") == ([GRAM] * 3, 2)
 
 
 def test_no_candidate_is_idle():
-    """Each is the cheapest somewhere; one that never is would be code that never runs."""
+    """Each candidate is the cheapest for some size. Otherwise its code would never run."""
     sizes = list(product((8, 64, 512), (2, 16, 128, 1024), (2, 16, 128, 1024), (True, False)))
     assert {choose_form("auto", True, *size, False) for size in sizes} == set(candidates(True, False))

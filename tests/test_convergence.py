@@ -1,4 +1,4 @@
-"""Students of the fused kernels and of the references take the same course, step by step."""
+"""Students of the fused kernels and of the references have the same losses, step by step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def same_threads() -> Iterator[None]:
 def losses(
     method: str, backend: str, seed: int, precision: torch.dtype, teacher: nn.Module, out: Path, factor: float = 1.0
 ) -> np.ndarray:
-    """Of the first steps, each from a batch of digits; the method's own term weighted ``factor`` times."""
+    """Return the losses of the first steps on batches of digits. The method's own term is multiplied by ``factor``."""
     dataset = data.load("digits")
     study = convergence.experiment(method, backend, out, replace(dataset, test=dataset.test[torch.arange(9)]))
     field = FACTORS[method]
@@ -48,10 +48,10 @@ def losses(
 @pytest.mark.skipif(backends.why_not("native", torch.empty(0)) is not None, reason="the native library is not built")
 @pytest.mark.parametrize("method", convergence.EXAMPLES)
 def test_the_first_steps_agree(method: str, seed: int, tmp_path: Path) -> None:
-    """As far as rounding lets them, which a term of another weight does not."""
+    """They agree up to rounding. A term with another weight does not agree."""
     study = convergence.experiment(method, "reference", tmp_path, data.load("digits"))
     teacher = (study.embedder if method == "CCKD" else study.network)("resnet14-half").requires_grad_(False).eval()
-    teacher.classifier.weight.mul_(10)  # as sure as a trained one
+    teacher.classifier.weight.mul_(10)  # as confident as a trained one
 
     def run(backend: str, precision: torch.dtype, number: int = seed, factor: float = 1.0) -> np.ndarray:
         return losses(method, backend, number, precision, teacher, tmp_path, factor)
@@ -61,7 +61,7 @@ def test_the_first_steps_agree(method: str, seed: int, tmp_path: Path) -> None:
     wrong, other = run("native", torch.float32, factor=1.1), run("reference", torch.float32, seed + 1)
     first, noise = slice(2), np.abs(other - exact).mean()
     np.testing.assert_allclose(fused[first], exact[first], rtol=1e-5)
-    assert (np.abs(wrong - exact) > 1e-4 * exact)[first].any()  # the second may meet by chance
+    assert (np.abs(wrong - exact) > 1e-4 * exact)[first].any()  # the second step may agree by chance
     assert np.abs(fused - exact).mean() < 0.1 * noise
     assert np.abs(fused_half - half).mean() < 0.1 * noise
 

@@ -1,4 +1,4 @@
-"""Winograd's convolutions against PyTorch's in float64, and when they run."""
+"""Winograd convolutions against PyTorch's in float64, and the conditions under which they run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close
-from torch import Tensor, library
+from torch import Tensor
 
 from kdkernels import native
 from kdkernels.ops.convolution import convolution, convolution_backward, winograd
@@ -29,7 +29,7 @@ SHAPES = [  # batch, channels in and out, height, width
 
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
-    """Whether the native kernel runs depends on their number."""
+    """The number of threads decides whether the native kernel runs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -37,7 +37,7 @@ def two_threads() -> Iterator[None]:
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, order: torch.memory_format) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps, weights and the gradient of the result."""
+    """Return maps, weights and the gradient of the result."""
     n, c, k, h, w = shape
     maps, grad = torch.randn(n, c, h, w, dtype=dtype), torch.randn(n, k, h, w, dtype=dtype)
     weight = torch.randn(k, c, 3, 3, dtype=dtype)
@@ -62,7 +62,7 @@ def test_values_and_gradients(shape, dtype, order):
     ):
         assert ours.dtype == leaf.dtype
         assert_close(ours, expected, "gradient")
-        assert leaf is maps or ours.stride() == leaf.stride()  # or the optimiser's step would be slow
+        assert leaf is maps or ours.stride() == leaf.stride()  # otherwise the optimizer step would be slow
     assert convolution_backward(grad, maps, weight, (False, False)) == (None, None)
 
 
@@ -104,13 +104,3 @@ def test_pytorch_where_it_cannot_run_or_would_be_slower():
     assert not runs(n=15, h=4)  # 60 tiles
     torch.set_num_threads(3)
     assert not runs(c=64, k=128)  # two blocks of weights
-
-
-@needs_native
-@pytest.mark.parametrize("order", ORDERS)
-def test_opcheck(order):
-    maps, weight, grad = case((5, 32, 64, 3, 4), torch.float32, torch.channels_last)
-    weight = weight.contiguous(memory_format=order)
-    library.opcheck(native.ops.convolution.default, (maps, weight, False))
-    library.opcheck(native.ops.convolution.default, (grad, weight, True))
-    library.opcheck(native.ops.convolution_weight.default, (maps, grad, order is torch.channels_last))

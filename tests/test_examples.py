@@ -1,4 +1,4 @@
-"""The examples: data files, networks, training that survives being killed, and a whole small run."""
+"""The examples: data files, networks, training that survives a kill, and a whole small run."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -28,9 +30,12 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import common  # noqa: E402
+import train_cckd  # noqa: E402
+import train_icct  # noqa: E402
 import train_lkd  # noqa: E402
-from common import data, figures, networks, options, results, training  # noqa: E402
-from example_runs import assert_equal, write_cifar100  # noqa: E402
+import train_semckd  # noqa: E402
+from common import data, figures, formats, networks, options, results, training  # noqa: E402
+from example_runs import assert_equal, idx, write_cifar10, write_cifar100, write_fashion_mnist  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -66,7 +71,7 @@ def test_cifar100_is_read_byte_by_byte(tmp_path: Path, inner: str) -> None:
 def test_a_count_that_is_not_the_official_one_is_told(tmp_path: Path) -> None:
     write_cifar100(tmp_path, "test.bin", 3)
     with pytest.warns(UserWarning, match=r"test\.bin holds 3 images where the official file holds 10000"):
-        data.read_cifar100(tmp_path / "test.bin")
+        formats.cifar_records(tmp_path / "test.bin", (tmp_path / "test.bin").read_bytes(), formats.CIFAR100)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +82,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, cut: int, got: str) -> None:
     path = tmp_path / "train.bin"
     path.write_bytes(path.read_bytes()[: 3 * 3074 - cut])
     with pytest.raises(ValueError, match=rf"train\.bin is truncated.*records of 3074 bytes, got {got}"):
-        data.read_cifar100(path)
+        formats.cifar_records(path, path.read_bytes(), formats.CIFAR100)
 
 
 @pytest.mark.parametrize(("column", "what", "value"), [(0, "coarse", 20), (1, "fine", 100)])
@@ -86,11 +91,11 @@ def test_a_corrupt_label_is_named(tmp_path: Path, column: int, what: str, value:
     records[3, column] = value
     records.tofile(tmp_path / "train.bin")
     with pytest.raises(ValueError, match=rf"train\.bin is corrupt: record 3 has {what} label {value}, expected 0 to"):
-        data.read_cifar100(tmp_path / "train.bin")
+        formats.cifar_records(tmp_path / "train.bin", (tmp_path / "train.bin").read_bytes(), formats.CIFAR100)
 
 
 def test_class_names_that_are_not_a_hundred_are_named(tmp_path: Path) -> None:
-    for name in data.CIFAR100_COUNTS:
+    for name in ("train.bin", "test.bin"):
         write_cifar100(tmp_path, name, 3)
     names = tmp_path / "fine_label_names.txt"
     names.write_bytes(b"apple\nbear\n\xff")
@@ -103,6 +108,103 @@ def test_class_names_that_are_not_a_hundred_are_named(tmp_path: Path) -> None:
     names.write_text("\n".join(f"class{i}" for i in range(100)))
     with pytest.warns(UserWarning, match=official):
         assert data.load("cifar100", tmp_path).class_names[99] == "class99"
+
+
+@pytest.mark.filterwarnings("ignore:.*where the official file holds")
+@pytest.mark.parametrize("inner", ["", "cifar-10-batches-bin"])
+def test_cifar10_is_read_byte_by_byte(tmp_path: Path, inner: str) -> None:
+    files = write_cifar10(tmp_path / inner, 20)
+    dataset = data.load("cifar10", tmp_path)
+    train = np.concatenate([files[f"data_batch_{number}.bin"] for number in range(1, 6)])
+    for images, records in ((dataset.train, train), (dataset.test, files["test_batch.bin"])):
+        assert images.labels.tolist() == records[:, 0].tolist()
+        assert images.pixels.flatten(1).numpy().tobytes() == records[:, 1:].tobytes()
+    assert (dataset.num_classes, dataset.shape) == (10, (3, 32, 32))
+    (tmp_path / inner / "data_batch_3.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"data_batch_3\.bin does not exist; unpack https://.*cifar-10-binary"):
+        data.load("cifar10", tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*where the official file holds")
+@pytest.mark.parametrize("packed", [True, False])
+def test_fashion_mnist_is_read_byte_by_byte(tmp_path: Path, packed: bool) -> None:
+    arrays = write_fashion_mnist(tmp_path, {"train": 30, "t10k": 20}, packed=packed)
+    dataset = data.load("fashion-mnist", tmp_path)
+    for images, part in ((dataset.train, "train"), (dataset.test, "t10k")):
+        pixels = arrays[f"{part}-images-idx3-ubyte"]
+        assert images.labels.tolist() == arrays[f"{part}-labels-idx1-ubyte"].tolist()
+        assert np.array_equal(images.pixels[:, 0, 2:-2, 2:-2], pixels)
+        assert images.pixels.sum() == pixels.sum()  # the border is empty
+    assert (dataset.num_classes, dataset.shape) == (10, (1, 32, 32))
+
+
+def test_fashion_mnist_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_lkd.main(["--data", "fashion-mnist", "--root", str(tmp_path)])
+    told = capsys.readouterr().err
+    assert "train-images-idx3-ubyte.gz does not exist; on Debian, 'apt-get install dataset-fashion-mnist'" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("train-images-idx3-ubyte.gz", lambda content: content[:-9], "train-images.*truncated or corrupt"),
+        ("t10k-images-idx3-ubyte.gz", lambda _: b"no gzip", "t10k-images.*truncated or corrupt"),
+        ("t10k-labels-idx1-ubyte", lambda _: idx(np.zeros(7, np.uint8))[:-1], "expected 7 values .*, got 6"),
+        ("t10k-labels-idx1-ubyte", lambda _: b"\x00\x00\x0d\x01", "no IDX file of bytes: it starts with 00 00 0d 01"),
+        ("t10k-labels-idx1-ubyte", lambda _: b"", "no IDX file of bytes: it starts with nothing"),
+        ("t10k-labels-idx1-ubyte", lambda _: idx(np.full(7, 10, np.uint8)), "expected labels 0 to 9, got 10"),
+        ("t10k-labels-idx1-ubyte", lambda _: idx(np.zeros(6, np.uint8)), r"got shapes \(7, 28, 28\) and \(6,\)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*where the official file holds")
+def test_a_broken_idx_file_is_named(tmp_path: Path, name: str, change: Callable[[bytes], bytes], message: str) -> None:
+    """A file without .gz is read in place of the packed file."""
+    write_fashion_mnist(tmp_path, {"train": 10, "t10k": 7})
+    path = tmp_path / name
+    path.write_bytes(change(path.read_bytes() if path.exists() else b""))
+    with pytest.raises(ValueError, match=message):
+        data.load("fashion-mnist", tmp_path)
+
+
+def test_a_file_of_the_official_length_has_the_official_checksum(tmp_path: Path) -> None:
+    write_fashion_mnist(tmp_path, {"t10k": 10_000}, packed=False)
+    with pytest.raises(
+        ValueError, match=r"t10k-images-idx3-ubyte is corrupt: expected SHA-256 5b4141f0\w*, got \w{64}"
+    ):
+        formats.read_fashion_mnist(tmp_path, "t10k")
+
+
+@pytest.mark.skipif(not formats.FASHION_MNIST_FOLDER.is_dir(), reason="dataset-fashion-mnist is not installed")
+def test_the_installed_fashion_mnist_is_the_official_one() -> None:
+    """The four checksums match, and there is no warning about counts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataset = data.load("fashion-mnist")
+    assert (len(dataset.train), len(dataset.test)) == (60_000, 10_000)
+    assert dataset.train.labels.bincount().tolist() == [6000] * 10
+
+
+@pytest.mark.filterwarnings("ignore:.*where the official file holds")
+@pytest.mark.parametrize("name", ["fashion-mnist", "cifar10"])
+@pytest.mark.parametrize(
+    ("example", "flags"),
+    [
+        (train_lkd, ["--teacher-epochs", "1", "--methods", "KD"]),
+        (train_cckd, ["--teacher-epochs", "1", "--study", "samplers"]),
+        (train_icct, ["--scenario", "strong-to-weak", "--methods", "ICCT"]),
+        (train_semckd, ["--teacher-epochs", "1", "--studies", "methods", "--methods", "SemCKD"]),
+    ],
+    ids=["lkd", "cckd", "icct", "semckd"],
+)
+def test_every_example_trains_on_real_images(tmp_path: Path, example: ModuleType, flags: list[str], name: str) -> None:
+    write_cifar10(tmp_path, 20)
+    write_fashion_mnist(tmp_path, {"train": 100, "t10k": 20})
+    small = ["--recipe", "demo", "--epochs", "1", "--seeds", "1", "--batch-size", "20", "--share", "1"]
+    example.main(["--data", name, "--root", str(tmp_path), "--out", str(tmp_path / "out"), *small, *flags])
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert content["data"]["data"] == name
+    assert content["data"]["images"] == [100, 20]
 
 
 def test_data_errors_are_told_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,7 +245,7 @@ def test_digits_are_real_and_whole() -> None:
     dataset = data.load("digits")
     assert len(dataset.train) + len(dataset.test) == len(load_digits().target)
     assert dataset.train.pixels.shape[1:] == (1, 16, 16)
-    # Every class is split alike, and every digit keeps its ink wherever it lies.
+    # Every class is split equally, and every digit keeps its ink at any place.
     share = dataset.test.labels.bincount() / (dataset.test.labels.bincount() + dataset.train.labels.bincount())
     assert ((share - 1 / 3).abs() < 0.01).all()
     ink = torch.cat([dataset.train.pixels, dataset.test.pixels]).double().sum((1, 2, 3)).sum()
@@ -160,7 +262,7 @@ def test_held_out_images_are_training_images() -> None:
 
 
 def numbered(count: int, side: int = 6) -> data.Dataset:
-    """Images whose every pixel tells image and place, labelled by their number."""
+    """Return images whose pixels encode image and place. The label is the index."""
     pixels = (torch.arange(count * side * side) % 251 + 1).to(torch.uint8).view(count, 1, side, side)
     images = data.Images(pixels, torch.arange(count))
     return data.Dataset(images, images, tuple(map(str, range(count))), torch.zeros(1), torch.ones(1), 2, True)
@@ -220,25 +322,26 @@ def test_a_share_of_the_labels_is_wrong() -> None:
 # ----- networks
 
 
-def half_resnet_size(blocks: int) -> int:
-    """Parameters of a ResNet of 8, 16 and 32 channels with so many blocks a stage."""
+def narrow_resnet_size(width: int, blocks: int) -> int:
+    """Return the number of parameters of a ResNet with ``width``, 2 and 4 times ``width`` channels."""
 
     def block(inputs: int, outputs: int) -> int:
         shortcut = inputs * outputs + 2 * outputs if inputs != outputs else 0
         return 9 * outputs * (inputs + outputs) + 4 * outputs + shortcut
 
-    stages = sum(block(max(c // 2, 8), c) + (blocks - 1) * block(c, c) for c in (8, 16, 32))
-    return 9 * 3 * 8 + 2 * 8 + stages + 33 * 100
+    channels = (width, 2 * width, 4 * width)
+    stages = sum(block(max(c // 2, width), c) + (blocks - 1) * block(c, c) for c in channels)
+    return 9 * 3 * width + 2 * width + stages + (channels[-1] + 1) * 100
 
 
 def eighth_vgg_size() -> int:
-    """Parameters of a VGG-8 of 8, 16, 32, 64 and 64 channels."""
+    """Return the number of parameters of a VGG-8 with 8, 16, 32, 64 and 64 channels."""
     widths = (3, 8, 16, 32, 64, 64)
     return sum(9 * a * b + 3 * b for a, b in pairwise(widths)) + 65 * 100
 
 
 def wide_resnet_size(depth: int, width: int) -> int:
-    """Parameters of a wide ResNet."""
+    """Return the number of parameters of a wide ResNet."""
 
     def block(inputs: int, outputs: int) -> int:
         shortcut = inputs * outputs if inputs != outputs else 0
@@ -251,7 +354,9 @@ def wide_resnet_size(depth: int, width: int) -> int:
 
 
 def basic_resnet_size(depths: tuple[int, ...], width: int) -> int:
-    """Parameters of a ResNet for photographs with basic blocks, stages of ``width``, 2, 4 and 8 times ``width``."""
+    """Return the number of parameters of a ResNet for photographs with basic blocks and stages of ``width``, 2, 4 and 8
+    times ``width``.
+    """
 
     def block(inputs: int, outputs: int, shortcut: bool) -> int:
         return 9 * outputs * (inputs + outputs) + 4 * outputs + shortcut * (inputs * outputs + 2 * outputs)
@@ -269,14 +374,16 @@ PHOTOGRAPHS = (56, 28, 14, 7)
 BASIC, BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)
 
 
-# Those of the papers have the sizes published with their results on CIFAR-100, those for photographs torchvision's. The
-# ICCT paper counts ResNet-101 and ResNeXt-29 with ten classes, 184 320 or 92 160 weights and 90 biases less. Unlike
-# torchvision's, this MobileNetV2 expands in its first block too, by 32 x 32 weights and a batch norm.
+# The papers' networks have the sizes published with the results on CIFAR-100. The networks for photographs have
+# torchvision's sizes. The ICCT paper counts ResNet-101 and ResNeXt-29 with ten classes, 184 320 or 92 160 weights and
+# 90 biases less. Unlike torchvision's, this MobileNetV2 expands in its first block too, by 32 x 32 weights and a batch
+# norm.
 @pytest.mark.parametrize(
     ("name", "parameters", "channels", "sides"),
     [
-        ("resnet8-half", half_resnet_size(1), (8, 16, 32), RESNET),
-        ("resnet14-half", half_resnet_size(2), (8, 16, 32), RESNET),
+        ("resnet8-quarter", narrow_resnet_size(4, 1), (4, 8, 16), RESNET),
+        ("resnet8-half", narrow_resnet_size(8, 1), (8, 16, 32), RESNET),
+        ("resnet14-half", narrow_resnet_size(8, 2), (8, 16, 32), RESNET),
         ("resnet14", 181_108, (16, 32, 64), RESNET),
         ("resnet20", 278_324, (16, 32, 64), RESNET),
         ("resnet110", 1_736_564, (16, 32, 64), RESNET),
@@ -313,6 +420,7 @@ BASIC, BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)
         ("resnext101-224", 83_455_272, BOTTLENECK, PHOTOGRAPHS),
         ("wrn-18-2-224", basic_resnet_size((2, 2, 2, 2), 128), (128, 256, 512, 1024), PHOTOGRAPHS),
         ("wrn-34-2-224", basic_resnet_size((3, 4, 6, 3), 128), (128, 256, 512, 1024), PHOTOGRAPHS),
+        ("shufflenetv2-half-224", 1_366_792, (48, 96, 192), PHOTOGRAPHS[1:]),
         ("mobilenetv2-224", 812_836 + 900 * 1281, (12, 16, 48, 160), PHOTOGRAPHS),
         ("mobilenetv2-full-224", 3_504_872 + 1088, (24, 32, 96, 320), PHOTOGRAPHS),
     ],
@@ -320,7 +428,7 @@ BASIC, BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)
 def test_networks_have_their_papers_sizes(
     name: str, parameters: int, channels: tuple[int, ...], sides: tuple[int, ...]
 ) -> None:
-    """Their shapes alone, without memory."""
+    """Only shapes are computed, without memory."""
     photographs = name.endswith("-224")
     with torch.device("meta"):
         network = networks.build(name, 3, 1000 if photographs else 100)
@@ -340,6 +448,24 @@ def test_shuffled_channels_take_turns_and_half_of_them_pass_a_unit_by() -> None:
     assert torch.equal(shufflenet.UnitV2(8, 8, 1)(features)[:, ::2], features[:, :4])
 
 
+def test_strided_shortcuts_have_the_gradient_of_a_strided_convolution() -> None:
+    """With fewer channels than a vector and in channels_last, where oneDNN's own gradient is wrong."""
+    from common.networks import staged
+
+    shortcut = staged.conv1x1(4, 8, 2)
+    features = torch.randn(64, 4, 16, 16).contiguous(memory_format=torch.channels_last)
+    plain = shortcut.weight.detach().double().requires_grad_()
+    for _ in range(10):  # memory beyond the end is not always in use
+        shortcut.zero_grad()
+        result = shortcut(features)
+        slope = torch.randn_like(result)
+        result.backward(slope)
+    expected = F.conv2d(features.double().contiguous(), plain, stride=2)
+    expected.backward(slope.double().contiguous())
+    torch.testing.assert_close(result, expected.float())
+    torch.testing.assert_close(shortcut.weight.grad, plain.grad.float(), rtol=1e-4, atol=1e-3)
+
+
 def test_every_network_is_tested() -> None:
     marks = test_networks_have_their_papers_sizes.pytestmark
     assert {case[0] for case in marks[0].args[1]} == set(networks.NETWORKS)
@@ -349,7 +475,7 @@ def test_every_network_is_tested() -> None:
 
 
 class Tiny(nn.Module):
-    """A network whose training draws random numbers."""
+    """A network that draws random numbers in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -476,8 +602,39 @@ def test_weights_are_loaded_from_a_checkpoint_or_a_state_dictionary(tmp_path: Pa
         assert training.fingerprint(other) != training.fingerprint(network)
         training.load_weights(other, tmp_path / name)
         assert training.fingerprint(other) == training.fingerprint(network)
-    with pytest.raises(training.CheckpointError, match=r"state\.pt does not hold this network's weights"):
+    with pytest.raises(training.CheckpointError, match=r"state\.pt does not fit this network:"):
         training.load_weights(networks.build("resnet14", 1, 10), tmp_path / "state.pt")
+
+
+def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights under the names of a DataParallel module of another program, without counters."""
+    kept = [name for name in state if not name.endswith("num_batches_tracked")]
+    return {f"module.layer{i}.{name.rpartition('.')[2]}": state[name] for i, name in enumerate(kept)}
+
+
+def test_weights_of_other_programs_are_loaded_in_the_order_of_their_layers(tmp_path: Path) -> None:
+    network, other = (networks.build("resnet14", 3, 10) for _ in range(2))
+    network(torch.randn(4, 3, 8, 8))
+    torch.save({"epoch": 3, "model": renamed(network.state_dict())}, tmp_path / "model.pth")
+    training.load_weights(other, tmp_path / "model.pth")
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(other.eval()(images)[0], network.eval()(images)[0])
+
+
+def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
+    state = renamed(networks.build("resnet14", 3, 10).state_dict())
+    torch.save(state, tmp_path / "model.pth")
+    with pytest.raises(training.CheckpointError) as error:
+        training.load_weights(networks.build("resnet14", 1, 10), tmp_path / "model.pth")
+    lines = str(error.value).splitlines()
+    assert lines[0].endswith("model.pth does not fit this network:")
+    assert lines[1:] == ["  expected stem.0.weight (16, 1, 3, 3), got layer0.weight (16, 3, 3, 3)"]
+    with pytest.raises(training.CheckpointError, match=r"and \d+ more"):
+        training.load_weights(networks.build("resnet20", 3, 10), tmp_path / "model.pth")
+    shuffle = networks.build("shufflenetv1-quarter", 3, 10)
+    torch.save(renamed(shuffle.state_dict()), tmp_path / "model.pth")
+    with pytest.raises(training.CheckpointError, match="shuffle channels in another order"):
+        training.load_weights(shuffle, tmp_path / "model.pth")
 
 
 def test_measuring_one_and_several_classifiers() -> None:
@@ -505,6 +662,7 @@ def test_the_papers_recipe() -> None:
     assert paper == recipe("--data", "cifar100")
     assert (paper.k, paper.alpha, paper.temperature, paper.threshold, paper.share) == (4, 1, 4, 0, 1)
     assert 0.001 <= paper.beta <= 0.1
+    assert (paper.scale, paper.reduction, paper.partition) == (False, "batchmean", "split")  # Eq. 1, Eq. 2, section 3.3
     student, caat = paper.student_schedule, paper.caat_schedule
     assert (student.epochs, student.lr, student.milestones) == (200, 0.1, (80, 120, 160))
     assert (caat.epochs, caat.lr, caat.milestones) == (60, 0.05, (30, 40, 50))
@@ -520,9 +678,12 @@ def test_flags_override_the_recipe() -> None:
     assert (changed.beta, changed.teacher, changed.student) == (0.01, "wrn-40-2", "resnet20")
 
 
+@pytest.mark.parametrize("recipe_name", ["demo", "paper"])
 @pytest.mark.parametrize("name", train_lkd.METHODS)
-def test_the_loss_is_eq_11(tmp_path: Path, name: str) -> None:
-    arguments = train_lkd.build_parser().parse_args(["--out", str(tmp_path), "--alpha", "0.3", "--beta", "0.01"])
+def test_the_loss_is_eq_11(tmp_path: Path, name: str, recipe_name: str) -> None:
+    flags = ["--recipe", recipe_name, "--teacher", "resnet14-half", "--student", "resnet8-half"]
+    flags += ["--out", str(tmp_path), "--alpha", "0.3", "--beta", "0.01", "--threshold", "0.5"]
+    arguments = train_lkd.build_parser().parse_args(flags)
     settings = train_lkd.recipe_of(arguments)
     experiment = train_lkd.LocalCorrelation(arguments, settings, data.load("digits"))
     student, teacher = (networks.build(n, 1, 10).eval() for n in (settings.student, settings.teacher))
@@ -535,7 +696,8 @@ def test_the_loss_is_eq_11(tmp_path: Path, name: str) -> None:
     expected = F.cross_entropy(logits, labels)
     if name != "CE":
         p, q = (torch.log_softmax(values.double() / 4, 1) for values in (teacher_logits, logits))
-        expected = 0.7 * expected + 0.3 * 16 * (p.exp() * (p - q)).sum(1).mean()
+        scale = {"demo": 16, "paper": 1}[recipe_name]  # the paper's Eq. 1 has no T²
+        expected = 0.7 * expected + 0.3 * scale * (p.exp() * (p - q)).sum(1).mean()
     masks = None
     if name == "LKD+CAAT":
         masks = [mask(stage) for mask, stage in zip(caat, teacher_stages, strict=True)]
@@ -547,7 +709,13 @@ def test_the_loss_is_eq_11(tmp_path: Path, name: str) -> None:
     with kdkernels.use_backend("reference"):
         if "LKD" in name or "int" in name:
             expected = expected + 0.01 * kdkernels.local_correlation_loss(
-                stages, teacher_stages, 4, weights=weights, mask=masks, threshold=settings.threshold if masks else None
+                stages,
+                teacher_stages,
+                4,
+                weights=weights,
+                mask=masks,
+                threshold=0.5 if masks else None,
+                partition={"demo": "exact", "paper": "split"}[recipe_name],
             )
         if name in ("AT", "SP", "CC"):
             (f, f_t), weight = (stages[-1], teacher_stages[-1]), getattr(settings, name.lower())
@@ -564,7 +732,7 @@ def test_the_loss_is_eq_11(tmp_path: Path, name: str) -> None:
 
 
 def grad_cam(teacher: nn.Module, stage: int, image: Tensor, label: Tensor) -> Tensor:
-    """By finite differences: the derivative of the logit by the mean over positions of every channel."""
+    """Return Grad-CAM by finite differences: the derivative of the logit with respect to each channel's mean."""
     maps, step = teacher(image[None])[1], 1e-4
     weights = []
     for channel in range(maps[stage].shape[1]):
@@ -601,9 +769,24 @@ def test_the_table_shows_mean_deviation_and_paired_gain() -> None:
     assert cells[2:] == [
         ["teacher (big)", "99.00", ""],
         ["KD", "92.00 ± 2.00", ""],
-        ["LKD", "93.00 ± 1.73", "1.00 ± 1.00"],
+        ["LKD", "93.00 ± 1.73", "+1.00 [-1.48, +3.48]"],
     ]
     assert len({len(line) for line in table.splitlines()}) == 1
+
+
+def test_intervals_by_hand() -> None:
+    """Three differences 1, 2, 0: mean 1, deviation 1, t of two degrees of freedom 4.3027 at 97.5 %."""
+    c = results.compare([91.0, 94.0, 94.0], [90.0, 92.0, 94.0])
+    assert c.mean == pytest.approx(1)
+    assert (c.low, c.high) == pytest.approx((1 - 4.30265 / 3**0.5, 1 + 4.30265 / 3**0.5), rel=1e-5)
+    # With two degrees of freedom, P(|T| > t) = 1 - t / sqrt(t² + 2); here t = sqrt(3).
+    assert c.p == pytest.approx(1 - (3 / 5) ** 0.5)
+    # Five differences: mean 0.2, squares of deviations 2, standard error sqrt(2 / 4 / 5) = 0.3162, t at 97.5 % 2.7764.
+    c = results.compare([0.2, 1.2, 0.2, 0.2, -0.8], [0.0] * 5)
+    assert (c.mean, c.low, c.high) == pytest.approx(
+        (0.2, 0.2 - 0.316228 * 2.776445, 0.2 + 0.316228 * 2.776445), rel=1e-5
+    )
+    assert results.compare([1.0, 2.0], [1.0, 2.0]) == (0, 0, 0, 1)
 
 
 def test_the_overlap_of_histograms() -> None:
@@ -611,9 +794,9 @@ def test_the_overlap_of_histograms() -> None:
     density = train_lkd.density(features, 4)
     assert train_lkd.overlap(density, density) == pytest.approx(1)
     assert train_lkd.overlap(density, np.roll(density, 50)) < 1
-    # Without the cosine of each patch with itself, nothing is near 1.
+    # Without the cosine of each patch with itself, no cosine is near 1.
     assert density[-1] == 0
-    assert train_lkd.density(features, 3).sum() > 0  # as the loss, resized where k does not divide the map
+    assert train_lkd.density(features, 3).sum() > 0  # like the loss, resized if k does not divide the map
 
 
 def test_the_drawn_box_bounds_what_exceeds_the_threshold() -> None:
@@ -643,6 +826,14 @@ def finish(process: subprocess.Popen[str]) -> str:
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return output
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 240
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 @pytest.fixture(scope="module")
@@ -681,15 +872,12 @@ def test_a_finished_run_is_read_not_repeated(whole_run: tuple[Path, str]) -> Non
     assert (out / "table.md").read_text().strip() in again
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(whole_run: tuple[Path, str], tmp_path: Path) -> None:
     whole, _ = whole_run
     for name, interruption in (("teacher", signal.SIGINT), ("lkd-seed0", signal.SIGKILL)):
         process = start(tmp_path)
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "checkpoints" / f"{name}.pt").exists():
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        wait_for(tmp_path / "checkpoints" / f"{name}.pt", process)
         process.send_signal(interruption)
         _, errors = process.communicate()
         assert "Traceback" not in errors
@@ -699,9 +887,43 @@ def test_a_killed_run_goes_on_bit_for_bit(whole_run: tuple[Path, str], tmp_path:
     assert (tmp_path / "results.json").read_bytes() == (whole / "results.json").read_bytes()
 
 
+@pytest.mark.slow
+def test_students_trained_side_by_side_are_the_same(whole_run: tuple[Path, str], tmp_path: Path) -> None:
+    whole, output = whole_run
+    process = start(tmp_path, "--jobs", "2")
+    wait_for(tmp_path / "checkpoints" / "kd-seed0.pt", process)
+    process.kill()
+    process.communicate(timeout=60)
+    again = finish(start(tmp_path, "--jobs", "2"))
+    for path in (whole / "checkpoints").glob("*.pt"):
+        assert_equal(training.read(tmp_path / "checkpoints" / path.name), training.read(path))
+    assert (tmp_path / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    students = [line.partition(":")[0] for line in output.splitlines() if " seed " in line]
+    assert sorted(line.partition(":")[0] for line in again.splitlines() if " seed " in line) == sorted(students)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_side_by_side_ends_all_its_processes(tmp_path: Path) -> None:
+    process = start(tmp_path, "--jobs", "2", "--epochs", "1000")
+    wait_for(tmp_path / "checkpoints" / "ce-seed0.pt", process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)  # waits until no process has the output open
+    assert "Traceback" not in errors
+    assert "Interrupted. The same command goes on" in errors
+
+
+def test_torchrun_and_jobs_exclude_each_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        train_lkd.main(["--jobs", "2"])
+    assert "--jobs must be 1 under torchrun" in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore:.*where the official file holds")
 def test_the_example_on_cifar100_with_a_loaded_teacher(tmp_path: Path) -> None:
-    for name in data.CIFAR100_COUNTS:
+    for name in ("train.bin", "test.bin"):
         write_cifar100(tmp_path, name, 70)
     teacher = networks.build("resnet14", 3, 100)
     torch.save(teacher.state_dict(), tmp_path / "teacher.pt")

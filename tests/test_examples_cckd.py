@@ -1,4 +1,4 @@
-"""The CCKD example: its loss, its samplers, what it measures, and whole small runs, interrupted and not."""
+"""The CCKD example: loss, samplers, measures, and whole small runs, with and without interruption."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ def test_the_papers_recipe() -> None:
     paper = recipe("--recipe", "paper")
     assert paper == recipe("--data", "cifar100")
     assert (paper.alpha, paper.beta, paper.gamma, paper.features, paper.samples) == (0, 0.003, 0.4, 128, 4)
+    assert (paper.normalize, paper.reduction) == (True, "sum")
     assert (paper.teacher, paper.student, paper.temperature, paper.share) == ("resnet110", "resnet20", 4, 1)
     for schedule in (paper.teacher_schedule, paper.student_schedule):
         assert schedule == training.Schedule(200, 0.1, (80, 120, 160), batch_size=64, momentum=0.9, weight_decay=5e-4)
     assert Variant() == Variant("cc", "cur", "taylor_rbf", 2)
 
 
-# Every flag of the recipe, with what it changes.
+# Every flag of the recipe, with the field that it changes.
 CHANGES = [
     ("--teacher resnet14", "teacher", "resnet14"),
     ("--student wrn-16-1", "student", "wrn-16-1"),
     ("--seeds 7", "seeds", 7),
     ("--epochs 20", "student_schedule", training.Schedule(20, 0.1, (8, 12, 16))),
     ("--teacher-epochs 10", "teacher_schedule", training.Schedule(10, 0.1, (4, 6, 8))),
-    ("--batch-size 32", "student_schedule", training.Schedule(200, 0.1, (80, 120, 160), batch_size=32)),
     ("--features 16", "features", 16),
     ("--share 0.5", "share", 0.5),
     ("--seen 0.3", "seen", 0.3),
@@ -73,6 +73,14 @@ CHANGES = [
     ("--at 4", "at", 4),
     ("--samples 8", "samples", 8),
     ("--superclasses 30", "superclasses", 30),
+    ("--adv 2", "adv", 2),
+    ("--head arcface", "head", "arcface"),
+    ("--scale 30", "scale", 30),
+    ("--margin 0.3", "margin", 0.3),
+    ("--triplet 1", "triplet", 1),
+    ("--triplet-margin 0.5", "triplet_margin", 0.5),
+    ("--instance mimic", "instance", "mimic"),
+    ("--coefficients 0.1 0.2 0.3", "coefficients", (0.1, 0.2, 0.3)),
 ]
 
 
@@ -83,8 +91,15 @@ def test_a_flag_changes_its_setting_alone(flags: str, field: str, value: object)
     assert [name for name in vars(paper) if getattr(paper, name) != getattr(changed, name)] == [field]
 
 
+def test_some_flags_change_every_schedule() -> None:
+    given = recipe("--recipe", "paper", "--batch-size", "32", "--lr", "0.3")
+    for schedule in (given.teacher_schedule, given.student_schedule):
+        assert schedule == training.Schedule(200, 0.3, (80, 120, 160), batch_size=32)
+
+
 def test_every_flag_is_tested() -> None:
-    assert recipe_flags(train_cckd.build_parser()) == {flags.split()[0] for flags, _, _ in CHANGES}
+    tested = {flags.split()[0] for flags, _, _ in CHANGES} | {"--batch-size", "--lr"}
+    assert recipe_flags(train_cckd.build_parser()) == tested
 
 
 def taylor(gamma: float, order: int, x: Tensor) -> Tensor:
@@ -94,19 +109,28 @@ def taylor(gamma: float, order: int, x: Tensor) -> Tensor:
 
 
 VARIANTS = {variant.name: variant for study in STUDIES.values() for variant in study.values()}
-AT = Variant("at")  # of the paper's tables alone
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS.values(), AT], ids=lambda variant: variant.name)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda variant: variant.name)
 def test_the_loss_is_eq_7(tmp_path: Path, variant: Variant) -> None:
-    study = experiment(tmp_path, "--alpha", "0.3", "--beta", "5", "--sp", "7", "--at", "9", "--gamma", "0.6")
+    study = experiment(
+        tmp_path, "--alpha", "0.3", "--beta", "5", "--sp", "7", "--at", "9", "--adv", "11", "--gamma", "0.6"
+    )
     student, teacher = (study.embedder(name).eval() for name in ("resnet8-half", "resnet14-half"))
     images, labels = torch.randn(9, 1, 16, 16), torch.randint(10, (9,))
-    loss = study.loss(variant, student, teacher)(images, labels)["loss"]
+    partner = study.partner(variant)
+    losses = study.loss(variant, student, teacher, partner)(images, labels)
+    loss = losses["loss"]
     (z, x, stages), (z_t, y, stages_t) = student(images), teacher(images)
     assert x.shape == y.shape == (9, 128)
     expected = ce = F.cross_entropy(z, labels)
-    if variant.loss != "ce":
+    if variant.loss == "dml":
+        peer = partner(images)[0]
+        pairs = ((z, peer), (peer, z))
+        mutual = [F.kl_div(a.log_softmax(1), b.softmax(1), reduction="batchmean") for a, b in pairs]
+        expected = ce + F.cross_entropy(peer, labels) + sum(mutual)
+        assert losses["dml"].item() == pytest.approx((ce + mutual[0]).item(), rel=1e-4)
+    elif variant.loss != "ce":
         kd = 16 * F.kl_div((z / 4).log_softmax(1), (z_t / 4).softmax(1), reduction="batchmean")
         expected = 0.3 * ce + 0.7 * kd
     if variant.loss == "sp":
@@ -116,6 +140,8 @@ def test_the_loss_is_eq_7(tmp_path: Path, variant: Variant) -> None:
         for own, theirs in zip(stages[1:], stages_t[1:], strict=True):
             q, q_t = (F.normalize(f.square().sum(1).flatten(1)) for f in (own, theirs))
             expected = expected + 9 * (q - q_t).square().mean()
+    if variant.loss == "adv":
+        expected = expected + 11 * partner(x, y) + partner.discriminator_loss(x, y)
     if variant.loss == "cc":
         x, y = F.normalize(x), F.normalize(y)
         kernel = {
@@ -131,7 +157,7 @@ def test_the_loss_is_eq_7(tmp_path: Path, variant: Variant) -> None:
 def test_studies_share_their_students() -> None:
     assert STUDIES["methods"]["CCKD"] == STUDIES["samplers"]["class-uniform"] == STUDIES["orders"]["P = 2"]
     assert STUDIES["metrics"]["Gaussian, P = 2"] == Variant()
-    assert len(VARIANTS) == 11
+    assert len(VARIANTS) == 14
 
 
 @pytest.mark.parametrize(("task", "classes"), [("classification", 10), ("retrieval", 6)])
@@ -166,7 +192,7 @@ def test_classes_never_seen_are_never_seen(tmp_path: Path) -> None:
 
 
 def at(*degrees: float) -> Tensor:
-    """Points of the circle, of any length."""
+    """Return points at angles of a circle, with any length."""
     angles = torch.deg2rad(torch.tensor(degrees))
     return torch.stack([angles.cos(), angles.sin()], 1) * torch.rand(len(degrees), 1).add(0.5)
 
@@ -183,7 +209,9 @@ def test_retrieval_of_a_few_points() -> None:
 
 
 def test_five_are_asked_for_rank_5() -> None:
-    """Two of a class with others between: of the one its fellow comes at places 6 and 5, of the other at 7 and 6."""
+    """Two images of a class have other images between them. For one, the other is at ranks 6 and 5. For the other, at
+    ranks 7 and 6.
+    """
     angles, labels = (0, 10, 11, 12, 13, 14, 24.5, 30), torch.tensor([0, 1, 2, 3, 4, 5, 0, 6])
     found = train_cckd.retrieval(at(*angles), labels)
     assert found == pytest.approx({"rank_1": 0, "rank_5": 0, "map": 50 * (1 / 6 + 1 / 7)})
@@ -229,7 +257,8 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_example_writes_tables_numbers_and_figures(whole_run: Path) -> None:
     content = json.loads((whole_run / "results.json").read_text())
     table = (whole_run / "table.md").read_text()
-    for study, variants in STUDIES.items():
+    for study in train_cckd.DEFAULT_STUDIES:
+        variants = STUDIES[study]
         assert content[study].keys() == variants.keys()
         for label, variant in variants.items():
             run = json.loads((whole_run / "checkpoints" / f"{variant.name}-seed0.json").read_text())
@@ -260,7 +289,7 @@ class Interrupted(BaseException):
 def test_an_interrupted_run_goes_on_bit_for_bit(
     whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted in the second epoch of a student whose batches a sampler composes."""
+    """The run is interrupted in the second epoch of a student with a sampler."""
     evaluate, calls = train_cckd.CorrelationCongruence.evaluate, 0
 
     def interrupted(self, network):
@@ -295,7 +324,7 @@ def test_embeddings_find_classes_never_seen(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*where the official file holds")
 def test_the_example_on_cifar100(tmp_path: Path) -> None:
-    for name in data.CIFAR100_COUNTS:
+    for name in ("train.bin", "test.bin"):
         write_cifar100(tmp_path, name, 300, classes=25)
     sizes = ["--epochs", "1", "--teacher-epochs", "1", "--seeds", "1", "--batch-size", "8", "--superclasses", "9"]
     names = ["--teacher", "resnet14", "--student", "resnet8-half", "--samples", "2", "--study", "samplers"]

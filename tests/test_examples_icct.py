@@ -1,4 +1,4 @@
-"""The ICCT example: its objective, its scenarios, and whole small runs, interrupted and not."""
+"""The ICCT example: objective, scenarios, and whole small runs, with and without interruption."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def same_threads() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_embeddings() -> Iterator[None]:
-    """t-SNE takes far longer than these runs."""
+    """Replace t-SNE, which takes much longer than these runs."""
     import sklearn.manifold
 
     with pytest.MonkeyPatch.context() as patch:
@@ -53,9 +53,10 @@ def test_the_papers_recipe() -> None:
     small = paper.schedules["cnn5"]
     assert (small.optimizer, small.batch_size, small.epochs, small.milestones) == ("adam", 256, 140, (40, 80, 120))
     assert recipe("--data", "cifar100").strong == paper.strong
+    assert (paper.seeds, paper.median) == (10, True)
 
 
-# Every flag of the recipe, with what it changes.
+# Every flag of the recipe, with the field that it changes.
 CHANGES = [
     ("--strong wrn-40-2", "strong", "wrn-40-2"),
     ("--weak vgg8", "weak", "vgg8"),
@@ -102,6 +103,7 @@ def test_the_objective(tmp_path: Path, method: str) -> None:
     images, labels = torch.randn(9, 1, 16, 16), torch.randint(10, (9,))
     losses = experiment.loss(train_icct.METHODS[method], student, teacher)(images, labels)
     (z, f), (z_t, f_t) = student(images), teacher(images)
+    stages, stages_t = f, f_t
     f, f_t = f[-1], f_t[-1]
     expected = F.cross_entropy(z, labels)
     kd = 16 * F.kl_div((z / 4).log_softmax(1), (z_t / 4).softmax(1), reduction="batchmean")
@@ -115,8 +117,12 @@ def test_the_objective(tmp_path: Path, method: str) -> None:
         m, m_t = ((x[:, :, None] * x[:, None]).softmax(2).mean(0) for x in (z, z_t))
         expected = expected + 0.7 * (m_t * (m_t / m).log()).sum(1).mean()
     if method.endswith("AT"):
-        attention, other = (F.normalize(F.adaptive_avg_pool2d(x.square(), 2).sum(1).flatten(1)) for x in (f, f_t))
-        expected = expected + settings.at * (attention - other).square().mean()
+        for own, theirs in zip(stages, stages_t, strict=True):
+            side = min(own.shape[-1], theirs.shape[-1])
+            attention, other = (
+                F.normalize(F.adaptive_avg_pool2d(x.square(), side).sum(1).flatten(1)) for x in (own, theirs)
+            )
+            expected = expected + settings.at * (attention - other).square().mean()
     if method.endswith("SP"):
         gram, other = (F.normalize(x.flatten(1) @ x.flatten(1).T) for x in (f, f_t))
         expected = expected + settings.sp * (gram - other).square().mean()
@@ -170,7 +176,7 @@ def test_the_example_writes_tables_numbers_and_figures(whole_run: Path) -> None:
 
 
 def test_generations_teach_each_other(whole_run: Path) -> None:
-    """Every student remembers which teacher it had: the one of the generation before."""
+    """Every student stores its teacher, which is the student of the previous generation."""
     for method in ("kd", "lt", "icct"):
         names = ["ce-cnn5-quarter-seed0", *(f"generation{number}-{method}-seed0" for number in (1, 2))]
         for teacher, student in pairwise(names):
@@ -186,7 +192,7 @@ class Interrupted(BaseException):
 def test_an_interrupted_run_goes_on_bit_for_bit(
     whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted in the second epoch of the second generation."""
+    """The run is interrupted in the second epoch of the second generation."""
     measure, calls = train_icct.InterClassCorrelation.measure, 0
 
     def interrupted(self, classify):
@@ -209,7 +215,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
 
 @pytest.mark.filterwarnings("ignore:.*where the official file holds")
 def test_the_example_on_cifar100(tmp_path: Path) -> None:
-    for name in data.CIFAR100_COUNTS:
+    for name in ("train.bin", "test.bin"):
         write_cifar100(tmp_path, name, 200)
     sizes = ["--epochs", "1", "--seeds", "1", "--batch-size", "32", "--scenario", "weak-to-strong"]
     names = ["--weak", "cnn5", "--strong", "resnet8-half", "--methods", "CE", "ICCT", "ICCT+SP"]

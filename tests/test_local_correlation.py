@@ -1,4 +1,4 @@
-"""The LKD loss against an independent computation of its equations (tests/oracle.py), and the contracts it keeps."""
+"""The LKD loss against an independent computation of its equations (tests/oracle.py), and its contracts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ every_form = pytest.mark.parametrize("form", FORMS)
 
 
 def compute(student, teacher, k, **settings) -> tuple[Tensor, list[Tensor]]:
-    """The loss and its gradients to every map of the student, then of the teacher. Strides are kept."""
+    """Return the loss and its gradients to every map of the student, then of the teacher. Strides are kept."""
     split = len(oracle.stages(student))
 
     def loss(*maps: Tensor) -> Tensor:
@@ -30,12 +30,12 @@ def compute(student, teacher, k, **settings) -> tuple[Tensor, list[Tensor]]:
 
 
 def agree(student, teacher, k, *, backend: str, form: str = "auto", **settings) -> None:
-    """Loss and gradients equal the oracle's, and have the shapes and dtypes they should. For float32 and float64."""
+    """Assert that loss and gradients equal the oracle's, with the right shapes and dtypes. For float32 and float64."""
     loss, gradients = compute(student, teacher, k, backend=backend, form=form, **settings)
     exact_loss, exact_gradients = oracle.local_correlation_loss(student, teacher, k, **settings)
     inputs = [*oracle.stages(student), *oracle.stages(teacher)]
     assert loss.dtype == (torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32)
-    # A float32 map in a float64 loss is still normalised in float32.
+    # A float32 map in a float64 loss is normalised in float32.
     coarse = any(x.dtype != torch.float64 for x in inputs)
     assert_close(loss.float() if coarse else loss, exact_loss, "loss")
     for value, gradient, exact in zip(inputs, gradients, exact_gradients, strict=True):
@@ -44,7 +44,7 @@ def agree(student, teacher, k, *, backend: str, form: str = "auto", **settings) 
 
 
 def relu_maps(*shape: int) -> Tensor:
-    """What a ReLU leaves: non-negative, and alike from image to image."""
+    """Return maps as after a ReLU: non-negative, and similar from image to image."""
     return torch.relu(torch.randn(shape) + torch.randn(shape[1:]))
 
 
@@ -70,7 +70,7 @@ def test_random_problems(backend, form):
         )
         weights = [pick((0.0, 1.0, float(torch.rand(())) + 0.1, 3.5)) for _ in range(3)]
         weights[integer(0, 2)] = 1.0
-        settings = {"weights": weights, "reduction": pick(("sum", "mean"))}
+        settings = {"weights": weights, "reduction": pick(("batchmean", "sum", "mean"))}
         agree(student, teacher, ks, backend=backend, form=form, **settings)
 
 
@@ -79,10 +79,10 @@ def test_random_problems(backend, form):
     ("student", "teacher", "k"),
     [
         ((1, 3, 6, 6), (1, 5, 3, 9), 3),  # one image: Eq. 6 is empty
-        ((7, 3, 5, 3), (7, 2, 1, 4), 1),  # one patch an image: so it is again
-        ((3, 2, 4, 4), (3, 2, 4, 4), 4),  # one pixel a patch
-        ((2, 37, 4, 2), (2, 1, 14, 6), 2),  # wider than there are rows, and narrower
-        ((17, 3, 6, 9), (17, 4, 3, 3), 3),  # more rows than a tile of 128 holds, and not a multiple
+        ((7, 3, 5, 3), (7, 2, 1, 4), 1),  # one patch per image: Eq. 6 is empty too
+        ((3, 2, 4, 4), (3, 2, 4, 4), 4),  # one pixel per patch
+        ((2, 37, 4, 2), (2, 1, 14, 6), 2),  # more and fewer numbers per row than rows
+        ((17, 3, 6, 9), (17, 4, 3, 3), 3),  # more than 128 rows, and not a multiple of 128
     ],
     ids=str,
 )
@@ -103,8 +103,8 @@ def test_weights(backend, form, weights):
 @every_form
 @pytest.mark.parametrize("weights", [(0, 0, 0), (0, 0, 1)])
 def test_no_pairs_to_compare(backend, form, weights):
-    """A loss of 0 can still be trained on: ablations set weights to 0, last batches hold one image."""
-    for reduction in ("sum", "mean"):
+    """A loss of 0 still has a gradient, because ablations set weights to 0, and a last batch may have one image."""
+    for reduction in ("batchmean", "sum", "mean"):
         settings = {"weights": weights, "reduction": reduction, "backend": backend, "form": form}
         loss, gradients = compute(torch.randn(1, 2, 4, 4), torch.randn(1, 3, 4, 4), 2, **settings)
         assert abs(loss) < 1e-5
@@ -120,7 +120,7 @@ def test_one_patch_in_all(backend, form):
 
 @every_form
 def test_one_number_a_patch(backend, form):
-    """Cosines of ±1 whatever the size: the loss counts signs, and its gradient is 0."""
+    """Cosines are ±1 for any size, so the loss counts signs, and its gradient is 0."""
     student, teacher = torch.randn(4, 1, 2, 2), torch.randn(4, 1, 2, 2)
     loss, gradients = compute(student, teacher, 2, backend=backend, form=form)
     assert_close(loss, oracle.local_correlation_loss(student, teacher, 2)[0])
@@ -129,32 +129,8 @@ def test_one_number_a_patch(backend, form):
 
 
 @every_form
-@pytest.mark.parametrize(
-    "layout", ["channels_last", "transposed", "sliced", "expanded", "one channel of many", "offset"]
-)
-def test_strides(backend, form, layout):
-    def maps(c: int, h: int, w: int) -> Tensor:
-        n = 4
-        if layout == "channels_last":
-            return torch.randn(n, c, h, w).to(memory_format=torch.channels_last)
-        if layout == "transposed":
-            return torch.randn(w, n, h, c).permute(1, 3, 2, 0)
-        if layout == "sliced":
-            return torch.randn(2 * n, c + 2, h + 3, 2 * w)[::2, 1:-1, 2:-1, ::2]
-        if layout == "expanded":  # one row of pixels serves as every row, another image as every second one
-            return torch.randn(2, 1, c, 1, w).expand(2, 2, c, h, w).reshape(4, c, h, w)[:, :, :1].expand(-1, -1, h, -1)
-        if layout == "one channel of many":
-            return torch.randn(n, 7, h, w)[:, 3:4]
-        return torch.randn(n * c * h * w + 5)[5:].view(n, c, h, w)
-
-    student, teacher = maps(3, 4, 6), maps(5, 6, 2)
-    agree(student, teacher, 2, backend=backend, form=form)
-    agree(student, torch.randn(4, 5, 6, 2), 2, backend=backend, form=form)
-
-
-@every_form
 def test_images_that_share_memory(backend, form):
-    """Stride 0 over the batch: every image is the same one, so the gradient is the same for all."""
+    """With stride 0 over the batch, all images are equal, and so are their gradients."""
     student, teacher = torch.randn(1, 3, 4, 4).expand(5, -1, -1, -1), torch.randn(5, 3, 4, 4)
     agree(student, teacher, 2, backend=backend, form=form)
 
@@ -165,7 +141,7 @@ def test_images_that_share_memory(backend, form):
 @every_form
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 def test_half_precision(backend, form, dtype):
-    """No worse than twice the eager loss of the same inputs cast to float32."""
+    """The error is at most twice the error of eager code on the same inputs cast to float32."""
     student, teacher = torch.randn(6, 5, 6, 6).to(dtype), torch.randn(6, 4, 9, 3).to(dtype)
     loss, gradients = compute(student, teacher, 3, backend=backend, form=form)
     leaves = [x.clone().requires_grad_() for x in (student, teacher)]
@@ -179,20 +155,6 @@ def test_half_precision(backend, form, dtype):
 
 
 @every_form
-@pytest.mark.parametrize("of_teacher", DTYPES, ids=str)
-@pytest.mark.parametrize("of_student", DTYPES, ids=str)
-def test_mixed_dtypes(backend, form, of_student, of_teacher):
-    student, teacher = torch.randn(3, 5, 4, 4).to(of_student), torch.randn(3, 4, 6, 2).to(of_teacher)
-    loss, gradients = compute(student, teacher, 2, backend=backend, form=form)
-    exact_loss, exact = oracle.local_correlation_loss(student, teacher, 2)
-    assert loss.dtype == (torch.float64 if torch.float64 in (of_student, of_teacher) else torch.float32)
-    assert_close(loss.float(), exact_loss, "loss")
-    for dtype, gradient, of_exact in zip((of_student, of_teacher), gradients, exact, strict=True):
-        assert gradient.dtype == dtype
-        assert relative_error(gradient, of_exact) <= max(1e-5, torch.finfo(dtype).eps)
-
-
-@every_form
 def test_stages_of_different_dtypes(backend, form):
     student = [torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4).double()]
     teacher = [torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)]
@@ -202,20 +164,20 @@ def test_stages_of_different_dtypes(backend, form):
 @every_form
 @pytest.mark.parametrize(("distance", "limit"), [(1e-3, 1e-5), (1e-5, 1e-4)])
 def test_nearly_perfect_student(backend, form, distance, limit):
-    """Where the feature form's three norms cancel: the gradient stays accurate long after the loss has become small."""
+    """The three norms of the feature form cancel. The gradient stays accurate even if the loss is small."""
     n, k = 24, 2
     teacher = torch.randn(n, 16, 4, 4)
-    noise, rows = torch.randn(n, 16, 4, 4), n * k * k
+    noise, pairs = torch.randn(n, 16, 4, 4), k**4  # pairs of patches per pair of images
     low, high = 0.0, 2.0
     for _ in range(30):
         middle = (low + high) / 2
-        below = oracle.eager(teacher.double() + middle * noise, teacher.double(), k) < distance * rows**2
+        below = oracle.eager(teacher.double() + middle * noise, teacher.double(), k) < distance * pairs
         low, high = (middle, high) if below else (low, middle)
     student = teacher + low * noise
     loss, gradients = compute(student, teacher, k, backend=backend, form=form)
     exact = [x.double().requires_grad_() for x in (student, teacher)]
     exact_loss, exact_gradients = loss_and_gradients(lambda s, t: oracle.eager(s, t, k), *exact)
-    assert 0.5 * distance < exact_loss / rows**2 < 2 * distance
+    assert 0.5 * distance < exact_loss / pairs < 2 * distance
     assert relative_error(loss, exact_loss) < 10 * limit
     for gradient, of_exact in zip(gradients, exact_gradients, strict=True):
         assert relative_error(gradient, of_exact) < limit
@@ -223,12 +185,12 @@ def test_nearly_perfect_student(backend, form, distance, limit):
 
 @every_form
 def test_a_perfect_student(backend, form):
-    """The same maps, and maps that are scaled and turned: all cosines are equal."""
+    """With equal maps, and with scaled and rotated maps, all cosines are equal."""
     teacher = relu_maps(6, 8, 4, 4)
     turn = torch.linalg.qr(torch.randn(8, 8))[0]
     for student in (teacher, 3 * teacher, torch.einsum("ab,nbhw->nahw", turn, teacher)):
         loss, (of_student, _) = compute(student, teacher, 2, backend=backend, form=form)
-        assert abs(loss) < 1e-5 * 24**2
+        assert abs(loss) < 1e-5
         assert (of_student * student).abs().max() < 1e-3
 
 
@@ -263,7 +225,7 @@ def test_dead_patches(backend, form, who):
 @every_form
 @pytest.mark.parametrize(("images", "k"), [(1, 3), (5, 1)], ids=["one image", "one position"])
 def test_dead_patches_where_an_equation_has_all_pairs(backend, form, images, k):
-    """A dead patch differs from a living one on the diagonal, which belongs to Eq. 4 and to Eq. 5."""
+    """If only one patch is zero, the diagonal differs. It belongs to Eq. 4 and to Eq. 5."""
     student, teacher = torch.randn(images, 3, 6, 6), torch.randn(images, 2, 3, 3)
     student[0, :, : 6 // k, : 6 // k] = 0
     agree(student, teacher, k, weights=(1, 0.5, 2), backend=backend, form=form)
@@ -287,7 +249,7 @@ def test_costs_are_those_of_the_resized_maps():
 
 @every_form
 def test_eps(backend, form):
-    """A norm of at most eps counts as zero; just above it is a direction like any other."""
+    """A norm of at most eps counts as zero. A norm just above eps has a direction."""
     student, teacher = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
     student /= student.norm(dim=1, keepdim=True)
     student[0, :, 0, 0] *= 0.99e-3
@@ -300,7 +262,7 @@ def test_eps(backend, form):
 @every_form
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e18, 1e36])
 def test_cosines_do_not_depend_on_size(backend, form, scale):
-    """Squares of these leave float32's range, the features do not."""
+    """The squares exceed the range of float32, but the features do not."""
     student, teacher = torch.randn(3, 130, 4, 4), torch.randn(3, 4, 2, 2)
     student[1] *= 1e-3
     agree(scale * student, teacher, 2, eps=0, backend=backend, form=form)
@@ -361,7 +323,7 @@ def test_not_a_number_comes_out(backend, form, value, dtype):
 def test_mask(backend, form, student, threshold):
     student, teacher = torch.randn(4, 3, *student), torch.randn(4, 5, 6, 6)
     mask = torch.rand(4, 6, 6) * (torch.rand(4, 6, 1) < 0.7) * (torch.rand(4, 1, 6) < 0.5)
-    mask[0] = 0.1  # exceeds no threshold here
+    mask[0] = 0.1  # does not exceed the threshold
     settings = {"mask": mask, "threshold": threshold, "backend": backend, "form": form}
     agree(student, teacher, 2, **settings)
 
@@ -395,7 +357,7 @@ def test_a_box_of_one_pixel(backend, corner):
 
 @pytest.mark.parametrize("level", [0.5, 0.2])
 def test_a_mask_that_nowhere_exceeds_the_threshold(backend, level):
-    """The whole map, as if no threshold had been given: "exceeds" is strict."""
+    """The box is the whole map, as without a threshold, because the comparison is strict."""
     student, teacher, mask = torch.randn(3, 4, 4, 4), torch.randn(3, 5, 4, 4), torch.full((3, 4, 4), level)
     agree(student, teacher, 2, mask=mask, threshold=0.5, backend=backend)
     cropped, whole = (
@@ -423,7 +385,7 @@ def test_mask_shapes_and_strides(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mask_dtypes(backend, dtype):
-    """The box is that of the mask as given, whatever the features' dtypes."""
+    """The box belongs to the mask in its own dtype, for any dtype of the features."""
     mask = torch.rand(3, 4, 4).to(dtype)
     if dtype == torch.float64:
         mask[:, 0] = 0.75 + 1e-12
@@ -453,23 +415,6 @@ def test_not_a_number_in_the_mask(backend, threshold):
 # Contracts ------------------------------------------------------------------------------------------------------------
 
 
-@every_form
-@pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True), (False, False)], ids=str)
-def test_gradient_goes_where_it_is_wanted(backend, form, wanted):
-    student, teacher = torch.randn(4, 3, 4, 4), torch.randn(4, 5, 6, 2)
-    _, exact = oracle.local_correlation_loss(student, teacher, 2)
-    leaves = [x.requires_grad_(want) for x, want in zip((student, teacher), wanted, strict=True)]
-    loss = local_correlation_loss(*leaves, 2, backend=backend, form=form)
-    assert loss.requires_grad == any(wanted)
-    if any(wanted):
-        loss.backward()
-    for leaf, want, gradient in zip(leaves, wanted, exact, strict=True):
-        if want:
-            assert_close(leaf.grad, gradient)
-        else:
-            assert leaf.grad is None
-
-
 def test_a_stage_without_gradient(backend):
     student = [torch.randn(3, 2, 4, 4), torch.randn(3, 4, 2, 2, requires_grad=True)]
     teacher = [torch.randn(3, 2, 4, 4, requires_grad=True), torch.randn(3, 4, 2, 2)]
@@ -479,61 +424,6 @@ def test_a_stage_without_gradient(backend):
     assert teacher[1].grad is None
     assert_close(student[1].grad, exact[1])
     assert_close(teacher[0].grad, exact[2])
-
-
-def test_no_grad(backend):
-    student = torch.randn(3, 2, 4, 4, requires_grad=True)
-    with torch.no_grad():
-        loss = local_correlation_loss(student, torch.randn(3, 2, 4, 4), 2, backend=backend)
-    assert not loss.requires_grad
-    with torch.inference_mode():
-        assert local_correlation_loss(student, torch.randn(3, 2, 4, 4), 2, backend=backend) > 0
-
-
-@every_form
-@pytest.mark.parametrize("resampled", [False, True])
-def test_second_backward_is_right(backend, form, resampled):
-    """Saved tensors are not changed by the first one."""
-    student, teacher = (torch.randn(4, 3, 4, 4, requires_grad=True) for _ in range(2))
-    k, settings = (3, {"mask": torch.rand(4, 4, 4), "partition": "resize"}) if resampled else (2, {})
-    loss = local_correlation_loss(student, teacher, k, backend=backend, form=form, **settings)
-    first, second, tripled = (
-        torch.autograd.grad(factor * loss, (student, teacher), retain_graph=True) for factor in (1, 1, 3)
-    )
-    for a, b, c in zip(first, second, tripled, strict=True):
-        assert torch.equal(a, b)
-        assert_close(c, 3 * a)
-
-
-@every_form
-def test_gradient_that_the_caller_changes(backend, form):
-    """The gradient handed out belongs to the caller: changing it must not reach a retained second backward."""
-    student = torch.randn(4, 3, 4, 4, requires_grad=True)
-    loss = local_correlation_loss(student, torch.randn(4, 3, 4, 4), 2, backend=backend, form=form)
-    (first,) = torch.autograd.grad(loss, student, retain_graph=True)
-    kept = first.clone()
-    first.zero_()
-    (second,) = torch.autograd.grad(loss, student)
-    assert torch.equal(kept, second)
-
-
-@every_form
-def test_second_derivative_is_right_or_refused(backend, form):
-    student, teacher = torch.randn(3, 3, 4, 4).double(), torch.randn(3, 2, 4, 4).double()
-    student.requires_grad_()
-
-    def gradient(maps: Tensor) -> Tensor:
-        return oracle.local_correlation_loss(maps, teacher, 2)[1][0]
-
-    loss = local_correlation_loss(student, teacher, 2, backend=backend, form=form)
-    (first,) = torch.autograd.grad(loss, student, create_graph=True)
-    try:
-        (loss + first.square().sum()).backward()
-    except RuntimeError:
-        return
-    step, v = 1e-5, gradient(student)
-    curvature = (gradient(student + step * v) - gradient(student - step * v)) / (2 * step)
-    assert relative_error(student.grad, v + 2 * curvature) < 1e-5
 
 
 @every_form
@@ -550,45 +440,6 @@ def test_second_derivative_at_dead_patches(backend, form):
     assert student.grad.isfinite().all()
 
 
-@every_form
-def test_inputs_are_left_alone(backend, form):
-    tensors = [torch.randn(4, 3, 7, 7), torch.randn(4, 5, 7, 7), torch.rand(4, 7, 7)]
-    copies = [x.clone() for x in tensors]
-    leaves = [x.requires_grad_() for x in tensors[:2]]
-    settings = {"partition": "resize", "mask": tensors[2], "threshold": 0.5, "backend": backend, "form": form}
-    local_correlation_loss(*leaves, 3, **settings).backward()
-    assert all(torch.equal(x, copy) for x, copy in zip(tensors, copies, strict=True))
-
-
-@every_form
-@pytest.mark.parametrize("weights", [(1, 1, 1), (0.5, 2, 1)])
-def test_reruns_are_bitwise_equal(backend, form, weights):
-    student, teacher = torch.randn(17, 8, 8, 8), torch.randn(17, 16, 4, 4)
-    settings = {"weights": weights, "backend": backend, "form": form}
-    (loss, gradients), (again, once_more) = (compute(student, teacher, 4, **settings) for _ in range(2))
-    assert torch.equal(loss, again)
-    assert all(torch.equal(a, b) for a, b in zip(gradients, once_more, strict=True))
-
-
-@every_form
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("of_maps", [torch.float32, torch.float16], ids=str)
-def test_autocast_changes_nothing(backend, form, dtype, of_maps):
-    student, teacher, mask = 300 * torch.randn(4, 8, 4, 4), 300 * torch.randn(4, 64, 4, 4), torch.rand(4, 4, 4)
-    settings = {"mask": mask, "threshold": 0.5, "backend": backend, "form": form}
-
-    def loss(student: Tensor, teacher: Tensor, enabled: bool) -> Tensor:
-        with torch.autocast("cpu", dtype, enabled):
-            return local_correlation_loss(student, teacher, 2, **settings)
-
-    maps = [x.to(of_maps).requires_grad_() for x in (student, teacher)]
-    outside, gradients_outside = loss_and_gradients(lambda s, t: loss(s, t, False), *maps)
-    inside, gradients_inside = loss_and_gradients(lambda s, t: loss(s, t, True), *maps)
-    assert inside.dtype == torch.float32
-    assert torch.equal(inside, outside)
-    assert all(torch.equal(a, b) for a, b in zip(gradients_inside, gradients_outside, strict=True))
-
-
 @pytest.mark.parametrize("relation", ["full", "intra", "inter_same", "inter_diff"])
 def test_autocast_changes_no_correlation(backend, relation):
     features = torch.randn(3, 4, 4, 4)
@@ -600,18 +451,17 @@ def test_autocast_changes_no_correlation(backend, relation):
 
 
 @every_form
-@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"threshold": 0.5, "partition": "resize"}], ids=["plain", "masked"])
-def test_compiled_equals_eager(backend, form, dynamic, settings):
+def test_compiled_for_any_batch(backend, form, settings):
     def loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         own = {**settings, "mask": mask} if settings else {}
         return 2 * local_correlation_loss(torch.tanh(student), teacher, 2, backend=backend, form=form, **own)
 
-    if dynamic and backend == "reference":
+    if backend == "reference":
         pytest.skip("PyTorch's own operators; minutes of symbolic shapes")
     torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for n in (4, 7) if dynamic else (4,):
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (4, 7):
         student, teacher = torch.randn(n, 3, 4, 6, requires_grad=True), torch.randn(n, 5, 6, 6, requires_grad=True)
         mask = torch.rand(n, 6, 6)
         eager, gradients = loss_and_gradients(lambda s, t: loss(s, t, mask), student, teacher)  # noqa: B023
@@ -621,18 +471,75 @@ def test_compiled_equals_eager(backend, form, dynamic, settings):
             assert_close(a, b)
 
 
-def test_compiled_by_inductor():
-    """The default backend, to the machine code."""
+# The paper's order: split, then resize -----------------------------------------------------------------------------
 
-    def loss(student: Tensor, teacher: Tensor) -> Tensor:
-        return local_correlation_loss(torch.relu(student), teacher, 2)
 
-    torch._dynamo.reset()
-    maps = torch.randn(4, 3, 4, 4, requires_grad=True), torch.randn(4, 5, 6, 2)
-    eager, gradients = loss_and_gradients(loss, *maps)
-    result, of_compiled = loss_and_gradients(torch.compile(loss, fullgraph=True), *maps)
-    assert_close(result, eager)
-    assert_close(of_compiled[0], gradients[0])
+def patches_by_hand(maps: Tensor, k: int, mask: Tensor | None = None, threshold: float | None = None) -> Tensor:
+    """Cut the box of every image with slices, resize each patch separately, and put the patches side by side."""
+    height, width = (-(-side // k) for side in maps.shape[2:])
+    images = []
+    for index, image in enumerate(maps.double()):
+        top, left, bottom, right = 0, 0, *maps.shape[2:]
+        if mask is not None:
+            image = image * mask[index].double()
+            rows, columns = ((mask[index] > threshold).any(dim).nonzero().flatten().tolist() for dim in (1, 0))
+            top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+        grid = []
+        for p in range(k):
+            line = []
+            for q in range(k):
+                a, c = top + (bottom - top) * p // k, left + (right - left) * q // k
+                b, d = top + (bottom - top) * (p + 1) // k, left + (right - left) * (q + 1) // k
+                patch = image[None, :, a : max(b, a + 1), c : max(d, c + 1)]
+                line.append(torch.nn.functional.interpolate(patch, (height, width), mode="bilinear")[0])
+            grid.append(torch.cat(line, 2))
+        images.append(torch.cat(grid, 1))
+    return torch.stack(images)
+
+
+@every_form
+@pytest.mark.parametrize("masked", [False, True])
+def test_patches_that_are_split_before_they_are_resized(backend, form, masked):
+    student, teacher = torch.randn(5, 3, 7, 8), torch.randn(5, 2, 7, 8)
+    settings = {"weights": (0.5, 2.0, 1.5)}
+    by_hand = [patches_by_hand(maps, 3) for maps in (student, teacher)]
+    if masked:
+        mask = torch.full((5, 7, 8), 0.25)
+        for index, (top, bottom, left, right) in enumerate([(1, 5, 2, 3), (0, 7, 0, 8), (6, 7, 1, 8), (2, 4, 3, 5)]):
+            mask[index, top:bottom, left:right] = 0.75 + 0.2 * torch.rand(bottom - top, right - left)
+        mask[4, 3, 3] = 0.8
+        settings |= {"mask": mask, "threshold": 0.5}
+        by_hand = [patches_by_hand(maps, 3, mask, 0.5) for maps in (student, teacher)]
+    exact, _ = oracle.local_correlation_loss(*by_hand, 3, weights=(0.5, 2.0, 1.5))
+    loss, gradients = compute(student, teacher, 3, backend=backend, form=form, partition="split", **settings)
+    assert_close(loss, exact)
+    leaves = [maps.double().requires_grad_() for maps in (student, teacher)]
+    cut = [patches_by_hand(leaf, 3, settings.get("mask"), 0.5) for leaf in leaves]
+    local_correlation_loss(*cut, 3, weights=(0.5, 2.0, 1.5), backend="reference").backward()
+    for gradient, leaf in zip(gradients, leaves, strict=True):
+        assert_close(gradient, leaf.grad)
+
+
+def test_a_map_that_k_divides_is_split_as_it_is(backend):
+    student, teacher = torch.randn(4, 3, 6, 9), torch.randn(4, 5, 3, 6)
+    exact, split = (
+        compute(student, teacher, 3, partition=partition, backend=backend) for partition in ("exact", "split")
+    )
+    assert torch.equal(exact[0], split[0])
+    for a, b in zip(exact[1], split[1], strict=True):
+        assert_close(a, b)
+    correlations = [local_correlation(teacher, 3, partition=partition) for partition in ("exact", "split")]
+    assert torch.equal(*correlations)
+
+
+def test_splitting_before_resizing_is_explained(backend):
+    """The costs belong to the maps that are compared."""
+    maps = [torch.randn(4, c, 7, 7) for c in (3, 5)]
+    split, resize = (
+        explain("local_correlation_loss", *maps, 3, partition=partition, backend=backend).stages
+        for partition in ("split", "resize")
+    )
+    assert split == resize
 
 
 # The matrices themselves ----------------------------------------------------------------------------------------------
@@ -699,6 +606,14 @@ def call(**changes):
             ValueError,
             ["teacher[1]", "batch", "4", "3"],
         ),
+        (
+            {
+                "student": [torch.randn(4, 3, 6, 6), torch.randn(3, 3, 6, 6)],
+                "teacher": [torch.randn(4, 3, 6, 6), torch.randn(3, 3, 6, 6)],
+            },
+            ValueError,
+            ["student[1]", "student[0]", "batch", "4", "3"],
+        ),
         ({"k": [3, 3]}, ValueError, ["k", "1", "2"]),
         ({"k": 0}, ValueError, ["k", "positive integer", "0"]),
         ({"k": -3}, ValueError, ["k", "positive integer", "-3"]),
@@ -734,8 +649,8 @@ def call(**changes):
         ({"eps": float("nan")}, ValueError, ["eps", "nan"]),
         ({"form": "grams"}, ValueError, ["form", "gram", "feature", "'grams'"]),
         ({"backend": "cuda"}, ValueError, ["backend", "native", "triton", "'cuda'"]),
-        ({"reduction": "none"}, ValueError, ["reduction", "sum", "mean", "'none'"]),
-        ({"partition": "pad"}, ValueError, ["partition", "exact", "resize", "'pad'"]),
+        ({"reduction": "none"}, ValueError, ["reduction", "batchmean", "sum", "mean", "'none'"]),
+        ({"partition": "pad"}, ValueError, ["partition", "exact", "resize", "split", "'pad'"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

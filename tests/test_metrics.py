@@ -13,7 +13,7 @@ import kdkernels
 
 
 def cka(x: torch.Tensor, y: torch.Tensor) -> float:
-    """HSIC(K, L) / √(HSIC(K, K) HSIC(L, L)) with the n x n centring matrix, in NumPy float64."""
+    """Return HSIC(K, L) / √(HSIC(K, K) HSIC(L, L)) with the n x n centring matrix, in NumPy float64."""
     rows = [features.double().numpy().reshape(len(features), -1) for features in (x, y)]
     centring = np.eye(len(x)) - 1 / len(x)
     k, l = (centring @ (r @ r.T) @ centring for r in rows)  # noqa: E741
@@ -67,7 +67,7 @@ def test_semantic_mismatch_score(per_sample):
 
 
 def test_semantic_mismatch_score_of_chosen_pairs():
-    """What the compared methods are measured by: α = 1 for the pairs that were assigned by hand."""
+    """The other methods are measured with α = 1 for the pairs that were chosen by hand."""
     student, teacher = torch.randn(3, 4, 4), torch.randn(2, 4, 4)
     expected = ((student[0] - teacher[0]).square().mean() + (student[2] - teacher[1]).square().mean()) / 2
     assert_close(kdkernels.semantic_mismatch_score(student, teacher, pairs=[(0, 0), (2, 1)]), expected.double())

@@ -28,8 +28,10 @@ def test_two_images_of_one_patch():
     angle = math.pi / 3
     student = torch.tensor([[1.0, 0.0], [math.cos(angle), math.sin(angle)]]).view(2, 2, 1, 1)
     teacher = torch.tensor([[0.0, 2.0], [0.0, 7.0]]).view(2, 2, 1, 1)
-    loss, _ = oracle.local_correlation_loss(student, teacher, 1)
-    assert loss == pytest.approx(2 * (1 - math.cos(angle)) ** 2)
+    total, _ = oracle.local_correlation_loss(student, teacher, 1, reduction="sum")
+    assert total == pytest.approx(2 * (1 - math.cos(angle)) ** 2)
+    loss, _ = oracle.local_correlation_loss(student, teacher, 1)  # over n² = 4 pairs of images
+    assert loss == pytest.approx(total / 4)
 
 
 def test_a_dead_patch_counts_its_diagonal_twice():

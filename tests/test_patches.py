@@ -1,4 +1,4 @@
-"""``patches`` against the oracle's unit rows, compared by what does not depend on the order of a row's components."""
+"""``patches`` against the oracle's unit rows. The comparison does not depend on the order of a row's components."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kdkernels.ops.patches import patches
 
 
 def agree(features: Tensor, k: int, *, mask: Tensor | None = None, backend: str, **settings) -> None:
-    """The rows' cosines, and the gradient of a random combination of them, are the oracle's."""
+    """Assert that the cosines of the rows, and the gradient of a random combination of them, equal the oracle's."""
     expected = oracle.Patches(oracle.array(features), k, None if mask is None else oracle.array(mask), **settings)
     unit = torch.from_numpy(expected.unit)
-    # Symmetric and without the diagonal, whose gradients would cancel.
+    # Symmetric and without the diagonal, because the diagonal's gradients would cancel.
     mix = torch.randn(len(unit), len(unit), dtype=torch.float64).triu(1)
     mix = mix + mix.T
 
@@ -58,7 +58,7 @@ def test_shapes_and_dtypes(backend, shape, k, dtype):
 
 
 def test_order_of_rows(backend):
-    """Row i k² + p is patch p of image i, whatever the memory format."""
+    """Row i k² + p is patch p of image i, for any memory format."""
     n, k, h, w = 3, 2, 3, 5
     features = torch.randn(n, 4, k * h, k * w)
     for maps in (features, features.to(memory_format=torch.channels_last)):
@@ -111,7 +111,7 @@ def test_boxes_by_hand(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_mask_at_its_threshold_does_not_exceed_it(backend, dtype):
-    """In the mask's own precision: 0.6 is larger in float32 than in float64."""
+    """The comparison has the precision of the mask: 0.6 is larger in float32 than in float64."""
     features, mask = torch.randn(2, 3, 4, 6), torch.full((2, 4, 6), 0.6, dtype=dtype)
     mask[:, 1:3, 2:] = 0.7
     at, above = (patches(features, 2, mask=mask, threshold=threshold, backend=backend) for threshold in (0.6, 0.65))
@@ -120,7 +120,7 @@ def test_a_mask_at_its_threshold_does_not_exceed_it(backend, dtype):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_resampling_is_that_of_pytorch(backend, layout):
-    """Crop and interpolate as torch.nn.functional does, image by image."""
+    """Crop and interpolate with torch.nn.functional, image by image."""
     features, mask = torch.randn(3, 2, 6, 6).to(memory_format=layout), torch.rand(3, 6, 6) ** 3
     rows = patches(features, 1, mask=mask, threshold=0.4, backend=backend)
     for image, weight, row in zip(features, mask, rows, strict=True):
@@ -171,7 +171,7 @@ def test_second_backward_is_right(backend):
 
 @pytest.mark.parametrize("linear", [True, False])
 def test_second_derivative_is_right_or_refused(backend, linear):
-    """Also of a linear function of the rows, whose gradient to them is a constant."""
+    """This includes a linear function of the rows, whose gradient is constant."""
     features = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     mix, along = torch.randn(8, 8, dtype=torch.float64), torch.randn(8, 12, dtype=torch.float64)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, assert_close, assert_matches, exactly, loss_and_gradients
-from torch import Tensor, library
+from helpers import assert_close, assert_matches, exactly, loss_and_gradients
+from torch import Tensor
 
 import kdkernels
 from kdkernels import native
@@ -21,14 +19,14 @@ SHAPES = [(1, 3, 2), (2, 1, 1), (3, 4, 9), (8, 16, 5), (17, 33, 65), (40, 7, 8)]
 
 @pytest.fixture(params=["reference", "native"])
 def backend(request) -> str:
-    """There is no Triton kernel."""
+    """RKD has no Triton kernel."""
     if request.param == "native" and native.why_not(torch.device("cpu")):
         pytest.skip("not built")
     return request.param
 
 
 def definition(student: Tensor, teacher: Tensor, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Tensor:
-    """The equations with the b x b x d differences and the b x b x b angles."""
+    """Return the equations with b x b x d differences and b x b x b angles."""
 
     def relations(rows: Tensor) -> tuple[Tensor, Tensor]:
         differences = rows[:, None] - rows
@@ -63,27 +61,8 @@ def test_matches_the_definition(backend, shape, weights):
     check(backend, draw(batch, width), draw(batch, other), distance_weight=weights[0], angle_weight=weights[1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes(backend, dtype):
-    check(backend, draw(9, 6, dtype=dtype), draw(9, 5, dtype=dtype))
-
-
-@pytest.mark.parametrize(("student", "teacher"), [(True, False), (False, True), (False, False)])
-def test_gradients_where_wanted(backend, student, teacher):
-    if student or teacher:
-        check(backend, draw(6, 5, requires_grad=student), draw(6, 4, requires_grad=teacher))
-    else:
-        assert not kdkernels.relational_kd_loss(draw(6, 5).detach(), draw(6, 4).detach(), backend=backend).requires_grad
-
-
-def test_strides(backend):
-    for view in (lambda x: x.t().contiguous().t(), lambda x: torch.cat([x, x], 1)[:, ::2], lambda x: x.flip(0)[::2]):
-        student, teacher = (view(draw(8, 6).detach()).requires_grad_() for _ in range(2))
-        check(backend, student, teacher)
-
-
 def test_large_relative_distances(backend):
-    """Outliers, whose difference of relative distances is beyond the quadratic part of the smooth L1."""
+    """For outliers, the difference of relative distances exceeds the quadratic part of the smooth L1."""
     student, teacher = draw(7, 5).detach(), draw(7, 5).detach()
     student[2] *= 100
     teacher[4] *= 100
@@ -91,7 +70,7 @@ def test_large_relative_distances(backend):
 
 
 def test_zero_and_equal_rows(backend):
-    """Finite gradients, none between equal samples; the rest as ever."""
+    """Gradients are finite, and zero between equal samples. Other gradients do not change."""
     student, teacher = draw(8, 5).detach(), draw(8, 6).detach()
     student[1] = student[4] = 0
     student[2] = student[7]
@@ -105,7 +84,7 @@ def test_zero_and_equal_rows(backend):
 
 
 def test_close_rows(backend):
-    """A pair a millionth apart keeps its direction."""
+    """A pair with a relative distance of 1e-6 keeps its direction."""
     student, teacher = draw(8, 5, dtype=torch.float64).detach(), draw(8, 6, dtype=torch.float64)
     student[1] = student[0] + 1e-6 * torch.randn(5)
     loss, (gradient, _) = loss_and_gradients(
@@ -114,64 +93,6 @@ def test_close_rows(backend):
     expected, (correct, _) = loss_and_gradients(definition, student, teacher)
     assert abs(loss - expected) < 1e-8
     assert (gradient - correct).norm() < 1e-7 * correct.norm()
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_nan_and_inf_give_nan(backend, value):
-    for where, batch in itertools.product(range(2), (1, 6)):
-        rows = [draw(batch, 5).detach() for _ in range(2)]
-        rows[where][batch // 2, 3] = value
-        assert kdkernels.relational_kd_loss(*rows, backend=backend).isnan()
-
-
-def test_upstream_gradient_and_a_second_backward(backend):
-    student, teacher = draw(6, 5), draw(6, 4)
-    loss = kdkernels.relational_kd_loss(student, teacher, backend=backend)
-    (once,) = torch.autograd.grad(loss, student, retain_graph=True)
-    (thrice,) = torch.autograd.grad(3 * loss, student, retain_graph=True)
-    (again,) = torch.autograd.grad(loss, student)
-    assert_close(thrice, 3 * once)
-    assert torch.equal(once, again)
-
-
-@needs_native
-def test_a_second_derivative_raises():
-    student = draw(6, 5)
-    loss = kdkernels.relational_kd_loss(student, draw(6, 4), backend="native")
-    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        gradient.square().sum().backward()
-
-
-@needs_native
-def test_threads_do_not_change_the_result():
-    student, teacher = draw(70, 40).detach(), draw(70, 30).detach()
-    before, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(native.ops.rkd(student, teacher, 25.0, 50.0, True, True))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert_close(a, b)
-
-
-@needs_native
-def test_opcheck():
-    student, teacher = draw(5, 12).detach(), draw(12, 5, dtype=torch.bfloat16).detach().t()
-    library.opcheck(native.ops.rkd.default, (student, teacher, 25.0, 50.0, True, False))
-
-
-@needs_native
-def test_compiles_into_one_graph():
-    step = torch.compile(kdkernels.relational_kd_loss, fullgraph=True, backend="aot_eager")
-    student, teacher = draw(6, 5), draw(6, 4)
-    loss, gradients = loss_and_gradients(step, student, teacher)
-    expected, correct = loss_and_gradients(definition, *exactly(student, teacher))
-    assert_close(loss, expected)
-    assert all(assert_close(a, b) is None for a, b in zip(gradients, correct, strict=True))
 
 
 def test_explain_names_the_backend():

@@ -1,4 +1,4 @@
-"""Semantic calibration against the paper's equations written out sample by sample, and what each switch changes."""
+"""Semantic calibration against the paper's equations, sample by sample, and the effect of each switch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BATCH = 9
 
 
 def maps(shapes, batch=BATCH, dtype=torch.float64, scale=0.5) -> list[Tensor]:
-    """Features as after a ReLU."""
+    """Return features as after a ReLU."""
     return [(scale * torch.randn(batch, *shape, dtype=torch.float64)).relu().to(dtype) for shape in shapes]
 
 
@@ -50,7 +50,7 @@ def batch_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def averaged(x: Tensor, height: int, width: int) -> Tensor:
-    """Mean over windows, which may overlap by a row or column."""
+    """Return the mean over windows, which may overlap by a row or column."""
     rows = [x[:, :, i * x.shape[2] // height : -(-(i + 1) * x.shape[2] // height)].mean(2) for i in range(height)]
     x = torch.stack(rows, 2)
     columns = [x[..., j * x.shape[3] // width : -(-(j + 1) * x.shape[3] // width)].mean(3) for j in range(width)]
@@ -58,7 +58,9 @@ def averaged(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def expected(parameters: list[Tensor], student: list[Tensor], teacher: list[Tensor], temperature: float = 1.0):
-    """Attention, error of each pair for each sample, and the loss, from keys', queries' and projections' parameters."""
+    """Return attention, the error of each pair and sample, and the loss, from the parameters of keys, queries and
+    projections.
+    """
     parameters = list(parameters)
     batch = len(student[0])
 
@@ -100,7 +102,7 @@ def gradients(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("batch", [BATCH, 5])
 def test_attention_errors_loss_and_every_gradient(batch, temperature):
-    """Also of a smaller last batch, whose similarity rows are filled up with zeros."""
+    """This includes a smaller last batch, whose similarity rows are filled up with zeros."""
     calibration, student, teacher = module(temperature=temperature), maps(STUDENT, batch), maps(TEACHER, batch)
     parameters = list(calibration.parameters())
     inputs = [*student, *teacher, *parameters]
@@ -121,9 +123,9 @@ def test_attention_errors_loss_and_every_gradient(batch, temperature):
     results = gradients(loss, inputs), gradients(exact, inputs)
     scale = max(gradient.norm() for gradient in results[1])
     for name, ours, exact in zip(names, *results, strict=True):
-        # What lies before a batch norm's mean has no gradient but for rounding.
+        # A constant before a batch norm has no gradient except rounding.
         assert (ours - exact).norm() <= 1e-11 * max(exact.norm(), 1e-3 * scale), name
-    # Now and then all hidden units of an embedding are off; the convolutions always learn.
+    # Sometimes all hidden units of an embedding are 0. The convolutions always learn.
     learning = {name.split(".")[0] for name, gradient in zip(names, results[0], strict=True) if gradient.any()}
     assert learning >= {"keys", "queries", "projections"}
     assert all(gradient.any() for name, gradient in zip(names, results[0], strict=True) if "projections" in name)
@@ -154,7 +156,7 @@ def test_temperature_softens():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("dropped_in", [False, True])
 def test_what_the_authors_code_computed(dtype, dropped_in):
-    """Their numbers and where they come from: tests/recorded/semckd.py."""
+    """tests/recorded/semckd.py has the authors' numbers and their origin."""
     with np.load(Path(__file__).with_name("recorded") / "semckd.npz", allow_pickle=False) as file:
         recorded = {name: torch.from_numpy(file[name]) for name in file}
     student, teacher = (
@@ -248,7 +250,7 @@ def test_without_similarities_queries_come_from_the_features_themselves():
     student, teacher = maps(STUDENT), maps(TEACHER)
     assert calibration.queries[1].linears[0].weight.shape == (4, 5 * 4 * 4)
     attention = calibration(student, teacher).attention
-    # A sample's attention does not depend on the others, as it does by similarities.
+    # Without similarities, a sample's attention does not depend on other samples.
     one = [layer[:1] for layer in student], [layer[:1] for layer in teacher]
     assert_close(calibration.eval()(*one).attention, attention[:1])
     with pytest.raises(ValueError, match=r"student_shapes must have c x h x w"):
@@ -271,7 +273,7 @@ def test_without_projections_embeddings_are_compared():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision_features_of_norm_300(dtype, autocast):
-    """Their similarities exceed what fp16 holds, and nothing becomes infinite."""
+    """Their similarities exceed the range of float16, and nothing becomes infinite."""
     calibration = SemanticCalibration(STUDENT, TEACHER, BATCH)
     student, teacher = ([300 * F.normalize(x, dim=(1, 2, 3)) for x in maps(shapes)] for shapes in (STUDENT, TEACHER))
     exact = copy.deepcopy(calibration).double()(
@@ -311,7 +313,7 @@ def test_strides_make_no_difference():
 
 
 def test_a_dead_layer_attends_to_all_alike():
-    """A query of norm 0 is the zero vector; dividing by its norm would give NaN."""
+    """A query of norm 0 is the zero vector. Division by its norm would give NaN."""
     calibration = module()
     for parameter in calibration.queries[1].linears[1].parameters():
         nn.init.zeros_(parameter)
@@ -411,8 +413,9 @@ def test_loss_reductions():
 
 
 def test_parameters_lie_in_the_published_order_and_start_as_published():
-    """Keys, then queries, then projections row by row: a state dictionary of the authors' module fits entry by entry,
-    and the same seed gives the same start."""
+    """The order is keys, queries, then projections row by row. A state dictionary of the authors' module fits entry by
+    entry, and the same seed gives the same initial weights.
+    """
     torch.manual_seed(3)
     layers = []
     for count in (len(TEACHER), len(STUDENT)):
@@ -433,7 +436,7 @@ def test_parameters_lie_in_the_published_order_and_start_as_published():
 
 
 def saved_bytes(step) -> int:
-    """What the graph of a scalar keeps."""
+    """Return the bytes that the graph of a scalar keeps."""
     saved = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -459,7 +462,9 @@ def test_half_as_much_is_kept_as_by_the_layers_themselves():
 @pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize("channels", [4, 48])
 def test_projections_are_those_of_their_layers(channels, frozen, learns):
-    """Running statistics and every gradient, whatever is frozen; with 96 channels inside by native convolutions."""
+    """Running statistics and every gradient are right, for any frozen parameters. With 96 channels inside, native
+    convolutions run.
+    """
     calibration = SemanticCalibration((3,), (channels,), BATCH).double()
     layers = calibration.projections[0][0]
     for index in frozen:
@@ -503,7 +508,7 @@ def test_projections_of_one_number_raise():
 
 
 def test_a_second_derivative_of_projections_raises_or_is_right():
-    """Where the gradient arriving from a loss does not depend on anything, too."""
+    """This includes a loss whose gradient is constant."""
     calibration = SemanticCalibration((3,), (4,), BATCH, allocation="equal").double()
     student, teacher = torch.randn(BATCH, 3, 4, 4).double(), [torch.randn(BATCH, 4, 4, 4).double()]
     weight = calibration.projections[0][0][3].weight
@@ -519,3 +524,63 @@ def test_a_second_derivative_of_projections_raises_or_is_right():
 
     with kdkernels.use_backend("reference"):
         assert torch.autograd.gradgradcheck(of_weight, weight, fast_mode=True)
+
+
+# Modules that are hooked, wrapped or changed --------------------------------------------------------------------------
+
+
+def count(calls: list[str], name: str):
+    return lambda *_: calls.append(name)
+
+
+@pytest.mark.parametrize("dropped_in", [False, True])
+def test_every_forward_hook_fires_in_training(dropped_in):
+    if dropped_in:
+        calibration = repdistiller.SelfA(2, 2, BATCH, [3, 5], [4, 2]).double()
+    else:
+        calibration = module(student_shapes=(3, 5), teacher_shapes=(4, 2))
+    shapes = ((3, 8, 8), (5, 4, 4)), ((4, 8, 8), (2, 4, 4))
+    student, teacher = ([x.requires_grad_() for x in maps(s)] for s in shapes)
+    expected = SemCKDLoss()(*calibration(student, teacher))
+    for hooked in [m for m in calibration.modules() if m is not calibration and type(m) is not nn.ModuleList]:
+        registers = [hooked.register_forward_hook, hooked.register_forward_pre_hook]
+        if not isinstance(hooked, nn.BatchNorm2d | nn.ReLU):  # PyTorch allows no backward hooks with in-place layers
+            registers += [hooked.register_full_backward_hook, hooked.register_full_backward_pre_hook]
+        for register in registers:
+            calls: list[str] = []
+            handle = register(count(calls, "hook"))
+            loss = SemCKDLoss()(*calibration(student, teacher))
+            loss.backward()
+            handle.remove()
+            assert calls, f"{type(hooked).__name__}: {register.__name__}"
+            assert_close(loss, expected.detach())
+
+
+def test_projections_that_are_changed_are_called():
+    calibration = module(student_shapes=(3,), teacher_shapes=(4,))
+    student, teacher = maps(((3, 8, 8),)), maps(((4, 8, 8),))
+    expected = calibration(student, teacher)
+    projection = calibration.projections[0][0]
+
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.inner(x)
+
+    calibration.projections[0][0] = Wrapper(projection)
+    assert_close(calibration(student, teacher).projected[0][0], 2 * expected.projected[0][0])
+    calibration.projections[0][0] = projection
+    forward = projection[6].forward
+    projection[6].forward = lambda x: 3 * forward(x)  # like accelerate's hooks
+    assert_close(calibration(student, teacher).projected[0][0], 3 * expected.projected[0][0])
+    del projection[6].forward
+    nn.utils.parametrizations.weight_norm(projection[3])
+    assert_close(calibration(student, teacher).projected[0][0], expected.projected[0][0])
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
+    calibration(student, teacher)
+    handle.remove()
+    assert nn.BatchNorm2d in seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,6 +16,7 @@ LOSSES = {
     "local_correlation": lambda s, t: kdkernels.local_correlation_loss(s, t, 2),
     "correlation_congruence": lambda s, t: kdkernels.correlation_congruence_loss(s.flatten(1), t.flatten(1)),
     "similarity_preserving": kdkernels.similarity_preserving_loss,
+    "token_relation": functools.partial(kdkernels.token_relation_loss, comparison="kl", temperature=0.1),
     "icc": lambda s, t: kdkernels.inter_class_correlation_loss(s.flatten(1), t.flatten(1)),
     "kd": lambda s, t: kdkernels.kd_loss(s.flatten(1), t.flatten(1)),
     "gram": lambda s, t: kdkernels.similarity_matrices([s, t]).square().sum(),
@@ -23,7 +25,7 @@ LOSSES = {
 
 
 def problem(index: int) -> tuple[Tensor, Tensor]:
-    """Maps whose number depends on the index, so that threads want scratch memory of different sizes."""
+    """Return maps whose number depends on the index, so that threads need scratch memory of different sizes."""
     generator = torch.Generator().manual_seed(index)
     student, teacher = (torch.randn(3 + 7 * (index % 5), 4, 4, 4, generator=generator) for _ in range(2))
     return student.requires_grad_(), teacher
@@ -46,7 +48,7 @@ def test_many_threads_at_once(name):
 
 
 class Losses(Dataset):
-    """Whose items are computed by every kernel."""
+    """A data set whose items need every kernel."""
 
     def __len__(self) -> int:
         return 6
@@ -57,7 +59,7 @@ class Losses(Dataset):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_workers_forked_after_the_kernels_have_run(threads):
-    """OpenMP's threads do not survive a fork: workers must not wait for them."""
+    """OpenMP threads do not survive a fork, so workers must not wait for them."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -65,7 +67,7 @@ def test_workers_forked_after_the_kernels_have_run(threads):
         loader = DataLoader(Losses(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
         for found, exact in zip(loader, expected, strict=True):
             for a, b in zip(found, exact, strict=True):
-                # Workers have one thread, whose sums may be cut otherwise.
+                # Workers have one thread, so their sums may be split differently.
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     finally:
         torch.set_num_threads(before)

@@ -3,21 +3,21 @@
 #include <numeric>
 #include <vector>
 
-#include "operators.h"
+#include "../checks/congruence.h"
 #include "strips.h"
 #include "tensors.h"
 
 namespace kdkernels {
 namespace {
 
-// The loss of a row of the difference of two Gram matrices, by the relations of its pairs.
+// The loss of one row of the difference of two Gram matrices, from the relations of its pairs.
 template <typename T>
 struct Relations {
   Coefficients weights;
   int64_t positions;
 
-  // `entries` are those of row r from the diagonal on. Those whose weight is not weights.full are scaled to make up for it,
-  // since the targets' factors hold weights.full alone.
+  // `entries` has row r from the diagonal on. The factors of the targets contain only weights.full, so entries with another
+  // weight are scaled here.
   double operator()(int64_t r, int64_t length, const std::array<T*, 1>& entries) const {
     const Coefficients& w = weights;
     T* from = entries[0];
@@ -37,7 +37,7 @@ struct Relations {
   }
 };
 
-// One set of rows compared in full: c * ‖X Xᵀ − Y Yᵀ‖² with every term in the space its form names.
+// Compare one set of rows in full: c * ‖X Xᵀ − Y Yᵀ‖², with each term in the space of its form.
 template <typename T>
 class Block {
  public:
@@ -52,7 +52,7 @@ class Block {
 
   double run(Form form) {
     if (form == Form::gram) return difference();
-    // The mixed form reads the cross term off the student's gradient, so that must come while nothing else is in there.
+    // The mixed form reads the cross term from the student's gradient, so it runs before anything else is added there.
     const double teacher_and_cross = form == Form::mixed
                                          ? teacher_and_cross_gram()
                                          : coefficient_ * (own_feature(y_, grad_y_) - 2 * cross_feature());
@@ -71,7 +71,7 @@ class Block {
     return Strips<T>(rows_, {{{plus, minus}}}, std::move(targets)).run(Relations<T>{{coefficient_, 0, 0, 0}, 1});
   }
 
-  // ‖RᵀR‖², and R (RᵀR) to R's own gradient.
+  // Return ‖RᵀR‖². Add R (RᵀR) to the gradient of R.
   double own_feature(const Operand<T>& own, Gradient<T>& gradient) const {
     T* product = workspace<T, Scratch::product>(own.width * own.width);
     gemm<T>(own.width, own.width, rows_, own.rows.transposed(), own.rows, product, own.width, {1, false, true});
@@ -83,7 +83,7 @@ class Block {
     return norm;
   }
 
-  // ‖YᵀX‖², and −Y (YᵀX) and −X (XᵀY) to the gradients.
+  // Return ‖YᵀX‖². Add −Y (YᵀX) and −X (XᵀY) to the gradients.
   double cross_feature() const {
     T* product = workspace<T, Scratch::product>(y_.width * x_.width);
     gemm<T>(y_.width, x_.width, rows_, y_.rows.transposed(), x_.rows, product, x_.width);
@@ -93,12 +93,12 @@ class Block {
     return sum_squares(product, x_.width * y_.width);
   }
 
-  // ‖Y Yᵀ‖² − 2 ⟨X, (Y Yᵀ) X⟩, whose second factor is the cross term's gradient.
+  // Return ‖Y Yᵀ‖² − 2 ⟨X, (Y Yᵀ) X⟩. (Y Yᵀ) X is the gradient of the cross term.
   double teacher_and_cross_gram() const {
     Buffer<T> scratch(grad_x_.data ? 0 : rows_ * x_.width);
     Gradient<T> unwanted{scratch.data(), x_.width};
     Gradient<T>& product = grad_x_.data ? grad_x_ : unwanted;
-    const double teacher = strips(nullptr, &y_, {{x_, &product, slope_}});  // the strips are those of −Y Yᵀ
+    const double teacher = strips(nullptr, &y_, {{x_, &product, slope_}});  // these are strips of −Y Yᵀ
     double cross = 0;
     for (int64_t i = 0; i < rows_; ++i)
       for (int64_t j = 0; j < x_.width; ++j) cross += double(*x_.rows.at(i, j)) * product.data[i * product.line + j];
@@ -113,11 +113,11 @@ class Block {
   int64_t rows_;
   Operand<T> x_, y_;
   double coefficient_;
-  T slope_;  // of the loss in the entries of D, twice because D is symmetric
+  T slope_;  // of the loss with respect to D; doubled because D is symmetric
   Gradient<T>&grad_x_, &grad_y_;
 };
 
-// `count` sets of `rows` rows, each compared in full: row r of set b is row b * step + r * stride of all.
+// Compare `count` sets of `rows` rows in full. Row r of set b is row b * step + r * stride of all rows.
 template <typename T>
 double run_blocks(int64_t count, int64_t rows, int64_t step, int64_t stride, const Operand<T>& x, const Operand<T>& y,
                   double coefficient, Form form, Gradient<T>& grad_x, Gradient<T>& grad_y) {
@@ -194,6 +194,7 @@ template double Congruence<double>::run(double*, double*) const;
 std::tuple<Tensor, Tensor, Tensor> congruence(const Tensor& rows_x, const Tensor& rows_y, int64_t positions,
                                               const std::vector<double>& coefficients, const std::vector<int64_t>& plan,
                                               bool want_x, bool want_y, bool) {
+  check_congruence(rows_x, rows_y, positions, coefficients, plan, want_y);
   const auto with_contiguous_rows = [](const Tensor& rows) {
     return rows.stride(1) == 1 ? rows : torch::stable::contiguous(rows);
   };
@@ -222,3 +223,13 @@ std::tuple<Tensor, Tensor, Tensor> congruence(const Tensor& rows_x, const Tensor
 }
 
 }  // namespace kdkernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
+  // coefficients: the factors of four sums, over all pairs, pairs of one image, pairs of one position, and the diagonal. plan:
+  // three form codes.
+  m.def(
+      "congruence(Tensor x, Tensor y, int positions, float[] coefficients, int[] plan, bool grad_x, bool grad_y,"
+      " bool tf32=False) -> (Tensor loss, Tensor grad_x, Tensor grad_y)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) { m.impl("congruence", TORCH_BOX(&kdkernels::congruence)); }

@@ -7,13 +7,13 @@
 
 namespace kdkernels {
 
-// Factors of the sum of D² over all pairs, pairs of one image, pairs of one position, and the diagonal.
+// Factors of four sums of D²: over all pairs, over pairs of one image, over pairs of one position, and over the diagonal.
 struct Coefficients {
   double full, intra, inter_same, diagonal;
 };
 
-// In which space a loss is computed, by the numbers of kdkernels/ops/congruence/plan.py. Mixed: the student's norm in feature
-// space, the teacher's and the cross term in sample space.
+// The space in which a loss is computed, numbered as in kdkernels/ops/congruence/plan.py. Mixed takes the student's norm in
+// feature space. It takes the teacher's norm and the cross term in sample space.
 enum class Form : int64_t { gram = 0, mixed = 1, feature = 7 };
 
 struct Plan {
@@ -28,7 +28,7 @@ struct Congruence {
   Coefficients coefficients;
   Plan plan;
 
-  // The loss; writes the gradients that are not null, rows x width each.
+  // Return the loss. Write the gradients that are not null, rows x width each.
   double run(T* grad_x, T* grad_y) const;
 };
 

@@ -1,17 +1,17 @@
-// Convolutions with 3 x 3 weights over a border of one zero by Winograd's algorithm F(2 x 2, 3 x 3), which multiplies 4 times for
-// an output where the definition does 9 times. From 4 x 4 inputs d it makes 2 x 2 outputs
+// Convolutions with 3 x 3 weights and a zero border of one, with Winograd's algorithm F(2 x 2, 3 x 3). It needs 4
+// multiplications per output where the definition needs 9. It computes 2 x 2 outputs from 4 x 4 inputs d:
 //
 //   y = Aᵀ [Σ_channels (G w Gᵀ) ∘ (Bᵀ d B)] A,
 //
-// so that each of the 16 positions of ∘ is a matrix product of tiles x channels and channels x channels. The gradient of the
-// inputs is a convolution of that of the outputs; that of the weights is Gᵀ [Σ_tiles (Bᵀ d B) ∘ (A dy Aᵀ)] G.
+// Each of the 16 positions of ∘ is a matrix product of tiles x channels and channels x channels. The gradient to the inputs is
+// a convolution of the gradient of the outputs. The gradient to the weights is Gᵀ [Σ_tiles (Bᵀ d B) ∘ (A dy Aᵀ)] G.
 //
-// The matrices are cut into blocks of kSide x kSide. What a thread works on, 16 blocks of each factor and of their product, stays
-// in its second cache: nothing of the maps' size is made besides the result.
+// The matrices are cut into blocks of kSide x kSide. A thread works on 16 blocks of each factor and of the product. They stay
+// in its L2 cache. The result is the only tensor of the maps' size.
 #include <algorithm>
 
+#include "../checks/convolution.h"
 #include "lanes.h"
-#include "operators.h"
 #include "parallel.h"
 #include "tensors.h"
 #include "workspace.h"
@@ -27,9 +27,9 @@ using V = typename Vec<T>::type;
 template <typename T>
 inline constexpr int64_t kLanes = Vec<T>::size;
 template <typename T>
-inline constexpr int64_t kBlock = spread<T>(kSide * kSide);  // from one position's block to the next
+inline constexpr int64_t kBlock = spread<T>(kSide * kSide);  // elements between the blocks of two positions
 
-// Rows of a register tile, whose sums and two columns of vectors the registers hold; a strip's width is a multiple of it.
+// Rows of a register tile. The registers hold its sums and two columns of vectors. The width of a strip is a multiple of it.
 #if defined(__AVX512F__)
 constexpr int64_t kMostRows = 8;
 #else
@@ -38,7 +38,7 @@ constexpr int64_t kMostRows = 4;
 template <typename T>
 inline constexpr int64_t kRows = std::min(kMostRows, kLanes<T>);
 
-// A block lies in memory as strips of kLanes columns, each row by row.
+// The layout of a block is strips of kLanes columns, each strip row-major.
 template <typename T>
 constexpr int64_t place(int64_t row, int64_t column) {
   return column / kLanes<T> * kLanes<T> * kSide + row * kLanes<T> + column % kLanes<T>;
@@ -71,7 +71,7 @@ void tile(int64_t depth, const T* a, const T* b, T* c, bool accumulate) {
   }
 }
 
-// C = [C +] A B, or [C +] Aᵀ B, of blocks at all positions. Rows of C that fill up a register tile are computed, too.
+// C = [C +] A B, or [C +] Aᵀ B, for the blocks of all positions. Rows that only fill up a register tile are computed too.
 template <typename T, bool transposed>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, const T* b, T* c, bool accumulate) {
   for (int64_t p = 0; p < kPositions; ++p, a += kBlock<T>, b += kBlock<T>, c += kBlock<T>)
@@ -124,7 +124,7 @@ struct WeightGradients {  // Gᵀ
   }
 };
 
-// A square of vectors transformed in both directions: M x Mᵀ.
+// Transform a square of vectors in both directions: M x Mᵀ.
 template <typename M, typename N>
 void transform(const N (&in)[M::from][M::from], N (&out)[M::to][M::to]) {
   N lines[M::to][M::from];
@@ -141,7 +141,7 @@ void transform(const N (&in)[M::from][M::from], N (&out)[M::to][M::to]) {
   for (int i = 0; i < M::to; ++i) M::apply(lines[i], out[i]);
 }
 
-// A vector of each position's block.
+// One vector of the block of each position.
 template <typename T>
 void load_positions(const T* blocks, V<T> (&out)[4][4]) {
 #pragma GCC unroll 16
@@ -154,7 +154,7 @@ void store_positions(const V<T> (&values)[4][4], T* blocks) {
   for (int64_t p = 0; p < kPositions; ++p) store<T>(blocks + p * kBlock<T>, values[p / 4][p % 4]);
 }
 
-// Up to kSide numbers of a row or of channels, from `begin` on.
+// Up to kSide rows or channels, from `begin` on.
 struct Range {
   int64_t begin, count;
 
@@ -163,7 +163,7 @@ struct Range {
 
 int64_t blocks_of(int64_t size) { return (size + kSide - 1) / kSide; }
 
-// Maps whose channels are neighbours in memory, as tiles of 2 x 2 pixels.
+// channels_last maps, as tiles of 2 x 2 pixels.
 template <typename T>
 class Tiles {
  public:
@@ -180,7 +180,7 @@ class Tiles {
     count = maps.size(0) * down_ * across_;
   }
 
-  // The size x size pixels around a tile, or null for those outside of the map.
+  // The size x size pixels around a tile. A pixel outside of the map is null.
   template <int size>
   void find(int64_t tile, int64_t channel, T* (&pixels)[size][size]) const {
     const int64_t top = tile / across_ % down_ * 2 - (size - 2) / 2, left = tile % across_ * 2 - (size - 2) / 2;
@@ -193,7 +193,7 @@ class Tiles {
       }
   }
 
-  // The pixels of each tile and those around it transformed, one block for each position.
+  // Transform the pixels of each tile and around it, into one block per position.
   template <typename M>
   void read(Range tiles, Range channels, T* blocks) const {
     alignas(64) static const T zeros[kSide] = {};
@@ -232,7 +232,7 @@ class Tiles {
   T* data_;
 };
 
-// Weights as a matrix of inputs x outputs, of 3 x 3 numbers each.
+// Weights as an inputs x outputs matrix of 3 x 3 numbers.
 template <typename T>
 class Taps {
  public:
@@ -247,7 +247,7 @@ class Taps {
         across_(weight.stride(3)),
         data_(static_cast<T*>(const_cast<void*>(weight.const_data_ptr()))) {}
 
-  // Those by which the gradient of the inputs comes from that of the outputs.
+  // The weights for the gradient to the inputs.
   Taps turned() const {
     Taps result = *this;
     std::swap(result.inputs, result.outputs);
@@ -285,13 +285,13 @@ class Taps {
   }
 
  private:
-  // Weights of a block's inputs and a vector of outputs, which lie far apart in memory.
+  // Weights of a block's inputs and one vector of outputs. They are far apart in memory.
   using Panel = T[9][kSide + 1][kLanes<T>];
 
   int64_t input_, output_, down_, across_;
   T* data_;
 
-  // Call f with every element of a panel and the weight it stands for, in their order in memory.
+  // Call f with every element of a panel and its weight, in memory order.
   template <typename F>
   void for_elements(Range inputs, int64_t output, Panel& panel, const F& f) const {
     T* data = data_ + inputs.begin * input_ + output * output_;
@@ -356,11 +356,6 @@ void gradient_of_weights(const Tiles<T>& maps, const Tiles<T>& grad, const Taps<
   });
 }
 
-void check_maps(const Tensor& maps) {
-  STD_TORCH_CHECK(maps.dim() == 4 && maps.stride(1) == 1 && maps.size(1) > 0 && maps.size(1) % 32 == 0,
-                  "convolution: maps must be n x c x h x w, their channels a multiple of 32 and neighbours in memory");
-}
-
 Tensor new_maps(const Tensor& like, const std::vector<int64_t>& shape, bool channels_last) {
   using torch::headeronly::MemoryFormat;
   return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
@@ -370,11 +365,7 @@ Tensor new_maps(const Tensor& like, const std::vector<int64_t>& shape, bool chan
 }  // namespace
 
 Tensor convolution(const Tensor& maps, const Tensor& weight, bool transposed) {
-  check_maps(maps);
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.size(0) % 32 == 0 &&
-                      weight.size(1) % 32 == 0 && weight.size(transposed ? 0 : 1) == maps.size(1) &&
-                      weight.scalar_type() == maps.scalar_type(),
-                  "convolution: weight must be 3 x 3 numbers of the maps' type for each of their channels");
+  check_convolution(maps, weight, transposed);
   const int64_t outputs = weight.size(transposed ? 1 : 0);
   const Tensor result = new_maps(maps, {maps.size(0), outputs, maps.size(2), maps.size(3)}, true);
   with_compute_type(maps, [&](auto zero) {
@@ -386,11 +377,7 @@ Tensor convolution(const Tensor& maps, const Tensor& weight, bool transposed) {
 }
 
 Tensor convolution_weight(const Tensor& maps, const Tensor& grad, bool channels_last) {
-  check_maps(maps);
-  check_maps(grad);
-  STD_TORCH_CHECK(maps.size(0) == grad.size(0) && maps.size(2) == grad.size(2) && maps.size(3) == grad.size(3) &&
-                      maps.scalar_type() == grad.scalar_type(),
-                  "convolution_weight: grad must have the maps' batch, height, width and type");
+  check_convolution_weight(maps, grad);
   const Tensor result = new_maps(maps, {grad.size(1), maps.size(1), 3, 3}, channels_last);
   with_compute_type(maps, [&](auto zero) {
     using T = decltype(zero);
@@ -400,3 +387,16 @@ Tensor convolution_weight(const Tensor& maps, const Tensor& grad, bool channels_
 }
 
 }  // namespace kdkernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
+  // A convolution with 3 x 3 weights and a zero border of one. Channels are a multiple of 32 and neighbours in memory.
+  // Transposed, it computes the gradient to the inputs from the gradient of the outputs. The second operator computes the
+  // gradient to the weights.
+  m.def("convolution(Tensor maps, Tensor weight, bool transposed) -> Tensor");
+  m.def("convolution_weight(Tensor maps, Tensor grad, bool channels_last) -> Tensor grad_weight");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
+  m.impl("convolution", TORCH_BOX(&kdkernels::convolution));
+  m.impl("convolution_weight", TORCH_BOX(&kdkernels::convolution_weight));
+}

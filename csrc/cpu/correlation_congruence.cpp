@@ -1,10 +1,11 @@
-// The whole CCKD loss in one call: embeddings of both networks normalised, their kernel matrices compared strip by strip, and
-// the gradients taken back through the norm.
+// The whole CCKD loss in one call. It normalises the embeddings of both networks, compares their kernel matrices strip by
+// strip, and computes the gradients through the norm.
 #include <vector>
 
+#include "../checks/correlation_congruence.h"
+#include "../relations.h"
 #include "congruence.h"
 #include "exp.h"
-#include "operators.h"
 #include "rows.h"
 #include "strips.h"
 #include "tensors.h"
@@ -15,26 +16,27 @@ namespace {
 
 enum class Metric : int64_t { taylor_rbf = 0, rbf = 1, bilinear = 2, mmd = 3 };
 
-constexpr double kEps = 1e-12;  // embeddings of this norm or less are the zero vector
+constexpr double kEps = 1e-12;  // an embedding of this norm or less is the zero vector
 
 template <typename T>
 struct Entry {
   typename Vec<T>::type value, slope;
 };
 
-// A kernel makes an entry of g = x_i · x_j and of a term that each of the two rows has. own() is what stands for g on the
-// diagonal. The slope is that in g, or in the rows' terms where there are no products.
+// A kernel computes an entry from g = x_i · x_j and from one term per row. own() is g on the diagonal. The slope is the
+// derivative with respect to g, or to the rows' terms if there are no products.
 
 template <typename T>
 struct TaylorRbf {
   using V = typename Vec<T>::type;
   static constexpr bool products = true, row_sums = false;
 
-  // exp(−2γ) (2γ)^p / p! for p = 1, 2, ...; the constant cancels.
+  // exp(−2γ) (2γ)^p / p! for p = 1, 2, ... The constant cancels in the difference.
   std::vector<T> coefficients;
 
   TaylorRbf(double gamma, int64_t order) {
     double coefficient = std::exp(-2 * gamma);
+    order = nonzero_terms(gamma, order);
     for (int64_t p = 1; p <= order; ++p) coefficients.push_back(T(coefficient *= 2 * gamma / p));
   }
   T term(const T*, int64_t) const { return 0; }
@@ -49,7 +51,8 @@ struct TaylorRbf {
   }
 };
 
-// Its slope in x_i is that in g times x_j − x_i: the row sums hold the factor of −x_i.
+// The derivative with respect to x_i is the derivative with respect to g, times x_j − x_i. The row sums are the factors of
+// −x_i.
 template <typename T>
 struct Rbf {
   using V = typename Vec<T>::type;
@@ -85,7 +88,7 @@ struct Mmd {
   }
 };
 
-// One network's embeddings, and where their gradient goes.
+// One network's embeddings and their gradient.
 template <typename T>
 struct Side {
   Operand<T> operand;
@@ -95,7 +98,7 @@ struct Side {
   std::vector<double> row_sums;
 };
 
-// The loss of a row of the difference of two kernel matrices.
+// The loss of one row of the difference of two kernel matrices.
 template <typename T, typename Kernel>
 struct Comparison {
   using V = typename Vec<T>::type;
@@ -149,7 +152,7 @@ double compare(const Kernel& kernel, int64_t rows, Side<T>& x, Side<T>& y) {
   return Strips<T, 2>(rows, grams, std::move(targets)).run(Comparison<T, Kernel>{kernel, x, y}, add_row_sums);
 }
 
-// What the row sums say about the gradient of row r.
+// Add the part of row r's gradient that the row sums give.
 template <typename T>
 void add_own(const Rbf<T>&, const Side<T>& side, int64_t r) {
   const T factor = T(side.factor * side.row_sums[r]), *row = side.operand.rows.at(r, 0);
@@ -175,7 +178,7 @@ double run_kernel(const Kernel& kernel, int64_t rows, Side<T>& x, Side<T>& y) {
   return loss;
 }
 
-// Move rows to their common centre: distances stay, and less of the products that give them cancels.
+// Move the rows to their common centre. Distances do not change, but the products that give them cancel less.
 template <typename T>
 void centre(T* rows, int64_t count, int64_t width) {
   parallel_blocks(width, 64 / sizeof(T), 1 + (1 << 14) / count, [&](int64_t begin, int64_t end) {
@@ -257,12 +260,22 @@ std::tuple<Tensor, Tensor, Tensor> correlation_congruence(const Tensor& student,
                                                           double gamma, int64_t order, bool normalize, double scale,
                                                           const std::vector<int64_t>& plan, bool grad_student,
                                                           bool grad_teacher, bool) {
-  STD_TORCH_CHECK(student.dim() == 2 && teacher.dim() == 2 && student.size(0) == teacher.size(0) &&
-                      student.numel() > 0 && teacher.numel() > 0,
-                  "correlation_congruence: student must be n x d_S and teacher n x d_T, not empty");
+  check_correlation_congruence(student, teacher, kernel, gamma, order, scale, plan, grad_teacher);
   const bool in_double = student.scalar_type() == ScalarType::Double || teacher.scalar_type() == ScalarType::Double;
   return (in_double ? run<double> : run<float>)(student, teacher, Metric(kernel), gamma, order, normalize, scale,
                                                 plan_of(plan.data()), grad_student, grad_teacher);
 }
 
 }  // namespace kdkernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
+  // kernel: 0 taylor_rbf, 1 rbf, 2 bilinear, 3 mmd. plan: three form codes of the bilinear kernel.
+  m.def(
+      "correlation_congruence(Tensor student, Tensor teacher, int kernel, float gamma, int order, bool normalize,"
+      " float scale, int[] plan, bool grad_student, bool grad_teacher, bool tf32=False)"
+      " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
+  m.impl("correlation_congruence", TORCH_BOX(&kdkernels::correlation_congruence));
+}

@@ -10,7 +10,7 @@
 
 namespace kdkernels {
 
-// The elements of each sample of a batch, in the order of the tensor's dimensions or another.
+// The elements of each sample of a batch, in the order of the tensor's dimensions or in another order.
 class Elements {
  public:
   int64_t samples, depth;
@@ -23,7 +23,7 @@ class Elements {
         type_(tensor.scalar_type()),
         data_(static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()))),
         step_(tensor.stride(0)) {
-    // Neighbouring dimensions that one stride serves become one.
+    // Neighbouring dimensions become one dimension if one stride serves both.
     for (const int64_t d : order) {
       const Axis axis{tensor.size(d), tensor.stride(d)};
       if (axis.size == 1) continue;
@@ -35,7 +35,7 @@ class Elements {
     if (axes_.empty()) axes_.push_back({1, 1});
   }
 
-  // The samples x depth matrix where it lies in memory, if it is one of numbers of type T in even steps.
+  // Return the samples x depth matrix in place, if its numbers have type T and a constant stride.
   template <typename T>
   std::optional<View<T>> evenly() const {
     if (type_ != kScalarType<T> || axes_.size() > 1) return std::nullopt;

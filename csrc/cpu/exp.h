@@ -1,4 +1,4 @@
-// exp(x) on vectors, for x <= 0 as softmax needs it, and what is near it.
+// Vectorised exp(x) for x <= 0, as softmax needs it, and related functions.
 #pragma once
 
 #include "lanes.h"
@@ -14,7 +14,7 @@ template <>
 struct Constants<float> {
   static constexpr int mantissa_bits = 23;
   static constexpr int degree = 7;
-  static constexpr float rounder = 0x1.8p23f;  // adding it rounds to an integer, which its low bits then hold
+  static constexpr float rounder = 0x1.8p23f;  // adding it rounds to an integer and leaves this integer in the low bits
   static constexpr float lowest = -87.0f;
   static constexpr float ln2_high = 0x1.62e400p-1f, ln2_low = 0x1.7f7d1cp-20f;
 };
@@ -53,7 +53,7 @@ inline typename Vec<T>::type exp_series(typename Vec<T>::type r) {
 }
 
 // Relative error at most 1.5e-7 (float) or 3e-16 (double), exact at 0; NaN stays NaN. Results below exp(-87) (float) or
-// exp(-708) (double) are 0, so that nothing is denormal.
+// exp(-708) (double) are 0, because denormal numbers are slow.
 template <typename T>
 inline typename Vec<T>::type exp_nonpositive(typename Vec<T>::type x) {
   using V = typename Vec<T>::type;
@@ -62,7 +62,7 @@ inline typename Vec<T>::type exp_nonpositive(typename Vec<T>::type x) {
   const V shifted = x * kLog2e<T> + C::rounder;
   const V n = shifted - C::rounder;
   const V r = x - n * C::ln2_high - n * C::ln2_low;
-  // Lanes below the lowest wrap around before they are replaced by 0.
+  // Lanes below the lowest exponent wrap around. They are replaced by 0 afterwards.
   using Bits [[gnu::vector_size(sizeof(V))]] = std::make_unsigned_t<Integer<T>>;
   const V one = V{} + T(1);
   const Bits exponent = reinterpret_cast<Bits>(shifted) << C::mantissa_bits;
@@ -70,7 +70,7 @@ inline typename Vec<T>::type exp_nonpositive(typename Vec<T>::type x) {
   return x < C::lowest ? V{} : exp_series<T>(r) * power;
 }
 
-// 2^r for |r| <= 1/2: in float by a polynomial fitted to the interval, exact at 0.
+// 2^r for |r| <= 1/2. In float, it is a polynomial fitted to the interval and exact at 0.
 template <typename T>
 inline typename Vec<T>::type exp2_near_zero(typename Vec<T>::type r) {
   using V = typename Vec<T>::type;
@@ -86,8 +86,17 @@ inline typename Vec<T>::type exp2_near_zero(typename Vec<T>::type r) {
   }
 }
 
-// 2^x for finite x <= 0, in float by fewer instructions than exp_nonpositive takes: relative error at most 2e-7 (3e-16 in double),
-// exact at 0. Below the normal numbers, results are denormal, 0, or a number near the smallest normal one.
+// power * 2^n, by an addition to the bits of the exponent. The last bits of shifted are n. Out of range, a result is any number.
+template <typename T>
+inline typename Vec<T>::type times_power_of_two(typename Vec<T>::type power, typename Vec<T>::type shifted) {
+  using V = typename Vec<T>::type;
+  using Bits [[gnu::vector_size(sizeof(V))]] = std::make_unsigned_t<Integer<T>>;  // which may wrap around
+  const Bits exponent = reinterpret_cast<Bits>(shifted) << exp_detail::Constants<T>::mantissa_bits;
+  return reinterpret_cast<V>(reinterpret_cast<Bits>(power) + exponent);
+}
+
+// 2^x for finite x <= 0. In float, it takes fewer instructions than exp_nonpositive. The relative error is at most 2e-7 (3e-16
+// in double), and 0 is exact. Below the normal numbers, a result is denormal, 0, or close to the smallest normal number.
 template <typename T>
 inline typename Vec<T>::type exp2_nonpositive(typename Vec<T>::type x) {
   using V = typename Vec<T>::type;
@@ -100,13 +109,10 @@ inline typename Vec<T>::type exp2_nonpositive(typename Vec<T>::type x) {
 #endif
   x = larger<T>(V{} + (C::lowest + 1) * kLog2e<T>, x);
   const V shifted = x + C::rounder;
-  const V power = exp2_near_zero<T>(x - (shifted - C::rounder));
-  // Times 2^n, in the exponent's bits.
-  return reinterpret_cast<V>(reinterpret_cast<Mask<T>>(power) +
-                             (reinterpret_cast<Mask<T>>(shifted) << C::mantissa_bits));
+  return times_power_of_two<T>(exp2_near_zero<T>(x - (shifted - C::rounder)), shifted);
 }
 
-// exp(-d) - 1 + d for |d| <= 1/2, by its Taylor series: nothing cancels.
+// exp(-d) - 1 + d for |d| <= 1/2 from its Taylor series, in which nothing cancels.
 template <typename T>
 inline typename Vec<T>::type exp_remainder(typename Vec<T>::type d) {
   using V = typename Vec<T>::type;

@@ -1,13 +1,13 @@
-// Mean-square errors of many pairs of maps, sample by sample. The larger map of a pair is averaged down to the smaller as it is
-// read. A sample's pairs with one teacher layer follow each other: the teacher's map is read from memory once, and averaged
-// further for each next smaller size.
+// Mean squared errors of many pairs of maps, one sample at a time. The larger map of a pair is averaged down to the smaller
+// while it is read. The pairs of a sample with one teacher layer follow each other. So the teacher's map is read from memory
+// once, and averaged further for each smaller size.
 #include <algorithm>
 #include <optional>
 #include <vector>
 
+#include "../checks/feature_mse.h"
 #include "elements.h"
 #include "lanes.h"
-#include "operators.h"
 #include "parallel.h"
 #include "tensors.h"
 #include "workspace.h"
@@ -15,23 +15,23 @@
 namespace kdkernels {
 namespace {
 
-constexpr int64_t kBlock = 1 << 12;  // numbers of a map that are converted, averaged or subtracted at a time
-constexpr int64_t kGrain = 1 << 15;  // numbers worth waking another thread for
+constexpr int64_t kBlock = 1 << 12;  // numbers of a map that are processed at a time
+constexpr int64_t kGrain = 1 << 15;  // numbers that are worth another thread
 
 struct Span {
   int64_t begin, end;
   int64_t length() const { return end - begin; }
 };
 
-// What adaptive pooling of `length` positions to `size` averages into position i.
+// The positions that adaptive pooling from `length` to `size` averages into position i.
 Span window(int64_t i, int64_t length, int64_t size) {
   return {i * length / size, ((i + 1) * length + size - 1) / size};
 }
 
-// The positions among `size` into which it averages position i of `length`.
+// The positions among `size` into which position i of `length` is averaged.
 Span windows_of(int64_t i, int64_t length, int64_t size) { return window(i, size, length); }
 
-// The sums of every `count` neighbouring runs of numbers, one vector of them.
+// One vector of sums of every `count` neighbouring runs.
 template <typename T, int64_t count, int64_t run, int64_t... lane>
 typename Vec<T>::type sums_of_runs(const T* in, std::integer_sequence<int64_t, lane...> lanes) {
   if constexpr (count == 1) {
@@ -44,7 +44,7 @@ typename Vec<T>::type sums_of_runs(const T* in, std::integer_sequence<int64_t, l
   }
 }
 
-// Store every run of a vector `count` times.
+// Store each run of a vector `count` times.
 template <typename T, int64_t count, int64_t run, int64_t... lane>
 void store_repeated(typename Vec<T>::type a, T* out, std::integer_sequence<int64_t, lane...> lanes) {
   if constexpr (count == 1) {
@@ -58,13 +58,13 @@ void store_repeated(typename Vec<T>::type a, T* out, std::integer_sequence<int64
   }
 }
 
-// Call f with the value as a constant if it is one of those given.
+// Call f with the value as a compile-time constant if it is one of the given values.
 template <int64_t... constant, typename F>
 bool with_one_of(int64_t value, const F& f) {
   return ((value == constant && (f(std::integral_constant<int64_t, constant>()), true)) || ...);
 }
 
-// Call f with count and run as constants if they are common and a vector holds several runs.
+// Call f with count and run as compile-time constants if they are common and a vector has several runs.
 template <typename T, typename F>
 bool with_short_runs(int64_t count, int64_t run, const F& f) {
   constexpr int64_t most = Vec<T>::size / 2;
@@ -108,7 +108,7 @@ void repeat_runs(const T* in, int64_t groups, int64_t count, int64_t run, T* out
     });
 }
 
-// How the numbers of a sample follow each other: planes, of lines, of pixels, of `depth` numbers.
+// The layout of a sample: [planes][lines][pixels][depth].
 struct Order {
   int64_t planes, depth;
 
@@ -130,7 +130,7 @@ struct Size {
   bool divides(const Size& larger) const { return larger.height % height == 0 && larger.width % width == 0; }
 };
 
-// Averaging of maps down to a smaller size.
+// Averages maps down to a smaller size.
 template <typename T>
 class Pooling {
  public:
@@ -139,7 +139,7 @@ class Pooling {
   bool needed() const { return !(from_ == to_); }
   bool even() const { return even_; }
 
-  // Where in the larger map the first lines of the smaller end: any number of them, or of planes if windows overlap.
+  // The end in the larger map of the smaller map's first lines, or of its first planes if windows overlap.
   int64_t offset(int64_t lines) const { return lines * from_.height / to_.height * from_.width * depth_; }
 
   // `out` may be `in` if windows do not overlap.
@@ -147,7 +147,7 @@ class Pooling {
     even_ ? average_evenly(in, lines, out) : average_planes(in, lines / to_.height, out);
   }
 
-  // The gradient of the larger map from `share()` times that of the smaller.
+  // Compute the gradient of the larger map from `share()` times the gradient of the smaller map.
   void spread(const T* gradient, int64_t lines, T* out) const {
     even_ ? spread_evenly(gradient, lines, out) : spread_planes(gradient, lines / to_.height, out);
   }
@@ -155,7 +155,7 @@ class Pooling {
   T share() const { return even_ ? T(1) / T(down() * across()) : T(1); }
 
  private:
-  // Pixels that make one, if windows do not overlap.
+  // Pixels that are averaged into one, if windows do not overlap.
   int64_t down() const { return from_.height / to_.height; }
   int64_t across() const { return from_.width / to_.width; }
 
@@ -191,7 +191,7 @@ class Pooling {
       }
   }
 
-  // Every line and every pixel sums the windows that it lies in.
+  // Every line and every pixel sums the windows that contain it.
   void spread_planes(const T* gradient, int64_t planes, T* out) const {
     T* shares = workspace<T, Scratch::strip>(line());
     T* widened = workspace<T, Scratch::row>(to_.height * wide());
@@ -219,8 +219,8 @@ class Pooling {
   bool even_;
 };
 
-// One of a pair's two batches of maps, or its gradient, with numbers of type T or converted to them. Lines are those of the size
-// in which the pair is compared.
+// One of the two batches of maps of a pair, or its gradient, as numbers of type T or converted to them. Lines have the size in
+// which the pair is compared.
 template <typename T>
 class Maps {
  public:
@@ -232,7 +232,7 @@ class Maps {
 
   const Pooling<T>& pooling() const { return pooling_; }
 
-  // A sample's `lines` from `first` on: where they lie, or in scratch.
+  // Return `lines` of a sample from `first` on: in place, or in scratch memory.
   const T* read(int64_t sample, int64_t first, int64_t lines, T* scratch) const {
     const int64_t begin = pooling_.offset(first), count = pooling_.offset(first + lines) - begin;
     const T* source = place(sample, first);
@@ -246,7 +246,7 @@ class Maps {
     return scratch;
   }
 
-  // Write these maps' gradient from `pooling().share()` times that of what `read` gives.
+  // Write the gradient of these maps from `pooling().share()` times the gradient of what `read` returns.
   void write(int64_t sample, int64_t first, int64_t lines, const T* gradient) const {
     const int64_t begin = pooling_.offset(first), count = pooling_.offset(first + lines) - begin;
     T* out = place(sample, first);
@@ -258,7 +258,7 @@ class Maps {
     if (!out) elements_.template write<T>(sample, begin, count, gradient);
   }
 
-  // Where these lines begin if all numbers of a sample lie in a row; else null.
+  // Return the begin of these lines if all numbers of a sample are contiguous, otherwise null.
   T* place(int64_t sample, int64_t first) const {
     return in_place_ ? const_cast<T*>(in_place_->at(sample, pooling_.offset(first))) : nullptr;
   }
@@ -291,11 +291,11 @@ double squared_distance(const T* a, const T* b, int64_t count) {
   return total;
 }
 
-// One student layer's projection and one teacher layer.
+// The projection of one student layer, and one teacher layer.
 template <typename T>
-class Pair {
+class LayerPair {
  public:
-  Pair(const Tensor& projected, const Tensor& target)
+  LayerPair(const Tensor& projected, const Tensor& target)
       : order_(Order::of(projected)),
         size_{std::min(projected.size(2), target.size(2)), std::min(projected.size(3), target.size(3))},
         projected_(projected, order_, size_),
@@ -314,9 +314,9 @@ class Pair {
   // A gradient of the projection or the target.
   Maps<T> gradient(const Tensor& maps) const { return {maps, order_, size_}; }
 
-  // The sample's target in the size of the pair; `before`, if not null, is what this gave for the pair `last`, which has the
-  // same target.
-  const T* target(int64_t sample, const Pair* last, const T* before) const {
+  // Return the sample's target in the size of the pair. If `before` is not null, it is the result for the pair `last`, which
+  // has the same target.
+  const T* target(int64_t sample, const LayerPair* last, const T* before) const {
     if (before && last->size_ == size_) return before;
     T* scratch = workspace<T, Scratch::rows_y>(lines_ * line_);
     if (before && last->target_.pooling().even() && size_.divides(last->size_)) {
@@ -340,7 +340,7 @@ class Pair {
     return sum / (lines_ * line_);
   }
 
-  // Write `slope` times the gradient of the sample's error to those that are there.
+  // Write `slope` times the gradient of the sample's error to the gradients that exist.
   void gradients(int64_t sample, double slope, const T* target, const Maps<T>* of_projected,
                  const Maps<T>* of_target) const {
     const T factor = T(2 * slope / (lines_ * line_));
@@ -385,15 +385,15 @@ bool same_maps(const Tensor& a, const Tensor& b) {
 }
 
 template <typename T>
-class Problem {
+class LayerPairs {
  public:
-  Problem(const std::vector<Tensor>& projected, const std::vector<Tensor>& targets, const Tensor& weights)
+  LayerPairs(const std::vector<Tensor>& projected, const std::vector<Tensor>& targets, const Tensor& weights)
       : batch_(weights.size(0)), teachers_(weights.size(2)), weights_(batch_ * projected.size()) {
     const int64_t count = projected.size();
     for (int64_t p = 0; p < count; ++p) pairs_.emplace_back(projected[p], targets[p]);
     const Elements elements(weights);
     for (int64_t s = 0; s < batch_; ++s) elements.read<T>(s, 0, count, weights_.data() + s * count);
-    // Large maps come first, so that smaller ones can be made of them.
+    // Large maps come first, so that smaller maps can be computed from them.
     const auto size = [&](int64_t p) { return projected[p].numel(); };
     for (int64_t t = 0; t < teachers_; ++t) {
       std::vector<int64_t> column;
@@ -408,15 +408,15 @@ class Problem {
   }
 
   double weight(int64_t entry) const { return weights_[entry]; }
-  const Pair<T>& pair(int64_t p) const { return pairs_[p]; }
+  const LayerPair<T>& pair(int64_t p) const { return pairs_[p]; }
 
-  // Call f(p, sample, entry, target) for all pairs p: the number of its error among those of all samples and pairs, and the
-  // sample's target in the pair's size.
+  // Call f(p, sample, entry, target) for all pairs p. `entry` is the index of the error among all samples and pairs. `target`
+  // is the sample's target in the size of the pair.
   template <typename F>
   void for_each(const F& f) const {
     const int64_t count = pairs_.size(), students = count / teachers_, tasks = batch_ * teachers_;
     int64_t elements = 0;
-    for (const Pair<T>& pair : pairs_) elements += pair.elements();
+    for (const LayerPair<T>& pair : pairs_) elements += pair.elements();
     parallel_blocks(tasks, 1, 1 + kGrain * teachers_ / elements, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t sample = task / teachers_;
@@ -431,22 +431,22 @@ class Problem {
   }
 
  private:
-  // A pair, and the one before it if that has the same target.
+  // A pair, and the previous pair if it has the same target.
   struct Step {
     int64_t pair;
-    const Pair<T>* last;
+    const LayerPair<T>* last;
   };
 
   int64_t batch_, teachers_;
   std::vector<T> weights_;
-  std::vector<Pair<T>> pairs_;
+  std::vector<LayerPair<T>> pairs_;
   std::vector<Step> steps_;  // by teacher
 };
 
 template <typename T>
 std::tuple<Tensor, Tensor> run(const std::vector<Tensor>& projected, const std::vector<Tensor>& targets,
                                const Tensor& weights, double scale) {
-  const Problem<T> problem(projected, targets, weights);
+  const LayerPairs<T> problem(projected, targets, weights);
   const Tensor errors = new_compact(weights, {weights.size(0), weights.size(1), weights.size(2)}, kScalarType<T>);
   T* out = errors.mutable_data_ptr<T>();
   std::vector<double> terms(weights.numel());
@@ -471,12 +471,12 @@ Tensor new_gradient(const Tensor& maps, bool channels_last, bool wanted) {
 template <typename T>
 std::vector<Tensor> run_backward(double slope, const std::vector<Tensor>& projected, const std::vector<Tensor>& targets,
                                  const Tensor& weights, const std::vector<int64_t>& wanted) {
-  const Problem<T> problem(projected, targets, weights);
+  const LayerPairs<T> problem(projected, targets, weights);
   const int64_t count = projected.size();
   std::vector<Tensor> grads;
   std::vector<Maps<T>> maps;
   for (int64_t g = 0; g < 2 * count; ++g) {
-    const Pair<T>& pair = problem.pair(g % count);
+    const LayerPair<T>& pair = problem.pair(g % count);
     const Tensor& own = g < count ? projected[g] : targets[g - count];
     grads.push_back(new_gradient(own, pair.order().channels_last(), wanted[g]));
     maps.push_back(pair.gradient(wanted[g] ? grads[g] : own));
@@ -492,6 +492,7 @@ std::vector<Tensor> run_backward(double slope, const std::vector<Tensor>& projec
 
 std::tuple<Tensor, Tensor> feature_mse(const std::vector<Tensor>& projected, const std::vector<Tensor>& targets,
                                        const Tensor& weights, double scale) {
+  check_feature_mse(projected, targets, weights, scale);
   return any_double(projected) || any_double(targets) ? run<double>(projected, targets, weights, scale)
                                                       : run<float>(projected, targets, weights, scale);
 }
@@ -499,6 +500,7 @@ std::tuple<Tensor, Tensor> feature_mse(const std::vector<Tensor>& projected, con
 std::vector<Tensor> feature_mse_backward(const Tensor& grad_loss, const std::vector<Tensor>& projected,
                                          const std::vector<Tensor>& targets, const Tensor& weights, double scale,
                                          const std::vector<int64_t>& wanted) {
+  check_feature_mse_backward(grad_loss, projected, targets, weights, scale, wanted);
   return with_compute_type(grad_loss, [&](auto type) {
     using T = decltype(type);
     return run_backward<T>(scale * *grad_loss.const_data_ptr<T>(), projected, targets, weights, wanted);
@@ -506,3 +508,18 @@ std::vector<Tensor> feature_mse_backward(const Tensor& grad_loss, const std::vec
 }
 
 }  // namespace kdkernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
+  // scale * Σ weights ∘ errors, and scale * errors. Pairs of maps have the order of the weights' last two dimensions. wanted: a
+  // flag for every projected map, then for every target. A gradient has the element type of its map.
+  m.def(
+      "feature_mse(Tensor[] projected, Tensor[] targets, Tensor weights, float scale) -> (Tensor loss, Tensor errors)");
+  m.def(
+      "feature_mse_backward(Tensor grad_loss, Tensor[] projected, Tensor[] targets, Tensor weights, float scale,"
+      " int[] wanted) -> Tensor[] grads");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
+  m.impl("feature_mse", TORCH_BOX(&kdkernels::feature_mse));
+  m.impl("feature_mse_backward", TORCH_BOX(&kdkernels::feature_mse_backward));
+}

@@ -1,8 +1,8 @@
 // Matrix products on strided views: C = beta * C + alpha * A * B, with C row-major.
 //
-// The loops are those of Goto and van de Geijn: a KC x NC block of B is packed into panels of NR columns, an MC x KC block of
-// A into panels of MR rows, and a register tile of MR x NR walks down them. Packing reads any strides, so a transposed operand
-// costs nothing extra. Sums run over at most KC products before they are added to C, which bounds the rounding error.
+// The loops follow Goto and van de Geijn. A KC x NC block of B is packed into panels of NR columns, and an MC x KC block of A
+// into panels of MR rows. A register tile of MR x NR moves down the panels. Packing reads any strides, so a transposed operand
+// costs nothing extra. A sum has at most KC products before it is added to C. This bounds the rounding error.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +23,7 @@ template <typename T>
 struct Product {
   T alpha = 1;
   bool accumulate = false;  // add to C instead of overwriting it
-  // Only the upper triangle is wanted: register tiles that lie entirely below the diagonal are left alone.
+  // Compute only the upper triangle. Register tiles that lie entirely below the diagonal are not written.
   bool upper = false;
 };
 
@@ -32,16 +32,18 @@ namespace gemm_detail {
 template <typename T>
 inline constexpr int64_t kLanes = Vec<T>::size;
 #if defined(__AVX512F__)
-inline constexpr int MR = 14;  // 28 accumulators, two columns of B, 2 of 32 registers to spare
+inline constexpr int MR = 14;  // 28 accumulators and two columns of B leave 2 of 32 registers free
+#elif defined(__aarch64__)
+inline constexpr int MR = 10;  // 20 accumulators: with 24, GCC 12 spills, because it loads elements of A early
 #else
-inline constexpr int MR = 6;  // 12 accumulators, two columns of B, one element of A: 15 of 16 registers
+inline constexpr int MR = 6;  // 12 accumulators, two columns of B and one element of A take 15 of 16 registers
 #endif
 template <typename T>
 inline constexpr int64_t NR = 2 * kLanes<T>;
 inline constexpr int64_t KC = 256;
 inline constexpr int64_t MC = 24 * MR;
 inline constexpr int64_t NC = 1024;
-// Elements that packing may write beyond the end of a panel.
+// The number of elements that packing may write beyond the end of a panel.
 template <typename T>
 inline constexpr int64_t kSlack = round_up(MR, kLanes<T>) - MR;
 
@@ -55,7 +57,7 @@ void pack_panel(const T* source, int64_t line, int64_t element, int64_t count, i
   }
   int64_t k = 0;
   if (element == 1) {
-    // The last lanes of a panel's lines spill over into the next line, so they are written first; see kSlack for the last one.
+    // A store may spill over into the next line, so this line is written first. kSlack is the room behind the last line.
     constexpr int64_t lanes = kLanes<T>;
     for (; k + lanes <= length; k += lanes)
       for (int64_t i = round_up(width, lanes) - lanes; i >= 0; i -= lanes)
@@ -104,7 +106,7 @@ Tile<T> tile_of(int64_t rows, std::integer_sequence<int, i...>) {
   return tiles[rows - 1];
 }
 
-// One tile at the right edge of C: computed in full beside it, and the `cols` columns that exist copied over.
+// A tile at the right edge of C is computed in full in a buffer. Then the `cols` columns that exist are copied.
 template <typename T>
 void edge_tile(Tile<T> run, int64_t rows, int64_t cols, int64_t length, const T* a, const T* b, T* c, int64_t ldc,
                bool accumulate) {
@@ -117,8 +119,8 @@ void edge_tile(Tile<T> run, int64_t rows, int64_t cols, int64_t length, const T*
     }
 }
 
-// C (m x n) = [C +] alpha * A * B on the calling thread. Tiles below the diagonal, which row 0 meets at column `diagonal`, are
-// left alone.
+// C (m x n) = [C +] alpha * A * B on the calling thread. Row 0 meets the diagonal at column `diagonal`. Tiles below the
+// diagonal are not written.
 template <typename T>
 void product(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t ldc, T alpha, bool accumulate,
              int64_t diagonal) {
@@ -155,7 +157,7 @@ void product(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_
   }
 }
 
-// For a handful of rows and columns: every entry is a dot product of two contiguous lines, with nothing to pack.
+// For few rows and columns. Every entry is a dot product of two contiguous lines, so nothing is packed.
 template <typename T>
 void few_entries(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t ldc, T alpha, bool accumulate,
                  int64_t diagonal) {
@@ -176,10 +178,10 @@ void few_entries(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, in
     }
 }
 
-// For a short sum over contiguous rows of B: C's rows are combinations of them, with nothing to pack.
+// For a short sum over contiguous rows of B. The rows of C are combinations of these rows, so nothing is packed.
 template <typename T>
 void few_terms(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t ldc, T alpha, bool accumulate) {
-  constexpr int64_t columns = 1024;  // of which all the rows of B stay in the first cache
+  constexpr int64_t columns = 1024;  // so that these columns of all rows of B stay in the L1 cache
   for (int64_t jc = 0; jc < n; jc += columns)
     for (int64_t i = 0; i < m; ++i)
       for (int64_t l = 0; l < k; ++l) {
@@ -193,7 +195,7 @@ void few_terms(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int6
       }
 }
 
-// As `product`, by the fastest means for the size.
+// Like `product`, with the fastest method for this size.
 template <typename T>
 void fastest_product(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t ldc, T alpha, bool accumulate,
                      int64_t diagonal) {
@@ -207,7 +209,7 @@ void fastest_product(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c
   product<T>(m, n, k, a, b, c, ldc, alpha, accumulate, diagonal);
 }
 
-// The columns of part `part` of `count` when an m x n upper triangle is cut into parts of equal area.
+// The columns of part `part` of `count` when an m x n upper triangle is cut into `count` parts of equal area.
 inline std::pair<int64_t, int64_t> equal_share(int64_t m, int64_t n, int64_t part, int64_t count) {
   const auto boundary = [&](int64_t p) {
     if (p == count) return n;
@@ -221,17 +223,17 @@ inline std::pair<int64_t, int64_t> equal_share(int64_t m, int64_t n, int64_t par
 
 }  // namespace gemm_detail
 
-// C (m x n, row stride ldc) = [C +] alpha * A (m x k) * B (k x n), shared out over the threads.
+// C (m x n, row stride ldc) = [C +] alpha * A (m x k) * B (k x n), computed by all threads.
 template <typename T>
 void gemm(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t ldc, Product<T> how = {}) {
   using namespace gemm_detail;
   constexpr int64_t everything = int64_t(1) << 62;
-  // Below this many multiply-adds waking another thread costs more than it saves.
+  // Below this number of multiply-adds, waking another thread costs more than it saves.
   constexpr int64_t grain = int64_t(1) << 18;
   const auto grain_of = [](int64_t work_per_element) { return 1 + grain / std::max<int64_t>(1, work_per_element); };
   if (k > 4 * std::max(m, n)) {
-    // Every thread sums a part of the products, rather than all of them packing the same long rows. The first part goes
-    // straight to C, the others are added to it in order.
+    // Every thread sums a part of the products. Otherwise all threads would pack the same long rows. The first part goes
+    // straight to C. The other parts are added to it in order.
     const Blocks parts(k, 1, grain_of(m * n));
     T* partial = workspace<T, Scratch::partial_sums>((parts.count - 1) * m * n);
     parts.parallel([&](int64_t part, int64_t begin, int64_t end) {
@@ -265,7 +267,7 @@ void gemm(int64_t m, int64_t n, int64_t k, View<T> a, View<T> b, T* c, int64_t l
     Blocks(n, NR<T>, grain_of(k * m)).parallel([&](int64_t, int64_t begin, int64_t end) { share(0, m, begin, end); });
 }
 
-// C (m x n) = the sum of the terms; of a symmetric one only the upper triangle is wanted.
+// C (m x n) = the sum of the terms. Only the upper triangle of a symmetric C is computed.
 template <typename T>
 void gemm_upper(int64_t m, int64_t n, const std::vector<Term<T>>& terms, T* c, int64_t ldc) {
 #if KDKERNELS_AMX

@@ -1,9 +1,9 @@
 // Float32 matrix products on AMX's int8 tiles, as accurate as float32 arithmetic in the norm.
 //
-// A piece of a row of A, or of a column of B, is written as integers of 23 bits over its largest number, and an integer as three
-// digits of 8 bits: high·2^16 + middle·2^8 + low. Of the nine products of two such numbers the six largest are kept; the rest is
-// below 2^-22 of the product of the two largest numbers. The tiles sum digits exactly; every piece's sums become floats once.
-// Six tile products take a sixth of the time of the same work on the vector units.
+// A piece of a row of A, or of a column of B, is written as integers of 23 bits, relative to its largest number. An integer has
+// three digits of 8 bits: high·2^16 + middle·2^8 + low. Two numbers have nine products of digits, and the six largest are kept.
+// The others are below 2^-22 of the product of the two largest numbers. The tiles sum digits exactly. The sums of a piece are
+// converted to float once. Six tile products take a sixth of the time that the vector units need.
 #pragma once
 
 #if defined(__AMX_INT8__) && defined(__AVX512BW__)
@@ -26,7 +26,7 @@
 
 namespace kdkernels::amx {
 
-// Whether the processor has the tiles and the kernel lets this process use them. KDKERNELS_AMX=0 does without.
+// Whether the processor has the tiles and the kernel lets this process use them. KDKERNELS_AMX=0 turns the tiles off.
 inline bool available() {
   static const bool answer = [] {
     const char* wish = std::getenv("KDKERNELS_AMX");
@@ -42,17 +42,17 @@ inline bool available() {
 
 // A tile has 16 lines of A, or 16 columns of B, by 64 values of the summation index.
 inline constexpr int64_t kLines = 16, kDepth = 64, kTile = kLines * kDepth;
-// A chunk is what one step of the block product reads of A or B: the three digits of two tiles each.
+// One step of the block product reads a chunk of A and of B. A chunk has the three digits of two tiles.
 inline constexpr int64_t kBlock = 2 * kLines, kChunk = 6 * kTile;
-// MC x KC of A stay in a second-level cache of 2 MiB, and a panel of B, KC x 32, in a first-level cache of 48 KiB.
+// An MC x KC block of A stays in an L2 cache of 2 MiB. A KC x 32 panel of B stays in an L1 cache of 48 KiB.
 inline constexpr int64_t KC = 512, MC = 256;
-// Blocks of this many multiply-adds are worth another thread, per 32 x 32.
+// This number of multiply-adds per 32 x 32 block is worth another thread.
 inline constexpr int64_t kGrain = 1 << 8;
 
 inline int64_t blocks_of(int64_t lines) { return (lines + kBlock - 1) / kBlock; }
 inline int64_t chunks_of(int64_t depths) { return (depths + kDepth - 1) / kDepth; }
 
-// The length of the fewest equal pieces of at most `limit`.
+// Return the length of the pieces, when `length` is cut into the fewest equal pieces of at most `limit`.
 inline int64_t equal_piece(int64_t size, int64_t limit, int64_t multiple) {
   const int64_t count = (size + limit - 1) / limit;
   return round_up((size + count - 1) / count, multiple);
@@ -60,14 +60,14 @@ inline int64_t equal_piece(int64_t size, int64_t limit, int64_t multiple) {
 
 inline __mmask16 first(int64_t count) { return __mmask16((1u << std::clamp<int64_t>(count, 0, kLines)) - 1); }
 
-// Magnitudes of floats are ordered as integers, and those of NaN and Inf come last.
+// Magnitudes of floats have the order of their bits as integers. NaN and Inf come last.
 inline __m512i magnitude(__m512 value) {
   return _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7fffffff));
 }
 
-// The digits of 16 numbers in the bytes of each lane, the lowest first.
+// The digits of 16 numbers, in the bytes of each lane. The lowest digit comes first.
 inline __m512i digits(__m512 value, __m512 scale) {
-  // Digits lie between -128 and 127: with 128 added they are the bytes of the integer, and 128 is taken off by its bit.
+  // Digits lie between -128 and 127. A digit plus 128 is a byte of the integer. Flipping the highest bit subtracts 128.
   const __m512i bias = _mm512_set1_epi32(0x00808080);
   return _mm512_xor_si512(_mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(value, scale)), bias), bias);
 }
@@ -87,8 +87,9 @@ __m512i gather(const __m512i (&lanes)[4]) {
   return _mm512_mask_mov_epi8(all, 0x8888888888888888, move(lanes[3], std::integral_constant<int, 3>()));
 }
 
-// 16 lines x 64 depths in three tiles, two tiles apart. A's tiles hold its lines' depths side by side, B's the depths' lines. The
-// four digits of a word are of depths 16 apart: any order will do that A and B agree on.
+// 16 lines x 64 depths in three tiles, two tiles apart. In a tile of A, the depths of a line are neighbours. In a tile of B,
+// the lines of a depth are neighbours. The four digits of a word belong to depths that are 16 apart. Any order works if A and B
+// share it.
 template <bool by_line>
 void pack_tile(const float* source, int64_t line, int64_t depth, const float* scale, int8_t* tiles) {
   alignas(64) float transposed[kTile];
@@ -115,8 +116,8 @@ void pack_tile(const float* source, int64_t line, int64_t depth, const float* sc
   }
 }
 
-// A block of 32 lines being measured, then packed into a row of chunks, half a chunk at a time. Its element (i, k) is
-// source[i * line + k * depth]; beyond `lines` and `depths` it is zero.
+// Measure a block of 32 lines, then pack it into a row of chunks, half a chunk at a time. Element (i, k) is source[i * line + k
+// * depth]. It is zero beyond `lines` and `depths`.
 template <bool by_line>
 class Panel {
  public:
@@ -130,14 +131,14 @@ class Panel {
         out_(out) {}
 
   const int8_t* data() const { return out_; }
-  // What the integers of a line count, times 2^8; NaN for a line that holds NaN or Inf.
+  // The unit of a line's integers, times 2^8. It is NaN if the line has NaN or Inf.
   const float* units() const { return units_; }
 
   void finish() {
     while (step_ < 2 * halves_) advance();
   }
 
-  // The next half of a chunk, if there is one.
+  // Pack the next half of a chunk, if there is one.
   void advance() {
     if (step_ >= 2 * halves_) return;
     const int64_t half = step_ % halves_, i = half % 2 * kLines, k = half / 2 * kDepth;
@@ -175,8 +176,8 @@ class Panel {
   }
 
   void set_scales() {
-    // Digits of 127, 127 and 127 are 8355711; rounding must not exceed it. Where every number is tinier still than the second
-    // limit allows for, fewer digits are left.
+    // The digits 127, 127, 127 make 8355711, and rounding must not exceed it. If every number is below the second limit, fewer
+    // digits remain.
     const __m512 integer = _mm512_set1_ps(8355000), limit = _mm512_set1_ps(1e38f);
     for (int64_t i = 0; i < kBlock; i += kLines) {
       const __m512i largest = _mm512_load_si512(largest_ + i);
@@ -216,11 +217,12 @@ struct alignas(64) TileConfig {
 // The compiler's tile intrinsics do not say that they read and write memory.
 inline void settle_memory() { __asm__ volatile("" ::: "memory"); }
 
-// Products of digits by the power of 2^8 that they count: high·high, then high·middle, then high·low and middle·middle.
+// Products of digits, sorted by their power of 2^8: high·high, then high·middle, then high·low and middle·middle.
 inline constexpr int64_t kPowers = 3;
 
-// out (3 x 32 x 32) = the sums, power by power, of one block of A with one of B over `chunks` steps. Tiles 0-3 sum, 4-5 hold A, 6-7
-// hold B. Between steps comes meanwhile(step), kPowers * chunks times: the vector units are free while the tiles multiply.
+// out (3 x 32 x 32) = the sums of one block of A with one block of B over `chunks` steps, one per power. Tiles 0-3 sum, tiles
+// 4-5 hold A, tiles 6-7 hold B. meanwhile(step) runs between the steps, kPowers * chunks times, because the vector units are
+// free while the tiles multiply.
 template <typename F>
 void block_product(int64_t chunks, const int8_t* a, const int8_t* b, int32_t* out, const F& meanwhile) {
   enum { high, middle, low };
@@ -267,7 +269,7 @@ void block_product(int64_t chunks, const int8_t* a, const int8_t* b, int32_t* ou
   });
 }
 
-// A block of sums on its way to C.
+// A block of sums that is being added to C.
 struct Finished {
   alignas(64) int32_t sums[kPowers * kBlock * kBlock];
   alignas(64) float row_units[kBlock], column_units[kBlock];
@@ -305,15 +307,15 @@ void for_each_piece(const std::vector<Term<float>>& terms, const F& f) {
 
 inline bool suits(int64_t m, int64_t n, int64_t k) { return std::min({m, n, k}) >= 32 && available(); }
 
-// C (m x n) = [C +] the sum of the terms, shared out over the threads. Blocks below the diagonal, which row 0 meets at column
-// `diagonal`, are left alone. A piece of A is packed at a time, and B's panels go past it: while the tiles multiply one block, the
-// vector units add the block before to C and measure and pack the next panel.
+// C (m x n) = [C +] the sum of the terms, computed by all threads. Row 0 meets the diagonal at column `diagonal`. Blocks below
+// the diagonal are not written. One piece of A is packed at a time, and all panels of B are multiplied with it. While the tiles
+// multiply one block, the vector units add the previous block to C, and measure and pack the next panel.
 inline void product(int64_t m, int64_t n, const std::vector<Term<float>>& terms, float* c, int64_t ldc, bool accumulate,
                     int64_t diagonal) {
   const int64_t height = equal_piece(m, MC, kBlock), panel_size = chunks_of(KC) * kChunk;
   int64_t depth = 0;
   for (const Term<float>& term : terms) depth += term.depth;
-  // Call f(j, blocks) for the blocks one below the other in rows [i, i + height) and 32 columns from j.
+  // Call f(j, blocks) for each stack of blocks in rows [i, i + height) and 32 columns from j.
   const auto for_each_stack = [&](int64_t i, const auto& f) {
     for (int64_t j = std::max<int64_t>(0, i + diagonal) / kBlock * kBlock; j < n; j += kBlock)
       f(j, blocks_of(std::min({height, m - i, std::min(j + kBlock, n) - i - diagonal})));
@@ -359,7 +361,7 @@ inline void product(int64_t m, int64_t n, const std::vector<Term<float>>& terms,
         for (size_t s = 0; s < stacks.size(); ++s) {
           const Stack& stack = stacks[s];
           const int64_t due_every =
-              kPowers * (stack.end - stack.begin);  // so that the next panel is ready with the last block
+              kPowers * (stack.end - stack.begin);  // so that the next panel is ready when the last block is done
           Panel<false> next = panel_of(s + 1);
           int64_t due = 0;
           for (int64_t block = stack.begin; block < stack.end; ++block, turn ^= 1) {

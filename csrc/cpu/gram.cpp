@@ -1,19 +1,19 @@
-// Similarity matrices of many layers: the products of every pair of a batch's samples, all layers shared out as one long sum.
+// Similarity matrices of many layers: the products of every pair of samples. The threads share all layers as one long sum.
 #include <numeric>
 #include <vector>
 
+#include "../checks/gram.h"
 #include "elements.h"
 #include "gemm.h"
-#include "operators.h"
 #include "tensors.h"
 
 namespace kdkernels {
 namespace {
 
-constexpr int64_t kChunk = 512;  // features of every sample that are converted at a time
+constexpr int64_t kChunk = 512;  // features per sample that are converted at a time
 constexpr int64_t kEverything = int64_t(1) << 62;
 
-// One layer's features as a b x depth matrix: in place where a sample lies evenly in memory as numbers of type T, else
+// One layer's features as a b x depth matrix. They are read in place if they have type T and a constant stride, and otherwise
 // converted in chunks.
 template <typename T>
 class Layer {
@@ -48,9 +48,9 @@ std::vector<Layer<T>> layers_of(const std::vector<Tensor>& features) {
   return {features.begin(), features.end()};
 }
 
-// The depths of all layers in a row, cut into one part per thread.
+// The depths of all layers as one line, cut into one part per thread.
 struct Shares {
-  std::vector<int64_t> starts;  // of each layer, and the end of the last
+  std::vector<int64_t> starts;  // the begin of each layer, and the end of the last
   Blocks parts;
 
   template <typename T>
@@ -59,7 +59,7 @@ struct Shares {
     for (const Layer<T>& layer : layers) starts.push_back(starts.back() + layer.depth());
   }
 
-  // Call f(layer, begin, end) for the depths of each layer that [begin, end) of the row holds.
+  // Call f(layer, begin, end) for the depths of each layer in [begin, end) of the line.
   template <typename F>
   void layers(int64_t begin, int64_t end, const F& f) const {
     for (int64_t l = layer_at(begin); begin < end; ++l) {
@@ -89,7 +89,7 @@ Tensor run_gram(const std::vector<Tensor>& features) {
   const Shares shares(layers, batch);
   const Tensor result = new_compact(features[0], {int64_t(layers.size()), batch, batch}, kScalarType<T>);
   T* matrices = result.mutable_data_ptr<T>();
-  // A part that begins within a layer sums its share of it apart; the shares are added in order.
+  // A part that begins within a layer sums its share separately. The shares are added in order.
   const auto begins_within = [&](int64_t begin) { return shares.starts[shares.layer_at(begin)] != begin; };
   T* partial = workspace<T, Scratch::partial_sums>(shares.parts.count * area);
   shares.parts.parallel([&](int64_t part, int64_t begin, int64_t end) {
@@ -114,7 +114,7 @@ Tensor run_gram(const std::vector<Tensor>& features) {
   return result;
 }
 
-// (dA + dAᵀ) F, stored in the features' own type.
+// Compute (dA + dAᵀ) F, and store it in the features' type.
 template <typename T>
 std::vector<Tensor> run_backward(const Tensor& grad, const std::vector<Tensor>& features) {
   const auto layers = layers_of<T>(features);
@@ -152,12 +152,26 @@ std::vector<Tensor> run_backward(const Tensor& grad, const std::vector<Tensor>& 
 }  // namespace
 
 Tensor gram(const std::vector<Tensor>& features, bool) {
+  check_gram(features);
   return any_double(features) ? run_gram<double>(features) : run_gram<float>(features);
 }
 
 std::vector<Tensor> gram_backward(const Tensor& grad, const std::vector<Tensor>& features, bool) {
+  check_gram_backward(grad, features);
   const Tensor slopes = torch::stable::contiguous(grad);
   return with_compute_type(grad, [&](auto type) { return run_backward<decltype(type)>(slopes, features); });
 }
 
 }  // namespace kdkernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
+  // Products of every pair of samples, L x b x b. Each layer's features have the order of its dimensions. The gradients are b x
+  // depth in the same order.
+  m.def("gram(Tensor[] features, bool tf32=False) -> Tensor matrices");
+  m.def("gram_backward(Tensor grad_matrices, Tensor[] features, bool tf32=False) -> Tensor[] grad_features");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
+  m.impl("gram", TORCH_BOX(&kdkernels::gram));
+  m.impl("gram_backward", TORCH_BOX(&kdkernels::gram_backward));
+}

@@ -1,16 +1,17 @@
-// Inter-class correlation: row softmaxes of every sample's z zᵀ, averaged into a map, and the divergence of two maps.
+// Inter-class correlation: the row softmax of z zᵀ, averaged over the samples into a map, and the divergence of two maps.
 //
-// Work goes by a few rows of the map at a time. Their exponentials are computed for every sample and added up; what the loss
-// says of the summed rows is then pulled back to every sample's logits through the same exponentials. Nothing of size K² or
-// b·K² is held. Near 0, where float entries of the map lose their digits or vanish, logarithms in double take over.
+// The kernel works on a few rows of the map at a time. It computes their exponentials for every sample and adds them up. The
+// derivative of the loss with respect to the summed rows is applied to every sample's logits through the same exponentials. No
+// memory of size K² or b·K² is held. Entries of the map near 0 lose their digits in float or vanish. For these, the kernel uses
+// logarithms in double.
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
+#include "../checks/icc.h"
 #include "icc_rows.h"
 #include "log.h"
-#include "operators.h"
 #include "parallel.h"
 
 namespace kdkernels {
@@ -19,9 +20,9 @@ namespace {
 using namespace icc;
 
 constexpr int64_t kElementsPerThread = 32768;
-constexpr int64_t kKeptBytes = 1 << 20;  // exponentials kept for the gradient, not computed again: what a cache holds
+constexpr int64_t kKeptBytes = 1 << 20;  // exponentials kept for the gradient: what an L2 cache holds
 
-// Entries of the student's map below kLost have lost digits, which matters where the teacher's are not below kFaint: such an
+// Entries of the student's map below kLost have lost digits. This matters if the teacher's entry is not below kFaint. Such an
 // entry is called cold.
 template <typename T>
 constexpr T kLost = std::is_same_v<T, float> ? T(0x1p-80) : T(0x1p-900);
@@ -29,20 +30,20 @@ template <typename T>
 constexpr T kFaint = std::is_same_v<T, float> ? T(0x1p-60) : T(0x1p-200);
 
 template <typename T>
-struct Pair {
+struct Networks {
   Logits<T> student, teacher;
 
   bool finite(int64_t s) const { return student.finite(s) && teacher.finite(s); }
   bool finite() const { return student.finite() && teacher.finite(); }
 };
 
-// What a thread works in.
+// The scratch memory of a thread.
 template <typename T>
 struct Room {
   Correlations<T> student, teacher;
   T *row_student, *row_teacher;  // kMostRows x stride
 
-  // With `one_by_one` no exponentials are kept beyond their sample.
+  // With `one_by_one`, only the exponentials of one sample are kept.
   static Room of_this_thread(const Logits<T>& logits, bool one_by_one, bool want_student, bool want_teacher) {
     const int64_t batch = logits.batch, rows = kMostRows * logits.stride;
     const bool fits = (want_student + want_teacher) * batch * rows * int64_t(sizeof(T)) <= kKeptBytes;
@@ -61,11 +62,11 @@ struct Room {
   }
 };
 
-// The divergence of some rows of two maps, and the gradients that come from them.
-template <typename T, typename Rows>
+// The divergence of some rows of two maps, and its gradients.
+template <typename T, typename MapRows>
 class MapComparison {
  public:
-  MapComparison(const Pair<T>& logits, int64_t first, const Room<T>& memory)
+  MapComparison(const Networks<T>& logits, int64_t first, const Room<T>& memory)
       : student_{logits.student, first, memory.student},
         teacher_{logits.teacher, first, memory.teacher},
         map_student_(memory.row_student),
@@ -76,7 +77,7 @@ class MapComparison {
     student_.add_up(map_student_);
     teacher_.add_up(map_teacher_);
     double loss = 0;
-    for (int r = 0; r < Rows::count; ++r) loss += compare(r);
+    for (int r = 0; r < MapRows::count; ++r) loss += compare(r);
     if (grad_student) student_.pull_back(map_student_, colds_, grad_student);
     if (grad_teacher) teacher_.pull_back(map_teacher_, {student_.logits.batch}, grad_teacher);
     return loss;
@@ -85,12 +86,12 @@ class MapComparison {
  private:
   using V = typename Vec<T>::type;
 
-  // Stands for the derivative of a cold entry, whose exponentials are divided by it: so large that beside it the mean does
-  // not count, as it must not.
+  // The placeholder for the derivative of a cold entry, whose exponentials are divided by it. It is so large that the mean does
+  // not change the difference.
   static constexpr T kColdDerivative = T(0x1p60);
 
-  // KL(t, s) as the sum of t log(t / s) - t + s: with x = s / t each term is t (x - 1 - log x) >= 0, so that a small
-  // divergence is as precise as a large one. Replaces both rows by minus the derivatives.
+  // KL(t, s) as the sum of t log(t / s) - t + s: with x = s / t each term is t (x - 1 - log x) >= 0. So a small divergence is
+  // as precise as a large one. Replaces both rows by the negative derivatives.
   double compare(int r) {
     const Logits<T>& logits = student_.logits;
     const T average = T(1) / T(logits.batch);
@@ -119,13 +120,13 @@ class MapComparison {
     return cold ? loss + compare_cold(r, row_s, row_t) : loss;
   }
 
-  // t log(t / s) where s is so small that only its logarithm, from those of its summands in double, can be told.
+  // t log(t / s) for an s that is too small for float. Its logarithm comes from the logarithms of its summands in double.
   double compare_cold(int r, const T* row_s, T* row_t) {
     const Logits<T>& logits = student_.logits;
     const int64_t batch = logits.batch;
     std::vector<double> sums(batch), log_sums(batch), powers(batch);
     for (int64_t s = 0; s < batch; ++s) {
-      sums[s] = 1 / double(student_.memory.inverse_sums[s * Rows::count + r]);
+      sums[s] = 1 / double(student_.memory.inverse_sums[s * MapRows::count + r]);
       log_sums[s] = std::log(sums[s]);
     }
     double loss = 0;
@@ -147,7 +148,7 @@ class MapComparison {
       const double sum = sum_of<double>(total), t = row_t[j], log_ratio = std::log(t * batch / sum) - largest;
       loss += t * log_ratio;
       row_t[j] = T(-log_ratio);
-      // The responsibility of each sample for the entry, times b t.
+      // The responsibility of each sample for the entry, multiplied by b t.
       const double factor = batch * t / (sum * double(kColdDerivative));
       colds_.positions.push_back(r * logits.stride + j);
       for (int64_t s = 0; s < batch; ++s) colds_.exponentials.push_back(T(powers[s] * factor * sums[s]));
@@ -155,13 +156,13 @@ class MapComparison {
     return loss;
   }
 
-  Rows student_, teacher_;
+  MapRows student_, teacher_;
   T *map_student_, *map_teacher_;
   Colds<T> colds_;
 };
 
-// log of the sum of a row's exponentials, one over which is `inverse`. Where the largest, which is 1, is nearly all of it, the
-// others are added up by themselves: they are all that tells such a row from another.
+// Return the log of the sum of a row's exponentials. `inverse` is 1 / sum. The largest exponential is 1. If it is nearly the
+// whole sum, the other exponentials are added up separately, because only they distinguish such rows.
 template <typename T>
 T log_of_sum(const T* e, int64_t stride, T inverse) {
   using V = typename Vec<T>::type;
@@ -174,11 +175,11 @@ T log_of_sum(const T* e, int64_t stride, T inverse) {
   return std::log1p(sum_of<T>(others));
 }
 
-// The divergence of R rows of every sample's own correlations.
+// The divergence of R rows of every sample's own P.
 template <typename T, int R>
 class SampleComparison {
  public:
-  SampleComparison(const Pair<T>& logits, int64_t first, const Room<T>& memory)
+  SampleComparison(const Networks<T>& logits, int64_t first, const Room<T>& memory)
       : logits_(logits), first_(first), memory_(memory), stride_(logits.student.stride) {}
 
   double run(T* grad_student, T* grad_teacher) {
@@ -195,7 +196,7 @@ class SampleComparison {
  private:
   using V = typename Vec<T>::type;
 
-  // KL(p, q) as in kd.cpp: with d = log(p / q) each term is p (exp(-d) - 1 + d) >= 0, and q - p is p (exp(-d) - 1).
+  // KL(p, q) as in kd.cpp. With d = log(p / q), each term is p (exp(-d) - 1 + d) >= 0, and q - p is p (exp(-d) - 1).
   double compare(const Products<T, R>& student, const Products<T, R>& teacher, T* grad_student, T* grad_teacher) {
     T *q_row = memory_.student.exponentials, *p_row = memory_.teacher.exponentials, *derivative = memory_.row_teacher;
     T inverse_q[R], inverse_p[R], ones[R];
@@ -239,7 +240,7 @@ class SampleComparison {
     return loss;
   }
 
-  const Pair<T>& logits_;
+  const Networks<T>& logits_;
   int64_t first_;
   const Room<T>& memory_;
   int64_t stride_;
@@ -257,7 +258,7 @@ Blocks blocks_of(int64_t batch, int64_t classes) {
   return Blocks(classes, classes < 64 ? 1 : kMostRows, std::max<int64_t>(1, kElementsPerThread / (batch * classes)));
 }
 
-// The threads' gradients of one network's logits: sums over the rows of A that each has gone through.
+// One gradient of the logits per thread: the sum over the rows of A that this thread has processed.
 template <typename T>
 class PartialGradients {
  public:
@@ -269,13 +270,13 @@ class PartialGradients {
     return count * (of_groups ? of_groups : logits.batch * logits.stride);
   }
 
-  // The one of a thread, set to zero by it.
+  // Return the gradient of a thread, which the thread sets to zero.
   T* begin(int64_t block) const {
     std::fill(memory_ + block * size_, memory_ + (block + 1) * size_, T(0));
     return memory_ + block * size_;
   }
 
-  // Their sum in a fixed order, times `scale`.
+  // Return `scale` times their sum, in a fixed order.
   Tensor sum(const Tensor& like, const Logits<T>& logits, T scale) const {
     const Tensor total = new_compact(like, {logits.batch, logits.classes}, kScalarType<T>);
     T* out = total.mutable_data_ptr<T>();
@@ -318,8 +319,9 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teac
                                        bool want_student, bool want_teacher) {
   const int64_t batch = student.size(0), classes = student.size(1);
   const bool grouped = !per_sample && Logits<T>::suits_groups(batch, classes);
-  const Pair<T> logits{{student, workspace<T, Scratch::student_logits>(Logits<T>::size(student, grouped)), grouped},
-                       {teacher, workspace<T, Scratch::teacher_logits>(Logits<T>::size(teacher, grouped)), grouped}};
+  const Networks<T> logits{
+      {student, workspace<T, Scratch::student_logits>(Logits<T>::size(student, grouped)), grouped},
+      {teacher, workspace<T, Scratch::teacher_logits>(Logits<T>::size(teacher, grouped)), grouped}};
   const Blocks blocks = blocks_of(batch, classes);
   const int64_t partial = PartialGradients<T>::size(logits.student, blocks.count);
   T* memory = workspace<T, Scratch::partial_gradients>((want_student + want_teacher) * partial);
@@ -334,17 +336,18 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teac
       const Room<T> room = Room<T>::of_this_thread(logits.student, per_sample, want_student, want_teacher);
       T* grad_student = want_student ? of_student.begin(block) : nullptr;
       T* grad_teacher = want_teacher ? of_teacher.begin(block) : nullptr;
-      double sum = 0;  // not in `losses` row by row: the threads would take its cache line from each other
+      double sum = 0;  // local, because threads that write to `losses` would share its cache lines
       const auto compare = [&](auto&& rows) { sum += rows.run(grad_student, grad_teacher); };
       if (grouped)
-        for (int64_t first = begin; first < end; ++first) compare(MapComparison<T, GroupedRow<T>>(logits, first, room));
+        for (int64_t first = begin; first < end; ++first)
+          compare(MapComparison<T, GroupedMapRow<T>>(logits, first, room));
       else
         for_rows(begin, end, [&](auto count, int64_t first) {
           constexpr int R = decltype(count)::value;
           if (per_sample)
             compare(SampleComparison<T, R>(logits, first, room));
           else
-            compare(MapComparison<T, Rows<T, R>>(logits, first, room));
+            compare(MapComparison<T, MapRows<T, R>>(logits, first, room));
         });
       losses[block] = sum;
     });
@@ -379,7 +382,7 @@ Tensor run_map(const Tensor& tensor) {
     const Room<T> room = Room<T>::of_this_thread(logits, true, false, false);
     for_rows(begin, end, [&](auto count, int64_t first) {
       constexpr int R = decltype(count)::value;
-      Rows<T, R>{logits, first, room.student}.add_up(room.row_student);
+      MapRows<T, R>{logits, first, room.student}.add_up(room.row_student);
       for (int r = 0; r < R; ++r)
         for (int64_t j = 0; j < classes; ++j)
           out[(first + r) * classes + j] = room.row_student[r * stride + j] / T(logits.batch);
@@ -409,7 +412,7 @@ Tensor run_map_backward(const Tensor& grad_map, const Tensor& tensor) {
         for (int r = 0; r < R; ++r)
           for (int64_t j = 0; j < classes; ++j)
             room.row_student[r * stride + j] = -derivative[(first + r) * row + j * column];
-        Rows<T, R>{logits, first, room.student}.pull_back(room.row_student, {batch}, grad);
+        MapRows<T, R>{logits, first, room.student}.pull_back(room.row_student, {batch}, grad);
       });
     });
   }
@@ -421,24 +424,35 @@ Tensor run_map_backward(const Tensor& grad_map, const Tensor& tensor) {
 }  // namespace
 
 Tensor icc_map(const Tensor& logits) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.numel() > 0, "icc_map: logits must be b x K and not empty");
+  check_icc_map(logits);
   return with_compute_type(logits, [&](auto type) { return run_map<decltype(type)>(logits); });
 }
 
 Tensor icc_map_backward(const Tensor& grad_map, const Tensor& logits) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.numel() > 0 && grad_map.dim() == 2 &&
-                      grad_map.size(0) == logits.size(1) && grad_map.size(1) == logits.size(1),
-                  "icc_map_backward: logits must be b x K and not empty, grad_map K x K");
+  check_icc_map_backward(grad_map, logits);
   return with_compute_type(logits, [&](auto type) { return run_map_backward<decltype(type)>(grad_map, logits); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> icc_loss(const Tensor& student, const Tensor& teacher, bool per_sample, double scale,
                                             bool grad_student, bool grad_teacher) {
-  STD_TORCH_CHECK(student.dim() == 2 && teacher.dim() == 2 && student.size(0) == teacher.size(0) &&
-                      student.size(1) == teacher.size(1) && student.numel() > 0,
-                  "icc_loss: student and teacher must be b x K, of one shape and not empty");
+  check_icc_loss(student, teacher, scale);
   const bool in_double = student.scalar_type() == ScalarType::Double || teacher.scalar_type() == ScalarType::Double;
   return (in_double ? run<double> : run<float>)(student, teacher, per_sample, scale, grad_student, grad_teacher);
 }
 
 }  // namespace kdkernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
+  m.def("icc_map(Tensor logits) -> Tensor");
+  m.def("icc_map_backward(Tensor grad_map, Tensor logits) -> Tensor");
+  // scale times the KL of the K x K maps, or the mean KL of every sample's own map.
+  m.def(
+      "icc_loss(Tensor student, Tensor teacher, bool per_sample, float scale, bool grad_student, bool grad_teacher)"
+      " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
+  m.impl("icc_map", TORCH_BOX(&kdkernels::icc_map));
+  m.impl("icc_map_backward", TORCH_BOX(&kdkernels::icc_map_backward));
+  m.impl("icc_loss", TORCH_BOX(&kdkernels::icc_loss));
+}

@@ -1,7 +1,7 @@
-// Rows of the inter-class correlation map, added up over the samples, and their way back to the logits.
+// Rows of the inter-class correlation map, summed over the samples, and their gradient with respect to the logits.
 //
-// The exponentials of a few rows are computed for every sample, with the classes in a vector's lanes; or those of one row with
-// the samples in the lanes, where they fill the vectors better.
+// The kernels compute the exponentials of a few rows for every sample, with classes in the lanes of a vector. If samples fill
+// the lanes better, they compute the exponentials of one row with samples in the lanes.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 
 namespace kdkernels::icc {
 
-constexpr int64_t kBlock = 1024;  // terms added up before their sum is added to others
+constexpr int64_t kBlock = 1024;  // terms of a sum before it is added to another sum, which bounds the rounding error
 constexpr int kMostRows = 4;
 constexpr int64_t kSamples = 8;
 constexpr int64_t kGroupedElements = 1 << 15;
@@ -27,14 +27,14 @@ T sum_of(typename Vec<T>::type lanes) {
   return reduce<T>(lanes, [](V a, V b) { return a + b; });
 }
 
-// Each of `a` and `b` folded in two: the sums of `a` come to lie in the lanes without the bit `step`, those of `b` with it.
+// Fold `a` and `b` in half. The sums of `a` are in the lanes without the bit `step`, the sums of `b` in the lanes with it.
 template <typename T, int64_t step>
 typename Vec<T>::type fold(typename Vec<T>::type a, typename Vec<T>::type b) {
   vec_detail::exchange<step>(a, b, std::make_integer_sequence<int64_t, Vec<T>::size>());
   return a + b;
 }
 
-// R vectors, a power of two and at most a vector's lanes, folded into one: lane r has a part of the sum of vector r % R.
+// Fold R vectors into one. R is a power of two, at most the number of lanes. Lane r has a part of the sum of vector r % R.
 template <typename T, int R>
 [[gnu::always_inline]] inline typename Vec<T>::type fold_all(const typename Vec<T>::type* rows) {
   if constexpr (R == 1)
@@ -43,7 +43,7 @@ template <typename T, int R>
     return fold<T, R / 2>(fold_all<T, R / 2>(rows), fold_all<T, R / 2>(rows + R / 2));
 }
 
-// The sums over the lanes of R vectors, all at once.
+// Return the sums over the lanes of R vectors.
 template <typename T, int R>
 [[gnu::always_inline]] inline void sums_of(const typename Vec<T>::type* rows, T* out) {
   if constexpr (R == 1 || R > Vec<T>::size) {
@@ -55,8 +55,8 @@ template <typename T, int R>
   }
 }
 
-// One network's logits as numbers of the compute type, a row per sample, with zeros behind the last class. On demand also in
-// groups of as many samples as a vector has lanes: class by class the numbers of all of them.
+// One network's logits in the compute type: [batch][stride], with zeros behind the last class. On demand also in groups of as
+// many samples as a vector has lanes: [groups][classes][lanes].
 template <typename T>
 class Logits {
   using V = typename Vec<T>::type;
@@ -87,19 +87,20 @@ class Logits {
     const int64_t batch = tensor.size(0), classes = tensor.size(1);
     return batch * padded(classes) + (grouped ? padded(batch) * (padded(classes) + 2) : 0);
   }
-  // Whether the samples fill the lanes better than the classes do, and one row's exponentials of all of them fit into a cache.
+  // Return whether samples fill the lanes better than classes, and the exponentials of one row fit into a cache for all
+  // samples.
   static bool suits_groups(int64_t batch, int64_t classes) {
     return padded(batch) * classes <= std::min(batch * padded(classes), kGroupedElements);
   }
 
   const T* sample(int64_t s) const { return numbers_ + s * stride; }
   const T* group(int64_t g) const { return numbers_ + batch * stride + g * (stride + 2) * lanes; }
-  // The logits whose products with those of `z` are largest.
+  // Return the logits that have the largest products with the logits `z`.
   V partners(int64_t g, V z) const {
     const T* extremes = group(g) + stride * lanes;
     return z >= T(0) ? load<T>(extremes + lanes) : load<T>(extremes);
   }
-  // The class whose logit has the largest product with z.
+  // Return the class whose logit has the largest product with z.
   int64_t partner(int64_t s, T z) const { return z >= 0 ? largest_[s] : smallest_[s]; }
   bool finite(int64_t s) const { return smallest_[s] >= 0; }
   bool finite() const {
@@ -136,7 +137,7 @@ class Logits {
     largest_[s] = finite ? std::find(z, z + classes, reduce<T>(largest, greater)) - z : -1;
   }
 
-  // Behind the classes come the smallest logits and the largest. Samples that do not exist are zeros.
+  // The smallest and the largest logits stand behind the classes. Missing samples are zeros.
   void fill_group(int64_t g) {
     T* out = numbers_ + (group(g) - numbers_);
     for (int64_t j = 0; j < classes; j += lanes)
@@ -171,11 +172,11 @@ class Logits {
   static V greater(V a, V b) { return a > b ? a : b; }
 
   T* numbers_;
-  std::vector<int64_t> smallest_, largest_;  // classes, -1 where not all logits are finite
+  std::vector<int64_t> smallest_, largest_;  // classes; -1 if not all logits are finite
 };
 
-// A - max A of a row z_i z of A, by the difference of the logits: products of confident logits are in the hundreds, and were
-// they rounded first, the difference would be lost; of the largest logits it would overflow.
+// A - max A for a row z_i z of A, from the difference of the logits. Products of confident logits are in the hundreds. If they
+// were rounded first, the difference would lose its digits. Products of the largest logits would overflow.
 template <typename T>
 struct BelowMax {
   using V = typename Vec<T>::type;
@@ -184,7 +185,7 @@ struct BelowMax {
 
   BelowMax(V factor, V partner) : factor(factor), factor_log2e(factor * kLog2e<T>), partner(partner) {}
   V operator()(V z_j) const { return (z_j - partner) * factor; }
-  // What 2 is raised to for its exponential.
+  // The power of 2 that is its exponential.
   V exponent(V z_j) const { return (z_j - partner) * factor_log2e; }
   double exactly(T z_j) const { return (double(z_j) - partner[0]) * factor[0]; }
 };
@@ -197,7 +198,7 @@ struct Products {
   const T* z;
   int64_t classes;
   T factor[R];
-  int64_t top[R];  // the class whose logit's product with the factor is largest
+  int64_t top[R];  // the class whose logit has the largest product with the factor
 
   Products(const Logits<T>& logits, int64_t s, int64_t first) : z(logits.sample(s)), classes(logits.classes) {
     for (int r = 0; r < R; ++r) {
@@ -209,7 +210,7 @@ struct Products {
   BelowMax<T> below_max(int r) const { return {V{} + factor[r], V{} + z[top[r]]}; }
   std::array<BelowMax<T>, R> below_max() const { return below_max(std::make_integer_sequence<int, R>()); }
 
-  // exp(A - max A) in rows of `stride`, zeros behind the last class, and one over their sums.
+  // Compute exp(A - max A) in rows of `stride`, with zeros behind the last class, and the inverse sums.
   [[gnu::always_inline]] void exponentials(T* out, int64_t stride, T* inverse_sums) const {
     const auto below = below_max();
     V sums[R] = {};
@@ -242,8 +243,8 @@ struct Products {
     for (int r = 0; r < R; ++r) inverse_sums[r] = 1 / totals[r];
   }
 
-  // Adds to the sample's gradient what dA gives: z_r dA_r to all logits, and dA_r · z to logit r. dA(j, r) comes without
-  // its factor scales[r].
+  // Add the share of dA to the sample's gradient: z_r dA_r to all logits, and dA_r · z to logit r. dA(j, r) does not have its
+  // factor scales[r] yet.
   template <typename F>
   [[gnu::always_inline]] void spread(int64_t first, int64_t stride, const T* scales, T* grad,
                                      const F& d_products) const {
@@ -269,8 +270,8 @@ struct Products {
     for (int r = 0; r < R; ++r) grad[first + r] += totals[r] * scales[r];
   }
 
-  // Given the exponentials and -dL/dP, the sample's gradient is dA = P (mean - (negative - top)) with `top` the largest
-  // entry's `negative`, so that nothing cancels where that entry is nearly 1, and mean = P · (negative - top).
+  // Given the exponentials and negative = -dL/dP, the sample's gradient is dA = P (mean - (negative - top)), where mean = P ·
+  // (negative - top). `top` is `negative` of the largest entry. With it, nothing cancels if this entry is nearly 1.
   [[gnu::always_inline]] void means(int64_t stride, const T* e, const T* inverse, const T* negative, V* out) const {
     V dots[R] = {}, tops[R];
     for (int r = 0; r < R; ++r) tops[r] = V{} + negative[r * stride + top[r]];
@@ -309,7 +310,7 @@ struct Products {
   }
 };
 
-// The exponentials of R rows of one network: of all samples or, where those would not stay in the cache, of a few.
+// The exponentials of R rows of one network, for all samples. If they do not fit in the cache, only for some samples.
 template <typename T>
 struct Correlations {
   T* exponentials;
@@ -319,12 +320,12 @@ struct Correlations {
   T* of(int64_t s, int R, int64_t stride) const { return exponentials + (kept ? s : s % kSamples) * R * stride; }
 };
 
-// Entries of the student's map that float cannot hold, with the exponentials that stand for each in every sample.
+// Entries of the student's map that float cannot hold, and the exponentials of each entry for every sample.
 template <typename T>
 struct Colds {
   int64_t batch;
   std::vector<int64_t> positions = {};  // in the R rows
-  std::vector<T> exponentials = {};     // batch of them for each
+  std::vector<T> exponentials = {};     // [positions][batch]
 
   void put(int64_t s, T* rows) const {
     for (size_t i = 0; i < positions.size(); ++i) rows[positions[i]] = exponentials[i * batch + s];
@@ -332,7 +333,7 @@ struct Colds {
 };
 
 template <typename T, int R>
-struct Rows {
+struct MapRows {
   using V = typename Vec<T>::type;
   static constexpr int count = R;
 
@@ -358,7 +359,7 @@ struct Rows {
     });
   }
 
-  // Given -dL/dP, R rows, the same for all samples, adds up the gradients of all samples.
+  // Add the gradients of all samples, given R rows of -dL/dP, which all samples share.
   void pull_back(const T* negative, const Colds<T>& colds, T* grad) const {
     const int64_t stride = logits.stride;
     for_samples([&](int64_t begin, int64_t end) {
@@ -378,16 +379,16 @@ struct Rows {
   }
 
  private:
-  // A few samples at a time: one's sums take long to be ready, and the others need not wait for them.
+  // A few samples at a time, because the latency of one sample's sums is hidden by the other samples.
   template <typename F>
   void for_samples(const F& f) const {
     for (int64_t begin = 0; begin < logits.batch; begin += kSamples) f(begin, std::min(begin + kSamples, logits.batch));
   }
 };
 
-// One row, with the samples of a group in the lanes. Gradients lie as the groups do.
+// One row, with the samples of a group in the lanes. Gradients have the layout of the groups.
 template <typename T>
-struct GroupedRow {
+struct GroupedMapRow {
   using V = typename Vec<T>::type;
   static constexpr int count = 1;
   static constexpr int64_t lanes = Vec<T>::size;
@@ -396,7 +397,7 @@ struct GroupedRow {
   int64_t first;
   Correlations<T> memory;
 
-  // As in Rows.
+  // As in MapRows.
   void add_up(T* map) const {
     for (int64_t g = 0; g < logits.groups; ++g) exponentials(g);
     const int64_t groups = logits.groups, size = logits.classes * lanes;
@@ -407,7 +408,7 @@ struct GroupedRow {
       for (int64_t g = 0; g < groups; ++g) {
         const T* e = memory.exponentials + g * size + j * lanes;
         const V share = load<T>(inverse + g * lanes);
-        if (width == lanes)  // their places are then constants, and the sums stay in registers
+        if (width == lanes)  // constant offsets keep the sums in registers
 #pragma GCC unroll 16
           for (int64_t i = 0; i < lanes; ++i) sums[i] += load<T>(e + i * lanes) * share;
         else
@@ -448,11 +449,11 @@ struct GroupedRow {
       store<T>(out + j * lanes, e);
       return e;
     });
-    // Samples that do not exist have no share.
+    // Missing samples contribute nothing.
     store<T>(memory.inverse_sums + g * lanes, first_lanes<T>(logits.batch - g * lanes) ? T(1) / sum : V{});
   }
 
-  // Every sample's `negative` of the class whose product is largest.
+  // `negative` of the class with the largest product, for every sample.
   V tops_of(int64_t g, const T* negative) const {
     const V factor = factors(g);
     V tops{};
@@ -473,7 +474,7 @@ struct GroupedRow {
     const int64_t classes = logits.classes;
     for (int64_t begin = 0; begin < classes; begin += kBlock) {
       const int64_t end = std::min(classes, begin + kBlock);
-      V parts[4] = {};  // one sum would wait for itself
+      V parts[4] = {};  // four independent sums hide the latency of an addition
       int64_t j = begin;
       for (; j + 4 <= end; j += 4)
 #pragma GCC unroll 4

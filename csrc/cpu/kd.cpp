@@ -1,10 +1,11 @@
-// Temperature-softened KL divergence. Each row of logits is passed over three times while it is in cache: for its maxima,
-// for the exponentials and their sums, for the divergence and the student's gradient; twice more for the teacher's.
+// Temperature-softened KL divergence. The kernel reads each row of logits three times while it is in the cache: for the maxima,
+// for the exponentials and their sums, and for the divergence and the student's gradient. The teacher's gradient needs two more
+// passes.
 #include <algorithm>
 #include <cmath>
 
+#include "../checks/kd.h"
 #include "exp.h"
-#include "operators.h"
 #include "parallel.h"
 #include "tensors.h"
 #include "workspace.h"
@@ -13,14 +14,14 @@ namespace kdkernels {
 namespace {
 
 constexpr int64_t kElementsPerThread = 16384;
-constexpr int64_t kBlock = 1024;  // elements summed in the compute type before the sum is taken on in double
+constexpr int64_t kBlock = 1024;  // elements that are summed in the compute type before their sum is added in double
 
 // Logits of any element type and strides, read row by row as numbers of the compute type T.
 template <typename T>
 struct Logits {
   const char* data;
   int64_t row_bytes, column, classes;
-  void (*read)(const void* source, int64_t column, int64_t count, T* out);  // null for rows that need no conversion
+  void (*read)(const void* source, int64_t column, int64_t count, T* out);  // null if the rows need no conversion
 
   const T* row(int64_t i, T* buffer) const {
     const void* source = data + i * row_bytes;
@@ -67,7 +68,7 @@ struct Row {
   const T *student, *teacher;
   int64_t classes;
   T inverse_temperature;
-  T *exp_student, *exp_teacher;  // exp((x - max) / T): q and p but for their sums
+  T *exp_student, *exp_teacher;  // exp((x - max) / T): q and p without the division by their sums
   T max_student = max_of(student, classes), max_teacher = max_of(teacher, classes);
   double sum_student = 0, sum_teacher = 0;
 
@@ -88,8 +89,11 @@ struct Row {
     }
   }
 
-  // KL(p, q) = sum of p log(p / q) - p + q. With d = log(p / q) each term is p (exp(-d) - 1 + d) >= 0, so that a small
-  // divergence is as precise as a large one. `gradient`, unless null, receives factor (q - p).
+  // KL(p, q) = sum of p log(p / q) - p + q. With d = log(p / q), each term is p (exp(-d) - 1 + d) >= 0. So a small divergence
+  // is as precise as a large one. `gradient`, unless null, receives factor (q - p).
+  //
+  // `absent`: whether logits may be -inf. If the teacher has -inf, p is 0. If only the student has -inf, the sum is +inf.
+  template <bool absent>
   double divergence(double factor, T* gradient) const {
     const T inverse_p = T(1 / sum_teacher), inverse_q = T(1 / sum_student),
             log_sums = T(std::log(sum_student / sum_teacher));
@@ -99,9 +103,12 @@ struct Row {
       for_vectors<T>(begin, std::min(begin + kBlock, classes), [&](int64_t j, int64_t count) {
         const V p = load_first<T>(exp_teacher + j, count, T(0)) * inverse_p;
         const V q = load_first<T>(exp_student + j, count, T(0)) * inverse_q;
-        const V d = log_ratio(max_student, j, count, log_sums), pd = p * d;
+        V d = log_ratio(max_student, j, count, log_sums);
+        if (absent) d = no_teacher(j, count) ? V{} + T(1) : d;  // any number, because p is 0
+        const V pd = p * d;
         const auto small = (d < T(0.5)) & (d > T(-0.5));
-        const V term = small ? p * exp_remainder<T>(d) : pd - (p - q);
+        V term = small ? p * exp_remainder<T>(d) : pd - (p - q);
+        if (absent) term = only_teacher(j, count) ? V{} + (log_sums + T(INFINITY)) : term;
         block += first_lanes<T>(count) ? term : V{};
         if (gradient) store_first<T>(gradient + j, T(factor) * (small ? term - pd : q - p), count);
       });
@@ -110,11 +117,18 @@ struct Row {
     return total;
   }
 
-  // factor p (log(p / q) - divergence), with logarithms counted from that of the teacher's largest class: where its p is nearly
-  // 1 the divergence is nearly its logarithm, and the difference would be lost.
+  // factor p (log(p / q) - divergence), with logarithms relative to the teacher's largest class. If its p is nearly 1, the
+  // divergence is nearly its logarithm, and the difference would cancel. `absent`: classes that a network has not add nothing.
+  template <bool absent>
   void gradient_teacher(double factor, T* out) const {
     const int64_t top = std::min(std::find(teacher, teacher + classes, max_teacher) - teacher, classes - 1);
-    const auto ratio = [&](int64_t j, int64_t count) { return log_ratio(student[top], j, count, T(0)); };
+    const T of_student = absent ? max_student : student[top],
+            constant = absent ? T(std::log(sum_student / sum_teacher)) : T(0);
+    const auto ratio = [&](int64_t j, int64_t count) {
+      const V d = log_ratio(of_student, j, count, constant);
+      if (!absent) return d;
+      return no_teacher(j, count) | only_teacher(j, count) ? V{} : d;
+    };
     const auto exponentials = [&](int64_t j, int64_t count) { return load_first<T>(exp_teacher + j, count, T(0)); };
     double total = 0;
     for (int64_t begin = 0; begin < classes; begin += kBlock) {
@@ -130,10 +144,17 @@ struct Row {
   }
 
  private:
-  // Subtracted before anything is rounded: near the maximum the difference is exact.
+  V student_at(int64_t j, int64_t count) const { return load_first<T>(student + j, count, max_student); }
+  V teacher_at(int64_t j, int64_t count) const { return load_first<T>(teacher + j, count, max_teacher); }
+  auto no_teacher(int64_t j, int64_t count) const { return teacher_at(j, count) == -T(INFINITY); }
+  auto only_teacher(int64_t j, int64_t count) const {
+    return (student_at(j, count) == -T(INFINITY)) & (teacher_at(j, count) > -T(INFINITY));
+  }
+
+  // Subtract before anything is rounded. Near the maximum, the difference is exact.
   V below(const T* row, T max, int64_t j, int64_t count) const { return load_first<T>(row + j, count, max) - max; }
 
-  // log(p / q) but for a constant, from the differences to the teacher's largest logit and to one of the student's.
+  // log(p / q) up to a constant, from the differences to the teacher's largest logit and to one logit of the student.
   V log_ratio(T of_student, int64_t j, int64_t count, T constant) const {
     const V difference = below(teacher, max_teacher, j, count) - below(student, of_student, j, count);
     return difference * inverse_temperature + constant;
@@ -165,8 +186,14 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teac
           students.row(i, buffer), teachers.row(i, buffer + classes), classes, T(1 / temperature), buffer + 2 * classes,
           buffer + 3 * classes};
       row.exponentials();
-      losses[i] = row.divergence(factor, student_out ? student_out + i * classes : nullptr);
-      if (teacher_out) row.gradient_teacher(factor, teacher_out + i * classes);
+      T* const of_student = student_out ? student_out + i * classes : nullptr;
+      T* const of_teacher = teacher_out ? teacher_out + i * classes : nullptr;
+      losses[i] = row.template divergence<false>(factor, of_student);
+      const bool absent = !std::isfinite(losses[i]);
+      if (absent) losses[i] = row.template divergence<true>(factor, of_student);
+      if (of_teacher)
+        absent ? row.template gradient_teacher<true>(factor, of_teacher)
+               : row.template gradient_teacher<false>(factor, of_teacher);
     }
   });
   double loss = 0;
@@ -178,11 +205,19 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teac
 
 std::tuple<Tensor, Tensor, Tensor> kd(const Tensor& student, const Tensor& teacher, double temperature, double scale,
                                       bool grad_student, bool grad_teacher) {
-  STD_TORCH_CHECK(student.dim() == 2 && teacher.dim() == 2 && student.size(0) == teacher.size(0) &&
-                      student.size(1) == teacher.size(1) && student.numel() > 0,
-                  "kd: student and teacher must be b x K, of one shape and not empty");
+  check_kd(student, teacher, temperature, scale);
   const bool in_double = student.scalar_type() == ScalarType::Double || teacher.scalar_type() == ScalarType::Double;
   return (in_double ? run<double> : run<float>)(student, teacher, temperature, scale, grad_student, grad_teacher);
 }
 
 }  // namespace kdkernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
+  // Gradients belong to the loss. They are float32 (float64 for float64 inputs), and empty if they are not wanted. tf32:
+  // whether factors of float32 products may be rounded to tf32. The CPU never does this.
+  m.def(
+      "kd(Tensor student, Tensor teacher, float temperature, float scale, bool grad_student, bool grad_teacher)"
+      " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) { m.impl("kd", TORCH_BOX(&kdkernels::kd)); }

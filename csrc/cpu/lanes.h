@@ -1,4 +1,4 @@
-// Single lanes of vectors: rows whose length is no multiple of a vector's, and sums over all lanes.
+// Single lanes of vectors: for rows whose length is not a multiple of the lanes, and for sums over all lanes.
 #pragma once
 
 #if defined(__AVX2__)
@@ -11,7 +11,7 @@
 
 namespace kdkernels {
 
-// While it lives, the thread takes denormal numbers for 0: with them, arithmetic is a hundred times slower.
+// While it exists, the thread treats denormal numbers as 0. Arithmetic with denormal numbers is a hundred times slower.
 class FlushDenormals {
 #if defined(__SSE__)
  public:
@@ -31,7 +31,7 @@ class FlushDenormals {
 template <typename T>
 using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
-// What comparisons of vectors give: integers as wide as T.
+// The result of a comparison of vectors: integers as wide as T.
 template <typename T>
 using Mask = typename Vec<Integer<T>>::type;
 
@@ -43,7 +43,7 @@ inline Mask<T> lane_numbers() {
   return lane;
 }
 
-// Set in the first `count` lanes.
+// A mask that is set in the first `count` lanes.
 template <typename T>
 inline Mask<T> first_lanes(int64_t count) {
   return lane_numbers<T>() < Integer<T>(count);
@@ -92,7 +92,7 @@ inline void store_first(T* out, typename Vec<T>::type value, int64_t count) {
 #endif
 }
 
-// The larger of two numbers, b where either is NaN: in one instruction, which GCC does not make of a comparison.
+// Return the larger number, or b if either is NaN, in one instruction. GCC does not compile a comparison to it.
 template <typename T>
 inline typename Vec<T>::type larger(typename Vec<T>::type a, typename Vec<T>::type b) {
 #if defined(__AVX512F__)
@@ -110,7 +110,7 @@ inline typename Vec<T>::type larger(typename Vec<T>::type a, typename Vec<T>::ty
 #endif
 }
 
-// Call f(j, count) for the vectors that cover [begin, end); only the last may have count < size.
+// Call f(j, count) for the vectors that cover [begin, end). Only the last vector may have count < size.
 template <typename T, typename F>
 inline void for_vectors(int64_t begin, int64_t end, const F& f) {
   int64_t j = begin;
@@ -118,7 +118,7 @@ inline void for_vectors(int64_t begin, int64_t end, const F& f) {
   if (j < end) f(j, end - j);
 }
 
-// All lanes combined by f, which works on vectors.
+// Combine all lanes with f, which works on vectors.
 template <typename T, typename F>
 inline T reduce(typename Vec<T>::type value, const F& f) {
 #pragma GCC unroll 8

@@ -1,14 +1,15 @@
-// The whole LKD loss, every stage of it, in one call: patches of both networks, their congruence, gradients of the features.
+// The whole LKD loss of all stages in one call: the patches of both networks, their congruence, and the gradients to the
+// features.
+#include "../checks/local_correlation.h"
 #include "../relations.h"
 #include "congruence.h"
-#include "operators.h"
 #include "patches.h"
 #include "workspace.h"
 
 namespace kdkernels {
 namespace {
 
-// Where one network's gradient goes: a new tensor of the size of its patches, or nowhere.
+// The gradient of one network: a new tensor of the size of its patches, or nothing.
 template <typename T>
 Tensor new_gradient(const Partition& partition, const Tensor& like, bool wanted) {
   if (!wanted) return new_compact(like, {0}, kScalarType<T>);
@@ -38,7 +39,7 @@ Result run_stage(const Tensor& student, const Tensor& teacher, const Partition& 
   T* grad_y = want_teacher ? grad_teacher.mutable_data_ptr<T>() : nullptr;
   Congruence<T> problem{{x, line_x, 1}, {y, line_y, 1},    rows,         cut_x.length(),
                         cut_y.length(), cut_x.positions(), coefficients, plan};
-  // D_rr of unit rows is 0, or ±1 where one network's patch is dead and the other's is not; its gradient is radial.
+  // D_rr of unit rows is 0. It is ±1 if exactly one of the two patches has norm <= eps. Its gradient is radial.
   double own = coefficients.diagonal;
   problem.coefficients.diagonal = 0;
   if (rows == 1) {
@@ -48,7 +49,7 @@ Result run_stage(const Tensor& student, const Tensor& teacher, const Partition& 
   double loss = problem.run(grad_x, grad_y);
   for (int64_t r = 0; r < rows; ++r) {
     if ((norms_x[r] == 0) != (norms_y[r] == 0)) loss += own;
-    loss += 0.0 * norms_x[r] * norms_y[r];  // NaN for NaN even where every pair has the weight 0
+    loss += 0.0 * norms_x[r] * norms_y[r];  // NaN stays NaN even if every pair has weight 0
   }
   if (grad_x) cut_x.denormalise(grad_x, x, line_x, norms_x, grad_x);
   if (grad_y) cut_y.denormalise(grad_y, y, line_y, norms_y, grad_y);
@@ -65,6 +66,7 @@ std::tuple<Tensor, std::vector<Tensor>> local_correlation(
     const std::vector<Tensor>& students, const std::vector<Tensor>& teachers, const std::vector<Tensor>& masks,
     const std::vector<int64_t>& k, const std::vector<double>& weights, bool mean, const std::vector<int64_t>& plans,
     std::optional<double> threshold, bool resize, double eps, const std::vector<int64_t>& wanted, bool) {
+  check_local_correlation(students, teachers, masks, k, weights, plans, threshold, resize, eps, wanted);
   const int64_t stages = students.size();
   std::vector<Tensor> grads(2 * stages);
   double loss = 0;
@@ -92,12 +94,13 @@ std::vector<Tensor> local_correlation_backward(const Tensor& grad_loss, const st
                                                const std::vector<int64_t>& shapes, const std::vector<Tensor>& masks,
                                                const std::vector<int64_t>& k, std::optional<double> threshold,
                                                bool resize) {
+  check_local_correlation_backward(grad_loss, grad_rows, shapes, masks, k, threshold, resize);
   const double scale =
       with_compute_type(grad_loss, [&](auto type) { return double(*grad_loss.const_data_ptr<decltype(type)>()); });
   const int64_t stages = k.size();
   std::vector<Tensor> grads;
   for (int64_t i = 0; i < 2 * stages; ++i) {
-    const Tensor& rows = grad_rows[i];
+    const Tensor rows = compact(grad_rows[i]);
     grads.push_back(with_compute_type(rows, [&](auto type) {
       using T = decltype(type);
       if (rows.numel() == 0) return new_compact(rows, {0});
@@ -111,3 +114,21 @@ std::vector<Tensor> local_correlation_backward(const Tensor& grad_loss, const st
 }
 
 }  // namespace kdkernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
+  // masks: empty, or one per stage. weights: for pairs of one image, pairs of one position, and other pairs. mean: divide each
+  // sum by its number of pairs. plans: three form codes per stage. wanted: a flag for the student's features of every stage,
+  // then for the teacher's. grad_rows: in the same order, the gradient of the patches before the normalisation.
+  m.def(
+      "local_correlation(Tensor[] students, Tensor[] teachers, Tensor[] masks, int[] k, float[] weights,"
+      " bool mean, int[] plans, float? threshold, bool resize, float eps, int[] wanted, bool tf32=False)"
+      " -> (Tensor loss, Tensor[] grad_rows)");
+  m.def(
+      "local_correlation_backward(Tensor grad_loss, Tensor[] grad_rows, int[] shapes, Tensor[] masks, int[] k,"
+      " float? threshold, bool resize) -> Tensor[] grad_features");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
+  m.impl("local_correlation", TORCH_BOX(&kdkernels::local_correlation));
+  m.impl("local_correlation_backward", TORCH_BOX(&kdkernels::local_correlation_backward));
+}

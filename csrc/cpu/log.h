@@ -1,4 +1,4 @@
-// The logarithm on vectors, of ratios that may be close to 1.
+// Vectorised logarithm, for ratios that may be close to 1.
 #pragma once
 
 #include "lanes.h"
@@ -11,7 +11,8 @@ struct Logarithm {
   typename Vec<T>::type log, remainder;
 };
 
-// For normal x > 0, to a few units in the last place. `above` is x - 1, which the caller may know to more digits than x has.
+// For normal x > 0, with an error of a few units in the last place. `above` is x - 1. The caller may know it to more digits
+// than x has.
 template <typename T>
 inline Logarithm<T> logarithm(typename Vec<T>::type x, typename Vec<T>::type above) {
   using V = typename Vec<T>::type;

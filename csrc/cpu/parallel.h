@@ -1,4 +1,4 @@
-// Sharing loops out over PyTorch's threads, always in the same way for the same sizes, so that results repeat bit by bit.
+// Loops over PyTorch's threads. Equal sizes are always divided in the same way, so results repeat bit by bit.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -8,8 +8,7 @@
 
 namespace kdkernels {
 
-// [0, size) cut into one contiguous block per thread. Blocks begin at multiples of `multiple` and hold at least `grain`
-// elements.
+// [0, size) in one contiguous block per thread. Blocks begin at multiples of `multiple` and have at least `grain` elements.
 struct Blocks {
   int64_t size, count, length;
 

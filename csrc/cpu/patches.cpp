@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "operators.h"
+#include "../checks/patches.h"
 #include "parallel.h"
 #include "rows.h"
 #include "workspace.h"
@@ -11,10 +11,10 @@
 namespace kdkernels {
 namespace {
 
-// Elements worth waking another thread for.
+// The number of elements that is worth another thread.
 constexpr int64_t kGrain = 1 << 13;
 
-// One image's maps: element (c, y, x) lies at data[c * channel + y * line + x * pixel].
+// The maps of one image. Element (c, y, x) is at data[c * channel + y * line + x * pixel].
 template <typename T>
 struct Maps {
   T* data;
@@ -41,7 +41,7 @@ std::vector<Tap<T>> stretch(int64_t begin, int64_t end, int64_t size) {
   std::vector<Tap<T>> taps(size);
   const int64_t length = end - begin;
   for (int64_t o = 0; o < size; ++o) {
-    // (o + 1/2) * length / size - 1/2 in whole numbers: an output that lies on an input must get nothing of the next one,
+    // (o + 1/2) * length / size - 1/2 in integers. An output at the position of an input must get nothing from the next input,
     // which may be larger by any factor.
     const int64_t source = std::max<int64_t>(0, (2 * o + 1) * length - size), low = source / (2 * size);
     taps[o] = {begin + low, begin + std::min(low + 1, length - 1), T(source % (2 * size)) / T(2 * size)};
@@ -49,7 +49,7 @@ std::vector<Tap<T>> stretch(int64_t begin, int64_t end, int64_t size) {
   return taps;
 }
 
-// A separable resampling of height x width maps in up to two steps: the crop to the original size, then that to multiples of k.
+// A separable resampling of height x width maps in up to two steps: from the crop to the original size, then to multiples of k.
 template <typename T>
 struct Resampling {
   struct Step {
@@ -75,7 +75,7 @@ void resample(const typename Resampling<T>::Step& step, int64_t height, int64_t 
   }
 }
 
-// The transpose of `resample`: from the gradient of its output to that of its input.
+// The transpose of `resample`: from the gradient of its output to the gradient of its input.
 template <typename T>
 void resample_transposed(const typename Resampling<T>::Step& step, int64_t height, int64_t width, const T* in,
                          T* scratch, T* out) {
@@ -99,8 +99,8 @@ struct Box {
   int64_t top, bottom, left, right;
 };
 
-// Tight bounds of mask > threshold, scaled to height x width and widened to whole pixels; the whole map when nothing exceeds
-// the threshold. NaN counts as exceeding it, so that it is never cropped away.
+// Return the tight bounds of mask > threshold, scaled to height x width and widened to whole pixels. If nothing exceeds the
+// threshold, they are the whole map. NaN counts as exceeding it, so NaN is never cropped away.
 template <typename C, typename M>
 Box bounding_box(const Maps<M>& mask, int64_t mask_height, int64_t mask_width, C threshold, int64_t height,
                  int64_t width) {
@@ -116,7 +116,7 @@ Box bounding_box(const Maps<M>& mask, int64_t mask_height, int64_t mask_width, C
           up(box.right, width, mask_width)};
 }
 
-// The mask of image i at the features' size, and how its masked maps are resampled before they are split.
+// The mask of image i at the size of the features, and the resampling of its masked maps.
 template <typename T>
 struct Lens {
   std::vector<T> mask;  // height x width; empty without one
@@ -158,12 +158,12 @@ struct Lens {
   }
 };
 
-// Copy between one image's maps and its k x k patch vectors, `stride` elements apart: f(map element, patch element). The
-// innermost loop runs over neighbours of both.
+// Copy between the maps of one image and its k x k patch vectors, which are `stride` elements apart: f(map element, patch
+// element). The innermost loop runs over elements that are neighbours in both.
 template <typename M, typename T, typename F>
 void for_each_element(const Partition& p, const Maps<M>& maps, T* patches, int64_t stride, const F& f) {
   const int64_t length = p.length(), ph = p.patch_height, pw = p.patch_width;
-  if (p.k == 1 && maps.pixel == 1 && maps.line == pw && maps.channel == ph * pw) {  // the patch is the map as it lies
+  if (p.k == 1 && maps.pixel == 1 && maps.line == pw && maps.channel == ph * pw) {  // the layouts are equal
     for (int64_t j = 0; j < length; ++j) f(maps.data[j], patches[j]);
     return;
   }
@@ -185,7 +185,7 @@ void for_each_element(const Partition& p, const Maps<M>& maps, T* patches, int64
       for (int64_t y = 0; y < ph * p.k; ++y)
         line(maps.at(c, y, 0), patches + y / ph * p.k * stride + (c * ph + y % ph) * pw, width, pixel);
   };
-  // The common widths as compile-time constants, which lets the compiler move whole vectors.
+  // Common widths are compile-time constants, so that the compiler moves whole vectors.
   using std::integral_constant;
   if (maps.pixel != 1) return lines(pw, maps.pixel);
   const integral_constant<int64_t, 1> compact;
@@ -220,7 +220,7 @@ Partition::Partition(const Shape& shape, int64_t k, const std::optional<Tensor>&
       pixel_major(false),
       mask(mask),
       threshold(threshold) {
-  // Masked or resampled maps go through a compact copy of the image, channel by channel.
+  // Masked or resampled maps are copied into a compact image, one channel at a time.
   pixel_major = channels_last && !mask && !resampled();
 }
 
@@ -319,6 +319,7 @@ template Tensor Partition::unpack<double>(const double*, double, const Tensor&) 
 
 std::tuple<Tensor, Tensor> patches(const Tensor& features, int64_t k, const std::optional<Tensor>& mask,
                                    std::optional<double> threshold, bool resize, double eps) {
+  check_patches(features, k, mask, threshold, resize, eps);
   const Partition partition(Shape::of(features), k, mask, threshold, resize);
   return with_compute_type(features, [&](auto type) {
     using T = decltype(type);
@@ -332,15 +333,32 @@ std::tuple<Tensor, Tensor> patches(const Tensor& features, int64_t k, const std:
 Tensor patches_backward(const Tensor& grad_rows, const Tensor& rows, const Tensor& norms,
                         const std::vector<int64_t>& shape, int64_t k, const std::optional<Tensor>& mask,
                         std::optional<double> threshold, bool resize) {
+  check_patches_backward(grad_rows, rows, norms, shape, k, mask, threshold, resize);
   const Partition partition(Shape::read(rows.size(0) / (k * k), shape.data()), k, mask, threshold, resize);
-  const Tensor grad = torch::stable::contiguous(grad_rows);
+  const Tensor grad = compact(grad_rows), vectors = compact(rows), lengths = compact(norms);
   return with_compute_type(rows, [&](auto type) {
     using T = decltype(type);
     T* patches = workspace<T, Scratch::patches>(partition.rows() * partition.length());
-    partition.denormalise(grad.const_data_ptr<T>(), rows.const_data_ptr<T>(), partition.length(),
-                          norms.const_data_ptr<T>(), patches);
+    partition.denormalise(grad.const_data_ptr<T>(), vectors.const_data_ptr<T>(), partition.length(),
+                          lengths.const_data_ptr<T>(), patches);
     return partition.unpack(patches, T(1), rows);
   });
 }
 
 }  // namespace kdkernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
+  // Unit patch vectors and their norms. The norm is 0 for a patch of norm <= eps. A shape of features has four numbers:
+  // channels, height, width, and whether channels are neighbours in memory.
+  m.def(
+      "patches(Tensor features, int k, Tensor? mask, float? threshold, bool resize, float eps)"
+      " -> (Tensor rows, Tensor norms)");
+  m.def(
+      "patches_backward(Tensor grad_rows, Tensor rows, Tensor norms, int[] shape, int k, Tensor? mask,"
+      " float? threshold, bool resize) -> Tensor grad_features");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
+  m.impl("patches", TORCH_BOX(&kdkernels::patches));
+  m.impl("patches_backward", TORCH_BOX(&kdkernels::patches_backward));
+}

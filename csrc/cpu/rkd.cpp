@@ -1,13 +1,13 @@
-// Relational knowledge distillation from the b x b squared distances alone: ⟨x_i − x_j, x_k − x_j⟩ is half of D_ij + D_kj − D_ik.
-// Everything is computed in double, since that difference cancels where two samples are close; b³ angles are passed over, a row of
-// them at a time, and none is kept.
+// Relational knowledge distillation from the b x b squared distances only: ⟨x_i − x_j, x_k − x_j⟩ is half of D_ij + D_kj −
+// D_ik. Everything is computed in double, because this difference cancels where two samples are close. The kernel computes b³
+// angles, one row at a time, and keeps none.
 #include <cmath>
 #include <vector>
 
+#include "../checks/rkd.h"
 #include "elements.h"
 #include "gemm.h"
 #include "lanes.h"
-#include "operators.h"
 #include "parallel.h"
 #include "tensors.h"
 #include "workspace.h"
@@ -17,19 +17,19 @@ namespace {
 
 using V = Vec<double>::type;
 constexpr int64_t kLanes = Vec<double>::size;
-constexpr int64_t kGrain = 1 << 16;  // elements worth waking another thread for
+constexpr int64_t kGrain = 1 << 16;  // elements that are worth another thread
 
 double sum(V lanes) {
   return reduce<double>(lanes, [](V a, V b) { return a + b; });
 }
 
-// The smooth L1 distance's derivative; its value at u is then slope * (u - slope / 2). NaN stays NaN.
+// The derivative of the smooth L1 distance. The distance at u is slope * (u - slope / 2). NaN stays NaN.
 V slope_of(V u) {
   const V one = V{} + 1;
   return u > one ? one : u < -one ? -one : u;
 }
 
-// One network's embeddings and what follows from them. Lines of b x b matrices are padded with zeros to whole vectors.
+// One network's embeddings and the matrices computed from them. Lines of b x b matrices are padded with zeros to whole vectors.
 class Network {
  public:
   int64_t batch, width, line;
@@ -55,7 +55,7 @@ class Network {
 
   bool wanted() const { return slopes.size() > 0; }
 
-  // The mean of the distances that are not 0, and how many those are.
+  // Return the mean of the distances that are not 0, and their number.
   std::pair<double, int64_t> mean_distance() const {
     double total = 0;
     int64_t count = 0;
@@ -69,7 +69,7 @@ class Network {
 
   double distance(int64_t entry) const { return squares.data()[entry] * inverse.data()[entry]; }
 
-  // dL/dx_i = Σ_j 2 (S_ij + S_ji) (x_i − x_j), S being the slopes.
+  // dL/dx_i = Σ_j 2 (S_ij + S_ji) (x_i − x_j), where S are the slopes.
   Tensor gradient(const Tensor& like, ScalarType type) {
     double* s = slopes.data();
     for (int64_t i = 0; i < batch; ++i)
@@ -89,12 +89,13 @@ class Network {
   }
 
  private:
-  // Distances by their definition: equal samples are at 0, and close ones as far apart as they are.
-  // Sample i's to itself, which is NaN unless it is finite, and to half of the others, those that follow it around.
+  // Compute distances from their definition, so that equal samples have distance 0 and close samples lose no digits. The
+  // distance of sample i to itself, which is NaN unless the sample is finite, and to the half of the samples that follow it
+  // cyclically.
   void measure(int64_t i) {
     for (int64_t after = 0; after <= batch / 2; ++after) {
       const int64_t j = (i + after) % batch;
-      if (2 * after == batch && j < i) break;  // it is j's to measure
+      if (2 * after == batch && j < i) break;  // sample j computes this one
       const double *a = rows.data() + i * width, *b = rows.data() + j * width;
       V total = {};
       for_vectors<double>(0, width, [&](int64_t k, int64_t count) {
@@ -114,7 +115,7 @@ double distance_term(double weight, Network& student, Network& teacher) {
   const auto [mean_s, count_s] = student.mean_distance();
   const auto [mean_t, count_t] = teacher.mean_distance();
   const double factor = weight / (double(batch) * batch);
-  double loss = 0, along_s = 0, along_t = 0;  // Σ slope * distance: what the means pass on
+  double loss = 0, along_s = 0, along_t = 0;  // Σ slope * distance: the gradient through the means
   const auto slope_at = [&](int64_t entry) {
     const double u = student.distance(entry) / mean_s - teacher.distance(entry) / mean_t;
     const double slope = u > 1 ? 1 : u < -1 ? -1 : u;
@@ -143,10 +144,10 @@ double distance_term(double weight, Network& student, Network& teacher) {
   return factor * loss;
 }
 
-// A network's side of the angles at x_j between x_i and all x_k, k running over the lanes.
+// One network's angles at x_j between x_i and all x_k, with k in the lanes.
 struct Angles {
   const double *from_i, *from_j, *inverse_j;  // D_ik, D_jk and 1 / √D_jk
-  double square, inverse;                     // D_ij and its root's inverse
+  double square, inverse;                     // D_ij and 1 / √D_ij
 
   Angles(const Network& network, int64_t i, int64_t j)
       : from_i(network.squares.data() + i * network.line),
@@ -159,7 +160,8 @@ struct Angles {
   V cosine(int64_t k) const { return (square + load<double>(from_j + k) - load<double>(from_i + k)) * 0.5 * scale(k); }
 };
 
-// The slopes of one network in row i of D, from those of the angles: D_ij and D_jk, of equal rank, both counted for x_i.
+// The slopes of one network in row i of D, from the slopes of the angles. D_ij and D_jk have equal rank, and both are counted
+// for x_i.
 struct Slopes {
   double* row;
   V products = {}, cosines = {};
@@ -175,7 +177,7 @@ struct Slopes {
   }
 };
 
-// weight * mean_ijk ℓ(cos ∠ x_i x_j x_k). Each i has its own row of slopes, so that no two threads write to one place.
+// weight * mean_ijk ℓ(cos ∠ x_i x_j x_k). Each i has its own row of slopes, so no two threads write to the same place.
 double angle_term(double weight, Network& student, Network& teacher) {
   const int64_t batch = student.batch, line = student.line;
   const double factor = weight / (double(batch) * batch * batch);
@@ -207,6 +209,7 @@ double angle_term(double weight, Network& student, Network& teacher) {
 
 std::tuple<Tensor, Tensor, Tensor> rkd(const Tensor& student, const Tensor& teacher, double distance_weight,
                                        double angle_weight, bool grad_student, bool grad_teacher) {
+  check_rkd(student, teacher, distance_weight, angle_weight);
   Network own(student, grad_student), other(teacher, grad_teacher);
   const double loss = distance_term(distance_weight, own, other) + angle_term(angle_weight, own, other);
   const bool in_double = any_double({student, teacher});
@@ -217,3 +220,11 @@ std::tuple<Tensor, Tensor, Tensor> rkd(const Tensor& student, const Tensor& teac
 }
 
 }  // namespace kdkernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
+  m.def(
+      "rkd(Tensor student, Tensor teacher, float distance_weight, float angle_weight, bool grad_student,"
+      " bool grad_teacher) -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) { m.impl("rkd", TORCH_BOX(&kdkernels::rkd)); }

@@ -1,4 +1,4 @@
-// Rows of numbers: read from tensors, normalised, and gradients taken back through the norm.
+// Rows of numbers: read from tensors, normalised, and the gradients of the normalisation.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace kdkernels {
 
-// In float64, whose range holds the square of every float32.
+// In float64, because its range holds the square of every float32.
 template <typename T>
 inline double dot(const T* a, const T* b, int64_t count) {
   constexpr int lanes = 16;
@@ -25,7 +25,7 @@ inline double dot(const T* a, const T* b, int64_t count) {
   return total;
 }
 
-// Divide a row by its norm, and return the norm; 0 for a row of norm <= eps, which becomes zero.
+// Divide a row by its norm and return the norm. A row of norm <= eps becomes zero, and its norm is 0.
 template <typename T>
 inline T normalise(T* row, int64_t length, double eps) {
   const double norm = std::sqrt(dot(row, row, length));
@@ -34,7 +34,7 @@ inline T normalise(T* row, int64_t length, double eps) {
     return 0;
   }
   const double inverse = 1 / norm;
-  // Beyond this range the inverse is not a normal float32.
+  // Outside this range, the inverse is not a normal float32.
   if (norm > 1e-30 && norm < 1e30)
     for (int64_t j = 0; j < length; ++j) row[j] *= T(inverse);
   else
@@ -42,7 +42,8 @@ inline T normalise(T* row, int64_t length, double eps) {
   return T(norm);
 }
 
-// The gradient before normalisation, from `grad`, that after it: (g − x̂ ⟨g, x̂⟩) / ‖x‖. May be in place.
+// Compute the gradient before the normalisation from `grad`, the gradient after it: (g − x̂ ⟨g, x̂⟩) / ‖x‖. It may work in
+// place.
 template <typename T>
 inline void denormalise_row(const T* grad, const T* row, T norm, int64_t length, T* out) {
   if (norm == 0) {
@@ -53,7 +54,7 @@ inline void denormalise_row(const T* grad, const T* row, T norm, int64_t length,
   for (int64_t j = 0; j < length; ++j) out[j] = (grad[j] - row[j] * radial) * inverse;
 }
 
-// Whether the rows of an n x d tensor can be read where they lie.
+// Return whether the rows of an n x d tensor can be read in place.
 template <typename T>
 bool readable(const Tensor& tensor) {
   return tensor.scalar_type() == kScalarType<T> && (tensor.stride(1) == 1 || tensor.size(1) == 1);

@@ -1,10 +1,10 @@
-// The whole SP loss in one call. With r_i and s_i the inverse norms of rows of G = X Xᵀ and H = Y Yᵀ it sums 2 − 2 cos_i, where
-// cos_i = r_i s_i (G_i · H_i), and its gradient in G is 2 (cos_i r_i² G_i − r_i s_i H_i): a row's own and, since G is symmetric,
-// the same of its column. Of similar networks the terms nearly cancel; where the entries of both matrices are at hand it is
-// 2 r_i ((r_i G_i − s_i H_i) − (1 − cos_i) r_i G_i).
+// The whole SP loss in one call. r_i and s_i are the inverse norms of the rows of G = X Xᵀ and H = Y Yᵀ. The loss sums 2 − 2
+// cos_i with cos_i = r_i s_i (G_i · H_i). Its gradient with respect to G is 2 (cos_i r_i² G_i − r_i s_i H_i), for the row and,
+// because G is symmetric, for its column. For similar networks these terms nearly cancel. If the entries of both matrices are
+// available, the kernel uses 2 r_i ((r_i G_i − s_i H_i) − (1 − cos_i) r_i G_i).
 #include <vector>
 
-#include "operators.h"
+#include "../checks/similarity_preserving.h"
 #include "rows.h"
 #include "strips.h"
 #include "tensors.h"
@@ -13,18 +13,18 @@
 namespace kdkernels {
 namespace {
 
-constexpr double kEps = 1e-12;   // a sample whose similarities have this norm or less resembles nothing
-constexpr int64_t kWhole = 512;  // samples up to which the Gram matrices are computed once and held
+constexpr double kEps = 1e-12;   // a row of similarities with this norm or less is zero
+constexpr int64_t kWhole = 512;  // up to this number of samples, the Gram matrices are computed once and kept
 
-// What the rows of both Gram matrices give: inverse norms, and the factors of G and of H in either form of the gradients.
+// Per row of both Gram matrices: the inverse norms, and the factors of G and H in both forms of the gradients.
 template <typename T>
-struct Rows {
+struct RowFactors {
   std::vector<T> inverse_x, inverse_y, own_x, own_y, cross, defect_x, defect_y;
   std::vector<double> cosines;
-  double alive = 0;  // rows that are not zero, of either matrix
+  double alive = 0;  // the number of rows that are not zero, in either matrix
 
-  // From sums of squares of the rows and of their products.
-  Rows(const std::vector<double>& xx, const std::vector<double>& yy, const std::vector<double>& xy) {
+  // Compute them from the sums of squares of the rows and of their products.
+  RowFactors(const std::vector<double>& xx, const std::vector<double>& yy, const std::vector<double>& xy) {
     const int64_t rows = xx.size();
     for (auto* numbers : {&inverse_x, &inverse_y, &own_x, &own_y, &cross, &defect_x, &defect_y}) numbers->resize(rows);
     cosines.resize(rows);
@@ -41,7 +41,7 @@ struct Rows {
       cross[i] = T(r * s);
       own_x[i] = T(cosines[i] * r * r);
       own_y[i] = T(cosines[i] * s * s);
-      // (1 - cos) r² of the norms as they were rounded: what they are off is a multiple of the row, which must cancel.
+      // (1 - cos) r² from the rounded norms. Their error is a multiple of the row, which must cancel.
       const double x = inverse_x[i], y = inverse_y[i];
       defect_x[i] = T(x != 0 ? x * x - x * y * xy[i] / xx[i] : 0);
       defect_y[i] = T(y != 0 ? y * y - x * y * xy[i] / yy[i] : 0);
@@ -49,10 +49,10 @@ struct Rows {
   }
 };
 
-// The loss of a row, and what its entries give to the gradients of G and H.
+// The loss of one row, and its contribution to the gradients of G and H.
 template <typename T>
 struct Similarity {
-  const Rows<T>& rows;
+  const RowFactors<T>& rows;
   bool grad_x, grad_y;
 
   double operator()(int64_t r, int64_t length, const std::array<T*, 2>& entries) const {
@@ -102,7 +102,7 @@ struct Problem {
       add(yy, 1, 1);
       add(xy, 0, 1);
     });
-    const Rows<T> of_rows(xx, yy, xy);
+    const RowFactors<T> of_rows(xx, yy, xy);
     return scale * strips.run(Similarity<T>{of_rows, grad_x.data != nullptr, grad_y.data != nullptr});
   }
 
@@ -119,7 +119,7 @@ struct Problem {
         xy[i] = dot(across.data() + i * y.width, y.rows.at(i, 0), y.width);
       }
     });
-    const Rows<T> of_rows(xx, yy, xy);
+    const RowFactors<T> of_rows(xx, yy, xy);
     if (grad_x.data) add_gradient(x, y, of_x, {cross.data(), y.width, 1}, of_rows.own_x, of_rows.cross, grad_x);
     if (grad_y.data)
       add_gradient(y, x, of_y, View<T>{cross.data(), y.width, 1}.transposed(), of_rows.own_y, of_rows.cross, grad_y);
@@ -169,7 +169,7 @@ struct Problem {
   }
 };
 
-// Whether every sample lies in memory without gaps, its elements in the order of their dimensions or channels last.
+// Return whether every sample is dense in memory, in the order of its dimensions or in channels_last order.
 bool dense(const Tensor& features, bool channels_last) {
   std::vector<int64_t> order(features.dim() - 1);
   std::iota(order.begin(), order.end(), 1);
@@ -182,8 +182,8 @@ bool dense(const Tensor& features, bool channels_last) {
   return true;
 }
 
-// The features of a network as a row per sample, channels last if their memory is. Products of two samples do not depend on
-// the order of their elements.
+// The features of a network, one row per sample, in channels_last order if the memory has this order. Products of two samples
+// do not depend on the order of their elements.
 struct Samples {
   Tensor features;
   bool channels_last;
@@ -248,11 +248,19 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teac
 
 std::tuple<Tensor, Tensor, Tensor> similarity_preserving(const Tensor& student, const Tensor& teacher, double scale,
                                                          bool feature, bool grad_student, bool grad_teacher) {
-  STD_TORCH_CHECK(student.dim() >= 2 && teacher.dim() >= 2 && student.size(0) == teacher.size(0) &&
-                      student.numel() > 0 && teacher.numel() > 0,
-                  "similarity_preserving: student and teacher must be n x ..., not empty");
+  check_similarity_preserving(student, teacher, scale, feature);
   const bool in_double = student.scalar_type() == ScalarType::Double || teacher.scalar_type() == ScalarType::Double;
   return (in_double ? run<double> : run<float>)(student, teacher, scale, feature, grad_student, grad_teacher);
 }
 
 }  // namespace kdkernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
+  m.def(
+      "similarity_preserving(Tensor student, Tensor teacher, float scale, bool feature, bool grad_student,"
+      " bool grad_teacher) -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
+  m.impl("similarity_preserving", TORCH_BOX(&kdkernels::similarity_preserving));
+}

@@ -1,4 +1,4 @@
-// Gram matrices a strip of rows at a time, of which an epilogue makes a loss and the slopes that become gradients.
+// Gram matrices, one strip of rows at a time. An epilogue turns a strip into a loss, and into the slopes for the gradients.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@ struct Operand {
   int64_t width;
 };
 
-// A gradient being accumulated: row r begins at data + r * line. No data when it is not wanted.
+// A gradient that is being accumulated. Row r begins at data + r * line. data is null if it is not wanted.
 template <typename T>
 struct Gradient {
   T* data = nullptr;
@@ -26,13 +26,13 @@ struct Gradient {
   bool written = false;
 };
 
-// The matrix plus plusᵀ − minus minusᵀ. With neither, the epilogue fills it.
+// The matrix plus plusᵀ − minus minusᵀ. Without both, the epilogue fills it.
 template <typename T>
 struct Gram {
   const Operand<T>*plus = nullptr, *minus = nullptr;
 };
 
-// A gradient that receives alpha * S * rows, S being the symmetric matrix at hand, or the one of that number.
+// A gradient to which alpha * S * rows is added. S is the current symmetric matrix, or the matrix of this number.
 template <typename T>
 struct Target {
   Operand<T> operand;
@@ -41,8 +41,8 @@ struct Target {
   int64_t matrix = 0;
 };
 
-// The sum of f(j, count), a vector each, over [begin, end): in short runs that are folded into float64. Lanes from count on
-// are left out.
+// Return the sum of the vectors f(j, count) over [begin, end), in short runs that are added in float64. Lanes from count on are
+// left out.
 template <typename T, typename F>
 double sum_vectors(int64_t begin, int64_t end, const F& f) {
   constexpr int64_t lanes = Vec<T>::size, run = 32 * lanes;
@@ -66,7 +66,7 @@ double sum_squares(const T* values, int64_t count) {
   });
 }
 
-// Sum of squares of a symmetric matrix of which the upper triangle is at hand.
+// Return the sum of squares of a symmetric matrix, from its upper triangle.
 template <typename T>
 double sum_squares_symmetric(const T* matrix, int64_t size) {
   double total = 0;
@@ -77,7 +77,8 @@ double sum_squares_symmetric(const T* matrix, int64_t size) {
   return total;
 }
 
-// Copy the upper triangle to the lower one, in square blocks. A thread's rows are as many near the top as near the bottom.
+// Copy the upper triangle to the lower triangle, in square blocks. A thread takes as many rows near the top as near the bottom,
+// so all threads have equal work.
 template <typename T>
 void mirror_upper(T* matrix, int64_t size, int64_t line) {
   constexpr int64_t lanes = Vec<T>::size;
@@ -92,12 +93,12 @@ void mirror_upper(T* matrix, int64_t size, int64_t line) {
   parallel_blocks((blocks + 1) / 2, 1, 1 + (1 << 13) / size, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       mirror(b * lanes);
-      mirror((blocks - 1 - b) * lanes);  // the one in the middle again
+      mirror((blocks - 1 - b) * lanes);  // the middle block is mirrored twice
     }
   });
 }
 
-// `count` rows of the matrices, from row `begin` and the column of that number on; columns left of the diagonal are undefined.
+// `count` rows of the matrices, from row `begin` and column `begin` on. Columns left of the diagonal are undefined.
 template <typename T, int64_t matrices>
 struct Strip {
   int64_t begin, count, columns, line;
@@ -116,8 +117,8 @@ struct Strip {
     });
   }
 
-  // Add to sums[r], r counted from `begin`, what row r of a symmetric matrix (an antisymmetric one with sign -1) has in the
-  // strip, in float64. value(entries, count) are up to a vector of its elements.
+  // Add the strip's part of row r of a symmetric matrix to sums[r], in float64. r counts from `begin`. sign = -1 is for an
+  // antisymmetric matrix. value(entries, count) returns up to a vector of elements.
   template <typename F>
   void add_row_sums(double* sums, double sign, const F& value) const {
     using V = typename Vec<T>::type;
@@ -144,7 +145,7 @@ struct Strip {
   }
 };
 
-// Rows of the matrices that exist at a time: enough to keep the products efficient, a fraction of the matrix.
+// Rows of a strip. They are enough for efficient products, and a fraction of the matrix.
 inline int64_t strip_height(int64_t rows) {
   return std::min(rows, std::clamp<int64_t>(round_up(rows / 2, 32), 64, 512));
 }
@@ -176,14 +177,14 @@ class Strips {
     }
   }
 
-  // Sum epilogue(r, length, entries) over the rows: its entries from the diagonal on, which it turns into slopes. Their
-  // products with the targets' rows are added to the gradients.
+  // Return the sum of epilogue(r, length, entries) over the rows. The entries begin at the diagonal, and the epilogue turns
+  // them into slopes. The products of the slopes with the targets' rows are added to the gradients.
   template <typename Epilogue>
   double run(const Epilogue& epilogue) {
     return run(epilogue, [](const auto&) {});
   }
 
-  // And call after(strip) on every strip of slopes.
+  // Also call after(strip) on every strip of slopes.
   template <typename Epilogue, typename After>
   double run(const Epilogue& epilogue, const After& after) {
     Buffer<double> losses(height_);
@@ -213,7 +214,7 @@ class Strips {
     if (!terms.empty()) gemm_upper<T>(strip.count, strip.columns, terms, strip.entries[m], strip.line);
   }
 
-  // The rows of the strip get S * rows, those below it their share of the other triangle.
+  // The rows of the strip get S * rows. The rows below get their share of the other triangle.
   void add_gradient(const Strip<T, matrices>& strip, const Target<T>& target) const {
     const View<T> matrix{strip.entries[target.matrix], strip.line, 1}, rows = target.operand.rows.from(strip.begin, 0);
     Gradient<T>& gradient = *target.gradient;
@@ -230,7 +231,7 @@ class Strips {
   int64_t rows_, height_;
   std::array<Gram<T>, matrices> grams_;
   std::vector<Target<T>> targets_;
-  bool whole_ = false;  // the strip at hand is all there is, and need not be computed again
+  bool whole_ = false;  // the strip is the whole matrix, and is not computed again
 };
 
 }  // namespace kdkernels

@@ -1,4 +1,4 @@
-// What the operators ask of tensors: dispatch on the element type, and new outputs.
+// Helpers for tensors: dispatch on the element type, and new outputs.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -41,7 +41,7 @@ auto with_element_type(const Tensor& tensor, const F& f) {
   return with_element_type(tensor.scalar_type(), f);
 }
 
-// Call f with a value of the type the tensor is computed in: double for float64, else float.
+// Call f with a value of the compute type: double for float64, otherwise float.
 template <typename F>
 auto with_compute_type(const Tensor& tensor, const F& f) {
   return tensor.scalar_type() == ScalarType::Double ? f(double()) : f(float());
@@ -55,6 +55,11 @@ inline bool any_double(const std::vector<Tensor>& tensors) {
 inline Tensor new_compact(const Tensor& like, const std::vector<int64_t>& shape,
                           std::optional<ScalarType> dtype = std::nullopt) {
   return torch::stable::new_empty(like, shape, dtype);
+}
+
+// The tensor itself if it is contiguous, otherwise a copy that is.
+inline Tensor compact(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 template <typename T>

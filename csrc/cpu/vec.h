@@ -1,5 +1,5 @@
-// Vectors of the widest kind the library being compiled may use, by GCC's vector extension: every source file is compiled
-// once per instruction set, into a library of its own.
+// Vectors of the widest kind that the instruction set has, with GCC's vector extension. Every source file is compiled once per
+// instruction set, into its own library.
 #pragma once
 
 #include <cstdint>
@@ -45,7 +45,7 @@ inline void store(T* out, typename Vec<T>::type value) {
 
 namespace vec_detail {
 
-// Exchange, between two vectors, the lanes whose index has bit `step` set in the one and clear in the other.
+// Exchange lanes between two vectors: lanes with bit `step` set in the first, and lanes with this bit clear in the second.
 template <int64_t step, typename V, int64_t... lane>
 inline void exchange(V& a, V& b, std::integer_sequence<int64_t, lane...>) {
   constexpr int64_t size = sizeof...(lane);

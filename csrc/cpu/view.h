@@ -16,7 +16,7 @@ struct View {
   View transposed() const { return {data, col, row}; }
 };
 
-// A product among those that are summed: alpha * a (m x depth) * b (depth x n).
+// One product of a sum: alpha * a (m x depth) * b (depth x n).
 template <typename T>
 struct Term {
   View<T> a, b;

@@ -10,7 +10,7 @@ namespace kdkernels {
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// How far apart to lay lines of `length` elements: at multiples of 1 KiB they would compete for a few sets of the caches.
+// Return the distance between lines of `length` elements. Lines at multiples of 1 KiB would compete for a few cache sets.
 template <typename T>
 constexpr int64_t spread(int64_t length) {
   return length * sizeof(T) % 1024 ? length : length + 64 / sizeof(T);
@@ -22,7 +22,9 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t count) : count_(count) {
-    const size_t bytes = round_up(int64_t(count * sizeof(T)), 64);
+    int64_t bytes;
+    if (__builtin_mul_overflow(count, int64_t(sizeof(T)), &bytes) || bytes > kMostBytes) throw std::bad_alloc();
+    bytes = round_up(bytes, 64);
     memory_.reset(static_cast<T*>(std::aligned_alloc(64, bytes ? bytes : 64)));
     if (!memory_) throw std::bad_alloc();
   }
@@ -33,11 +35,12 @@ class Buffer {
   struct Free {
     void operator()(T* memory) const { std::free(memory); }
   };
+  static constexpr int64_t kMostBytes = int64_t(1) << 62;
   std::unique_ptr<T[], Free> memory_;
   int64_t count_ = 0;
 };
 
-// What a thread keeps scratch memory for.
+// The uses of a thread's scratch memory.
 enum class Scratch {
   row,
   packed_a,
@@ -55,9 +58,17 @@ enum class Scratch {
   teacher_logits,
   correlations,
   partial_gradients,
+  keys_x,
+  keys_y,
+  norms_keys_x,
+  norms_keys_y,
+  gradient_x,
+  gradient_y,
+  gradient_keys_x,
+  gradient_keys_y,
 };
 
-// The calling thread's buffer for `use`, at least `count` elements; valid until it is asked for again.
+// Return the calling thread's buffer for `use`, with at least `count` elements. It is valid until the next call.
 template <typename T, Scratch use>
 T* workspace(int64_t count) {
   static thread_local Buffer<T> buffer;

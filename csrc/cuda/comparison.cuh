@@ -1,5 +1,6 @@
-// Sums of squared differences between two kernel matrices, with gradients: the tiles of both Gram matrices are made into entries
-// of the kernel while they are in registers. Rows of half precision are multiplied as they are, and their norms come in here.
+// Sums of squared differences between two kernel matrices, with gradients. The tiles of both Gram matrices become
+// kernel entries while they are in registers. Half-precision rows are multiplied as they are. Their norms are applied
+// here.
 #pragma once
 
 #include "congruence.cuh"
@@ -8,18 +9,19 @@ namespace kdkernels {
 
 enum class Metric : int { taylor_rbf = 0, rbf = 1, bilinear = 2, mmd = 3 };
 
-// The entry of a kernel that a product g of two rows makes, and its slope in g.
+// A kernel entry, computed from a product g of two rows, and its derivative with respect to g.
 template <typename T>
 struct Entry {
   T value, slope;
 };
 
-// exp(−2γ) Σ (2γ)^p / p! g^p over p = 1, ..., order, by Horner's rule. The term of p = 0 is that of every entry.
+// exp(−2γ) Σ (2γ)^p / p! g^p over p = 1, ..., order, by Horner's rule. The term p = 0 is the same for all entries and
+// cancels.
 template <typename T>
 __device__ Entry<T> taylor_rbf(T g, T gamma, T constant, int order) {
   if (order == 0) return {0, 0};
   T series = 1, slope = 0;
-#pragma unroll 1  // orders are low, and entries many
+#pragma unroll 1  // orders are low, and there are many entries
   for (int p = order; p > 1; --p) {
     const T ratio = 2 * gamma * fast_reciprocal(T(p));
     slope = ratio * (series + g * slope);
@@ -29,7 +31,8 @@ __device__ Entry<T> taylor_rbf(T g, T gamma, T constant, int order) {
   return {ratio * g * series, ratio * (series + g * slope)};
 }
 
-// exp(−γ ‖a − b‖²) of rows whose squares are known. Its slope in a is that in g times b − a.
+// exp(−γ ‖a − b‖²) of rows whose squares are known. The derivative with respect to a is the derivative with respect to
+// g, times b − a.
 template <typename T>
 __device__ Entry<T> rbf(T g, T gamma, T square, T other_square) {
   const T distance = square + other_square - 2 * g;
@@ -37,7 +40,8 @@ __device__ Entry<T> rbf(T g, T gamma, T square, T other_square) {
   return {value, 2 * gamma * value};
 }
 
-// As Gram in congruence.cuh: rows first to first + height of both matrices, from column first on. Numbers in the rows are E.
+// Like Gram in congruence.cuh: rows first to first + height of both matrices, from column first on. The rows have
+// numbers E.
 template <typename T, typename E = T>
 struct Comparison {
   Metric metric;
@@ -45,11 +49,11 @@ struct Comparison {
   int order, positions, width_x, width_y;
   PairWeights<T> weights;
   const T *terms_x, *terms_y;      // squares of the rows, for rbf
-  const T *factors_x, *factors_y;  // of half precision, what rows are multiplied by to have the norm that counts
+  const T *factors_x, *factors_y;  // for half precision, the factors that give rows their norm
   Matrix<E> x, y;
   int first, height, rows;
-  // The difference times its weight, either kernel's slope and, of half precision, the factors of row and column;
-  // height x (rows - first), null if not wanted.
+  // The difference times its weight, the slope of the kernel and, for half precision, the factors of row and column:
+  // height x (rows - first). Null if it is not wanted.
   T *strip_x, *strip_y;
   int64_t partials;
   bool tf32;
@@ -61,7 +65,7 @@ inline constexpr int kComparisonBytes = kTileBytes<T, true, true, E> + kTile * k
 template <typename T, typename E>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
     comparison_kernel(const __grid_constant__ Group<Comparison<T, E>> group, double* partials) {
-  static_assert(kComparisonBytes<T, E> <= 99 * 1024);  // what a block may have where it has least, on sm_86 and sm_89
+  static_assert(kComparisonBytes<T, E> <= 99 * 1024);  // the smallest limit of a block, on sm_86 and sm_89
   const int index = group.index();
   const Comparison<T, E>& p = group.problems[index];
   const int columns = p.rows - p.first, across = (columns + kTile - 1) / kTile;
@@ -71,12 +75,12 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
     return multiply_tiles<T, true, true, Matrix<E>>({rows, rows, 0, width}, {rows, rows, 0, 0}, place.row, p.height,
                                                     place.column, columns, p.tf32);
   };
-  // One tile waits in shared memory, behind the panels, while the other is computed: registers have no room for both.
+  // One tile waits in shared memory, behind the panels, while the other is computed. Registers have no room for both.
   T* const waiting = reinterpret_cast<T*>(dynamic_shared_memory() + kTileBytes<T, true, true, E>) + threadIdx.x;
   Tile<T> of_x = products(x, p.width_x);
   int place_of = 0;
   of_x.for_each([&](int, int, T& value) { waiting[place_of++ * kTileThreads] = value; });
-  __syncthreads();  // before the panels' memory is used again
+  __syncthreads();  // the panels' memory is used again
   Tile<T> of_y = products(y, p.width_y);
 
   const bool on_diagonal = place.row == place.column;
@@ -94,7 +98,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
   const auto entry = [&](T g, const T* terms, int row, int column) {
     if (metric == Metric::bilinear) return Entry<T>{g, 1};
     if (metric == Metric::taylor_rbf) return taylor_rbf(g, gamma, constant, order);
-    if (row == column) return Entry<T>{1, 0};  // the distance of a row to itself, from which nothing is to be learnt
+    if (row == column) return Entry<T>{1, 0};  // the distance of a row to itself has no gradient
     return rbf(g, gamma, terms[row], terms[column]);
   };
   T sum = 0;

@@ -2,12 +2,13 @@
 
 #include <limits>
 
+#include "../checks/congruence.h"
 #include "reduce.cuh"
 
 namespace kdkernels {
 namespace {
 
-// A strip of the matrix of all pairs has at most an eighth of it; but at least the first and at most the second of these
+// A strip has at most an eighth of the matrix of all pairs. It has at least the first and at most the second of these
 // numbers of entries.
 constexpr int64_t kFewestEntries = int64_t(1) << 20, kMostEntries = int64_t(1) << 24;
 constexpr int kWhole = std::numeric_limits<int>::max() - kTile;  // a depth that is not split
@@ -35,14 +36,6 @@ Side<T> from(const Side<T>& side, int64_t row) {
 
 }  // namespace
 
-// By the multiply-adds in either form, as kdkernels/ops/congruence/plan.py counts them for the student's gradient.
-Form settled(Form form, int64_t rows, int64_t x, int64_t y) {
-  if (form != Form::mixed) return form;
-  const double gram = double(rows) * rows * (1.5 * x + 0.5 * y + 16);
-  const double feature = double(rows) * (1.5 * x * x + 0.5 * y * y + 2.0 * x * y);
-  return gram <= feature ? Form::gram : Form::feature;
-}
-
 template <typename T, typename E>
 T* Congruences<T, E>::new_memory(int64_t count) {
   memory_.push_back(new_compact(like_, {count}, kScalarType<T>));
@@ -52,8 +45,6 @@ T* Congruences<T, E>::new_memory(int64_t count) {
 template <typename T, typename E>
 void Congruences<T, E>::add(int64_t rows, int64_t positions, const Side<T, E>& x, const Side<T, E>& y,
                             const Coefficients& c, const Plan& plan) {
-  STD_TORCH_CHECK(std::max({rows, x.width, y.width}) <= std::numeric_limits<int>::max() - kTile,
-                  "congruence: more than 2^31 rows, or columns");
   if constexpr (kIsHalf<E>)
     add_kernel(rows, x, y, {Metric::bilinear, 0, 0, 0, int(positions), int(x.width), int(y.width), c});
   else
@@ -70,12 +61,12 @@ void Congruences<T, E>::add_sums(int64_t rows, int64_t positions, const Side<T>&
   written_ = false;
   const auto add_sum = [&](const Sets& sets, double coefficient, Form form) {
     if (coefficient == 0) return;
-    if (settled(form, sets.size, x.width, y.width) == Form::gram)
+    if (form == Form::gram)
       add_gram(sets, 1, x, y, {coefficient, 0, 0, 0});
     else
       add_feature(sets, x, y, coefficient);
   };
-  if (c.full != 0 && settled(plan.full, rows, x.width, y.width) == Form::gram) {
+  if (c.full != 0 && plan.full == Form::gram) {
     add_gram(all, positions, x, y, c);
   } else {
     add_sum(all, c.full, plan.full);
@@ -86,7 +77,7 @@ void Congruences<T, E>::add_sums(int64_t rows, int64_t positions, const Side<T>&
   if (!written_ && (x.grad || y.grad)) add_diagonal(rows, x, y, 0);  // gradients of 0
 }
 
-// Strips of rows of D against the columns from the diagonal on. A strip's rows get S X, the rows below it Sᵀ X of the strip's.
+// Strips of rows of D, with the columns from the diagonal on. The rows of a strip get S X. The rows below it get Sᵀ X.
 template <typename T, typename E>
 void Congruences<T, E>::add_gram(const Sets& sets, int64_t positions, const Side<T>& x, const Side<T>& y,
                                  const Coefficients& weights) {
@@ -190,7 +181,7 @@ void Congruences<T, E>::add_kernel(int64_t rows, const Side<T, E>& x, const Side
   }
 }
 
-// c (‖XᵀX‖² + ‖YᵀY‖² - 2 ‖YᵀX‖²), with gradients 4 c (X (XᵀX) - Y (YᵀX)) and 4 c (Y (YᵀY) - X (XᵀY)).
+// c (‖XᵀX‖² + ‖YᵀY‖² - 2 ‖YᵀX‖²), with the gradients 4 c (X (XᵀX) - Y (YᵀX)) and 4 c (Y (YᵀY) - X (XᵀY)).
 template <typename T, typename E>
 void Congruences<T, E>::add_feature(const Sets& sets, const Side<T>& x, const Side<T>& y, double coefficient) {
   const int64_t widest = std::max(x.width, y.width);
@@ -229,7 +220,7 @@ void Congruences<T, E>::add_feature(const Sets& sets, const Side<T>& x, const Si
   written_ = written_ || x.grad || y.grad;
 }
 
-// c ‖AᵀB‖². Returns AᵀB if it is to be kept, and its transpose if that is asked for.
+// c ‖AᵀB‖². Returns AᵀB if it is kept, and its transpose if the caller asks for it.
 template <typename T, typename E>
 T* Congruences<T, E>::add_norm(Round& now, const Sets& sets, const Side<T>& a, const Side<T>& b, double coefficient,
                                bool keep, T** transposed) {
@@ -308,6 +299,7 @@ OF_HALF_PRECISION(Half)
 std::tuple<Tensor, Tensor, Tensor> congruence(const Tensor& rows_x, const Tensor& rows_y, int64_t positions,
                                               const std::vector<double>& coefficients, const std::vector<int64_t>& plan,
                                               bool want_x, bool want_y, bool tf32) {
+  check_congruence(rows_x, rows_y, positions, coefficients, plan, want_y);
   const OnDevice device(rows_x);
   const Tensor x = torch::stable::contiguous(rows_x), y = torch::stable::contiguous(rows_y);
   return with_compute_type(x, [&](auto type) {
@@ -328,3 +320,7 @@ std::tuple<Tensor, Tensor, Tensor> congruence(const Tensor& rows_x, const Tensor
 }
 
 }  // namespace kdkernels
+
+STABLE_TORCH_LIBRARY_IMPL(KDKERNELS_NAMESPACE, KDKERNELS_DEVICE, m) {
+  m.impl("congruence", TORCH_BOX(&kdkernels::congruence));
+}

@@ -6,12 +6,13 @@
 
 namespace kdkernels {
 
-// Factors of the sum of D² over all pairs, pairs of one image, pairs of one position, and the diagonal.
+// Factors of four sums of D²: over all pairs, over pairs of one image, over pairs of one position, and over the
+// diagonal.
 struct Coefficients {
   double full, intra, inter_same, diagonal;
 };
 
-// Whose patch a row is.
+// The image and the position of a row.
 struct Patch {
   int image, position;
 
@@ -19,7 +20,7 @@ struct Patch {
   __device__ Patch(int row, int positions) : image(row / positions), position(row % positions) {}
 };
 
-// What the squares of entries are multiplied by: of pairs that share nothing, the image, the position, both.
+// The factors of squared entries, for pairs that share nothing, the image, the position, or both.
 template <typename T>
 struct PairWeights {
   T other, intra, inter_same, diagonal;
@@ -51,14 +52,14 @@ struct Patches {
   }
 };
 
-// Rows first to first + height of D = X Xᵀ - Y Yᵀ, from column first on. `batch` numbers lie between one such matrix and the next.
+// Rows first to first + height of D = X Xᵀ - Y Yᵀ, from column first on. Matrices are `batch` numbers apart.
 template <typename T>
 struct Gram {
   Matrix<T> x, y;
   int64_t batch_x, batch_y;
   int width_x, width_y, first, height, rows, positions;
   PairWeights<T> weights;
-  T* strip;  // D times its weights, height x (rows - first); null if not wanted
+  T* strip;  // D times its weights, [height][rows - first]; null if not wanted
   int64_t batch_strip, partials;
   bool tf32;
 };
@@ -93,27 +94,28 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
     strip[int64_t(r) * columns + s] = weighted;
     if (!on_diagonal && s < height) strip[int64_t(s) * columns + r] = weighted;
   });
-  // Entries below the diagonal, but for those of this tile or of later strips' rows, are not computed: they count twice.
+  // Entries below the diagonal are computed only within this tile and for rows of later strips. Entries above count
+  // twice.
   const double of_block = block_reduce((on_diagonal ? 1 : 2) * double(sum), Sum<double>());
   if (threadIdx.x == 0) partials[p.partials + group.block(index)] = of_block;
 }
 
-// out = scale (A₁ B₁ - A₂ B₂), or that added to it. Split along its depth, part by part. B has numbers E.
+// out = [out +] scale (A₁ B₁ - A₂ B₂). The product is split along its depth into parts. B has numbers E.
 template <typename T, typename E = T>
 struct Product {
   Matrix<T> a[2];
   Matrix<E> b[2];
   int64_t batch_a[2], batch_b[2];
   int depth[2], rows, columns;
-  bool symmetric;  // only the tiles from the diagonal on are computed
+  bool symmetric;  // compute only the tiles from the diagonal on
   int splits, split_depth;
   T* out;
-  int64_t line, batch_out;  // of the next part, where there are splits
+  int64_t line, batch_out;  // batch_out: distance to the next part, if there are splits
   T scale;
   bool accumulate, tf32;
 };
 
-// A's neighbours in memory lie along the depth or across it, B's across it.
+// Neighbours in memory lie along the depth or across it in A, and across it in B.
 template <typename T, bool AlongA, typename E = T>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
     product_kernel(const __grid_constant__ Group<Product<T, E>> group) {
@@ -145,19 +147,19 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
   });
 }
 
-// The parts of split products, rows x columns each, `splits` of them for each of a batch.
+// The parts of split products: [batch][splits][rows][columns].
 template <typename T>
 struct Fold {
   const T* parts;
   int splits, rows, columns;
-  bool symmetric;       // of the parts, only what is on the diagonal and to the right of it is there
+  bool symmetric;       // the parts have only the diagonal and what is right of it
   double coefficient;   // of the sum of squares
   T *out, *transposed;  // null if not wanted
-  int batch;            // of fewer than 2^31 lines in all
+  int batch;            // fewer than 2^31 lines in total
   int64_t partials;
 };
 
-// Adds them up, and sums the squares.
+// Adds the parts, and sums the squares.
 template <typename T>
 __global__ void __launch_bounds__(kFoldThreads)
     fold_kernel(const __grid_constant__ Group<Fold<T>> group, double* partials) {
@@ -182,7 +184,7 @@ __global__ void __launch_bounds__(kFoldThreads)
   if (threadIdx.x == 0) partials[p.partials + group.block(index)] = p.coefficient * squares;
 }
 
-// c Σ (‖x_r‖² - ‖y_r‖²)² and its gradients, a block per row.
+// c Σ (‖x_r‖² - ‖y_r‖²)² and its gradients. One block per row.
 template <typename T>
 struct Diagonal {
   Matrix<T> x, y;

@@ -1,4 +1,4 @@
-// Launches the kernels of congruence, for one pair of row sets or for those of every stage.
+// Launches the kernels of congruence, for one pair of row sets or for the pairs of all stages.
 #pragma once
 
 #include "comparison.cuh"
@@ -7,21 +7,18 @@
 
 namespace kdkernels {
 
-// In which space a loss is computed, by the numbers of kdkernels/ops/congruence/plan.py. Mixed becomes the cheaper of the two.
-enum class Form : int64_t { gram = 0, mixed = 1, feature = 7 };
+// The space in which a loss is computed, numbered as in kdkernels/ops/congruence/plan.py, which chooses it.
+enum class Form : int64_t { gram = 0, feature = 7 };
 
 struct Plan {
   Form full, intra, inter_same;
 };
 
-// Mixed is settled for a loss of so many rows and widths.
-Form settled(Form form, int64_t rows, int64_t x, int64_t y);
-
 inline Coefficients coefficients_of(const double* c) { return {c[0], c[1], c[2], c[3]}; }
 inline Plan plan_of(const int64_t* codes) { return {Form(codes[0]), Form(codes[1]), Form(codes[2])}; }
 
-// The rows of one network, one after the other, and where their gradient goes; nowhere if it is null. Rows of half precision
-// have factors as Comparison does, and their gradient is to be multiplied by nothing else.
+// The compact rows of one network, and their gradient, which is null if it is not wanted. Half-precision rows have
+// factors as in Comparison. Their gradient must not be multiplied by anything else.
 template <typename T, typename E = T>
 struct Side {
   const E* rows;
@@ -30,34 +27,36 @@ struct Side {
   const T* factors;
 };
 
-// `count` sets of `size` rows: row r of set b is row b * step + r * stride of all.
+// `count` sets of `size` rows. Row r of set b is row b * step + r * stride of all rows.
 struct Sets {
   int64_t count, size, step, stride;
 };
 
-// Losses of any number of pairs of row sets. Their products are collected by the order in which they depend on each other, and
-// those that do not share a launch. Rows of half precision, numbers E, are compared by their kernels alone.
+// Losses of any number of pairs of row sets. Products are collected by their dependencies. Products that do not depend
+// on each other share a launch. Half-precision rows, with numbers E, have only kernel comparisons.
 template <typename T, typename E = T>
 class Congruences {
  public:
-  // tf32: whether products in the Gram form may be rounded to it. What the feature form subtracts needs more.
+  // tf32: whether products in the Gram form may be rounded to tf32. The feature form subtracts large sums and needs
+  // more digits.
   Congruences(const OnDevice& device, const Tensor& like, bool tf32) : device_(device), like_(like), tf32_(tf32) {}
 
-  // Row r of x and y belongs to image r / positions and position r % positions. Rows of half precision must have the Gram form as
-  // their plan for the sum over all pairs, and a coefficient for it.
+  // Row r of x and y belongs to image r / positions and position r % positions. For half-precision rows, the plan of
+  // the sum over all pairs must be the Gram form, and its coefficient must not be 0.
   void add(int64_t rows, int64_t positions, const Side<T, E>& x, const Side<T, E>& y, const Coefficients& coefficients,
            const Plan& plan);
 
-  // Sum the squared differences of two kernel matrices instead; what `kernel` names is the same for every strip.
+  // Sum the squared differences of two kernel matrices instead. The memory that `kernel` names is the same for every
+  // strip.
   void add_kernel(int64_t rows, const Side<T, E>& x, const Side<T, E>& y, const Comparison<T, E>& kernel);
 
-  // Launch everything. The sum of `parts()` numbers, which the blocks leave on the device, is the loss.
+  // Launch everything. The blocks leave `parts()` numbers on the device, and their sum is the loss.
   void run();
   int64_t parts() const { return parts_count_; }
   const double* part_data() const { return data_of<double>(parts_); }
 
  private:
-  // What can run at the same time, in the order of its fields.
+  // A round of launches. Its fields run in this order, and each field is one launch.
   struct Round {
     Problems<Gram<T>> grams;
     Problems<Comparison<T, E>> comparisons;
@@ -75,15 +74,15 @@ class Congruences {
   T* new_memory(int64_t count);
   int64_t new_parts(int64_t count) { return std::exchange(parts_count_, parts_count_ + count); }
 
-  // A strip of a symmetric matrix S: rows `first` on, `lines` of them, against the columns from there to the end.
+  // A strip of a symmetric matrix S: `lines` rows from `first` on, and the columns from `first` to the end.
   struct Strip {
     T* entries;
-    int64_t first, lines, columns, count;  // of so many sets, one matrix each
+    int64_t first, lines, columns, count;  // count: the number of sets, one matrix each
   };
-  // S X for the strip's rows and Sᵀ X for those below it.
+  // S X for the rows of the strip, and Sᵀ X for the rows below it.
   void add_gradient(Round& round, const Sets& sets, const Strip& strip, const Side<T, E>& side, T scale);
 
-  // In whichever form, of rows that are not of half precision.
+  // In any form, for rows that are not half precision.
   void add_sums(int64_t rows, int64_t positions, const Side<T>& x, const Side<T>& y, const Coefficients& coefficients,
                 const Plan& plan);
   void add_gram(const Sets& sets, int64_t positions, const Side<T>& x, const Side<T>& y, const Coefficients& weights);
@@ -97,8 +96,8 @@ class Congruences {
   const bool tf32_;
   std::vector<Tensor> memory_;
   std::vector<Round> rounds_;
-  size_t next_ = 0;       // round of the pair at hand
-  bool written_ = false;  // whether its gradients hold something already
+  size_t next_ = 0;       // the round of the current pair
+  bool written_ = false;  // whether its gradients have been written
   int64_t parts_count_ = 0;
   Tensor parts_;
 };

@@ -1,18 +1,20 @@
 #include "correlation_congruence.cuh"
 
 #include <cmath>
-#include <limits>
 
+#include "../checks/correlation_congruence.h"
+#include "../relations.h"
 #include "congruence.h"
 
 namespace kdkernels {
 namespace {
 
-// One network: its rows, of numbers E, and where their gradients go.
+// One network: its rows, with numbers E, and their gradients.
 template <typename T, typename E>
 struct Network {
   int64_t count, width, pitch;
-  Tensor memory, grad_memory, grad;  // rows, norms, terms and factors; rows of `pitch`; the result, rows of `width`
+  // memory: rows, norms, terms, factors; grad_memory: [rows][pitch]; grad, the result: [rows][width]
+  Tensor memory, grad_memory, grad;
   E* rows;
   T *norms, *terms, *factors = nullptr;
 
@@ -32,7 +34,7 @@ struct Network {
   Side<T, E> side() const { return {rows, pitch, data_of<T>(grad_memory), factors}; }
 };
 
-// Computed in T, from rows of numbers E.
+// The compute type is T, and rows have numbers E.
 template <typename T, typename E = T>
 std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, Metric metric, double gamma,
                                        int64_t order, bool normalize, double scale, const Plan& plan, bool grad_student,
@@ -78,8 +80,8 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teac
       congruences.add(count, 1, x.side(), y.side(), coefficients, plan);
     else
       congruences.add_kernel(count, x.side(), y.side(),
-                             {metric, T(gamma), T(std::exp(-2 * gamma)), int(order), 1, int(x.width), int(y.width),
-                              coefficients, x.terms, y.terms});
+                             {metric, T(gamma), T(std::exp(-2 * gamma)), int(nonzero_terms(gamma, order)), 1,
+                              int(x.width), int(y.width), coefficients, x.terms, y.terms});
     congruences.run();
     part_data = congruences.part_data();
     part_count = congruences.parts();
@@ -102,12 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> correlation_congruence(const Tensor& student,
                                                           double gamma, int64_t order, bool normalize, double scale,
                                                           const std::vector<int64_t>& plan, bool grad_student,
                                                           bool grad_teacher, bool tf32) {
-  STD_TORCH_CHECK(student.dim() == 2 && teacher.dim() == 2 && student.size(0) == teacher.size(0) &&
-                      student.numel() > 0 && teacher.numel() > 0,
-                  "correlation_congruence: student must be n x d_S and teacher n x d_T, not empty");
-  STD_TORCH_CHECK(std::max({student.size(0), student.size(1), teacher.size(1)}) <=
-                      std::numeric_limits<int>::max() - kEmbeddingThreads,
-                  "correlation_congruence: more than 2^31 embeddings, or components of one");
+  check_correlation_congruence(student, teacher, kernel, gamma, order, scale, plan, grad_teacher);
   const Metric metric = Metric(kernel);
   const auto as = [&](auto run) {
     return run(student, teacher, metric, gamma, order, normalize, scale, plan_of(plan.data()), grad_student,
@@ -115,11 +112,10 @@ std::tuple<Tensor, Tensor, Tensor> correlation_congruence(const Tensor& student,
   };
   const ScalarType type = student.scalar_type();
   if (type == ScalarType::Double || teacher.scalar_type() == ScalarType::Double) return as(run<double>);
-  // Means are not products, distances between rows that are not unit vectors need them moved, and the feature form's products
-  // are along the batch, where norms differ.
+  // Half precision cannot be kept in three cases. Means are not products. Distances between rows that are not unit
+  // vectors need moved rows. The products of the feature form run along the batch, where norms differ.
   const bool products_of_rows = metric == Metric::taylor_rbf || (metric == Metric::rbf && normalize) ||
-                                (metric == Metric::bilinear && settled(Form(plan[0]), student.size(0), student.size(1),
-                                                                       teacher.size(1)) == Form::gram);
+                                (metric == Metric::bilinear && Form(plan[0]) == Form::gram);
   if (products_of_rows && type == teacher.scalar_type()) {
     if (type == ScalarType::BFloat16) return as(run<float, BFloat16>);
     if (type == ScalarType::Half) return as(run<float, Half>);
@@ -128,3 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> correlation_congruence(const Tensor& student,
 }
 
 }  // namespace kdkernels
+
+STABLE_TORCH_LIBRARY_IMPL(KDKERNELS_NAMESPACE, KDKERNELS_DEVICE, m) {
+  m.impl("correlation_congruence", TORCH_BOX(&kdkernels::correlation_congruence));
+}

@@ -1,4 +1,4 @@
-// The ends of the CCKD loss: embeddings of any dtype and strides made into rows, and the way back for their gradient.
+// The begin and the end of the CCKD loss: from embeddings of any dtype and strides to rows, and back for the gradient.
 #pragma once
 
 #include "comparison.cuh"
@@ -7,13 +7,13 @@
 
 namespace kdkernels {
 
-constexpr double kEmbeddingEps = 1e-12;  // embeddings of this norm or less are the zero vector
+constexpr double kEmbeddingEps = 1e-12;  // an embedding of this norm or less is the zero vector
 
-// One network's embeddings. Rows are `pitch` apart; for rbf they may have a one behind them, and so their gradient the sum of the
-// slopes, of which each row's own term is made; of unit rows that is radial, and not needed.
+// One network's embeddings. Rows are `pitch` apart. For rbf, a row may end with a 1. The gradient of this 1 is the sum
+// of the slopes, which gives the row's own term. For unit rows this term is radial and not needed.
 //
-// Rows of half precision, numbers E, keep their digits: instead of being divided by their norms they are brought to a common size
-// by powers of two, and have factors that make unit vectors of them. Norms are then what the powers have to be taken back by.
+// Half-precision rows, with numbers E, keep their digits. They are not divided by their norms, but scaled to a common
+// size by powers of two. Their factors turn them into unit vectors. `norms` then undo the powers.
 template <typename T, typename E>
 struct Embedding {
   const void* data;
@@ -22,8 +22,8 @@ struct Embedding {
   int width, pitch;
   bool normalize;
   E* rows;
-  T *norms, *factors;  // factors: null but for rows of half precision
-  T* terms;            // the square, for rbf, or the mean, for mmd, of a row; null for other kernels
+  T *norms, *factors;  // factors: null unless rows are half precision
+  T* terms;            // per row the square (rbf) or the mean (mmd); null for other kernels
   bool means;
 };
 
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kEmbeddingThreads, 1)
   if (p.terms) p.terms[row] = T(term * double(factor) * double(factor));
 }
 
-// Rows moved to their common centre: distances stay, and less of the products that give them cancels.
+// Move the rows to their common centre. Distances do not change, but the products that give them cancel less.
 template <typename T>
 struct Centring {
   T *rows, *terms;
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kCentreColumns* kCentreLines)
     p.rows[r * p.pitch + column] = T(double(p.rows[r * p.pitch + column]) - mean);
 }
 
-// The squares of rows that have been moved, a block per row.
+// The squares of the moved rows. One block per row.
 template <typename T>
 __global__ void __launch_bounds__(kEmbeddingThreads) square_kernel(const __grid_constant__ Group<Centring<T>> group) {
   const int index = group.index();
@@ -105,13 +105,13 @@ __global__ void __launch_bounds__(kEmbeddingThreads) square_kernel(const __grid_
   if (threadIdx.x == 0) p.terms[row] = T(squares);
 }
 
-// κ = |mean(a) − mean(b)|: a block per row i takes the sum over j of squared differences, and of slopes.
+// κ = |mean(a) − mean(b)|. The block of row i sums squared differences and slopes over j.
 template <typename T>
 struct Means {
   const T *of_x, *of_y;
   int64_t rows;
   double scale;
-  T *grad_x, *grad_y;  // rows x width, every component of a row the same; null if not wanted
+  T *grad_x, *grad_y;  // [rows][width], all components of a row are equal; null if not wanted
   int width_x, width_y;
 };
 
@@ -138,7 +138,8 @@ __global__ void __launch_bounds__(kEmbeddingThreads) mean_kernel(Means<T> p, dou
   if (threadIdx.x == 0) partials[row] = p.scale * sum;
 }
 
-// A gradient of rows taken back to the embeddings: less each row's own term, and through the norm.
+// From the gradient of the rows to the gradient of the embeddings: subtract each row's own term, and go through the
+// norm.
 template <typename T, typename E>
 struct Return {
   const T* grad;
@@ -149,7 +150,7 @@ struct Return {
   bool normalize;
 };
 
-// A block per row, and one more, the last, that adds up the loss.
+// One block per row. One more block, the last, adds up the loss.
 template <typename T, typename E>
 __global__ void __launch_bounds__(kEmbeddingThreads)
     return_kernel(const __grid_constant__ Group<Return<T, E>> group, const double* partials, int64_t count, T* loss) {

@@ -1,4 +1,5 @@
-// What kernels ask of the device. tests/emulation compiles the same kernels for the CPU, with its own version of the first half.
+// Device functions of the kernels. tests/emulation compiles the same kernels for the CPU, with its own version of the
+// first half.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -9,10 +10,11 @@ namespace kdkernels {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// What launches may name of the 48 KiB of shared memory that a kernel has without asking for more: its own arrays take the rest.
+// The shared memory that a launch may name without asking for more. A kernel has 48 KiB, and its own arrays take the
+// rest.
 constexpr int kUnaskedBytes = 47 * 1024;
 
-// Two neighbours of half precision, of which tensor cores take as many as they take single floats.
+// Two half-precision neighbours. Tensor cores take as many pairs as they take floats.
 template <typename E>
 struct alignas(4) HalfPair {
   E numbers[2];
@@ -37,7 +39,7 @@ namespace kdkernels {
 using Stream = cudaStream_t;
 constexpr int kWarp = 32;
 
-// The shared memory whose size the launch names.
+// The dynamic shared memory of the launch.
 __device__ inline char* dynamic_shared_memory() {
   extern __shared__ __align__(16) char memory[];
   return memory;
@@ -58,7 +60,7 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shar
   STD_TORCH_CHECK(error == cudaSuccess, "a CUDA kernel could not be launched: ", cudaGetErrorString(error));
 }
 
-// 2^x from the special function units, with a relative error of 2^-22; 0 where it is not a normal number.
+// 2^x from the special function units, with a relative error of 2^-22. It is 0 if the result is not a normal number.
 __device__ inline float fast_exp2(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
@@ -72,7 +74,8 @@ __device__ inline float fast_reciprocal(float x) {
   return reciprocal;
 }
 
-// Copy `Bytes` to shared memory in the background, or zeros unless `valid`. Copies are waited for in groups.
+// Begin an asynchronous copy of `Bytes` to shared memory, or of zeros unless `valid`. Threads wait for copies in
+// groups.
 template <int Bytes>
 __device__ inline void copy_async(void* shared, const void* global, bool valid) {
   const unsigned address = unsigned(__cvta_generic_to_shared(shared));
@@ -86,16 +89,16 @@ __device__ inline void copy_async(void* shared, const void* global, bool valid) 
 
 __device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Wait for this thread's copies but for those of the last `Open` groups.
+// Wait for this thread's copies, except the last `Open` groups.
 template <int Open>
 __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Open) : "memory");
 }
 
-// Products on tensor cores, by a warp: c += a b, where a is 16 M x 8, b is 8 x 8 N. Lane 4 g + t holds of each 16 x 8 block
-// of a the elements (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); of each 8 x 8 block of b (t, g), (t + 4, g); of each
-// 16 x 8 block of c (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1). Of the floats in a and b only the first 11 bits
-// of the mantissa count (tf32), and sums are truncated.
+// A product of a warp on tensor cores: c += a b, where a is 16 M x 8 and b is 8 x 8 N. Lane 4 g + t holds the elements
+// (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4) of each 16 x 8 block of a; (t, g), (t + 4, g) of each 8 x 8 block of
+// b; and (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1) of each 16 x 8 block of c. Only the first 11 bits of
+// the mantissa of a and b count (tf32), and sums are truncated.
 template <int M, int N>
 __device__ inline void multiply(float (&c)[M][N][4], const float (&a)[M][4], const float (&b)[N][2]) {
 #pragma unroll
@@ -110,7 +113,7 @@ __device__ inline void multiply(float (&c)[M][N][4], const float (&a)[M][4], con
             "r"(__float_as_uint(a[i][3])), "r"(__float_as_uint(b[j][0])), "r"(__float_as_uint(b[j][1])));
 }
 
-// The same for pairs, of which there are 8 in a row of a and in a column of b, and 16 numbers. Products are exact.
+// The same for pairs. A row of a and a column of b have 8 pairs, which are 16 numbers. Products are exact.
 template <typename E, int M, int N>
 __device__ inline void multiply(float (&c)[M][N][4], const HalfPair<E> (&a)[M][4], const HalfPair<E> (&b)[N][2]) {
   const auto bits = [](const HalfPair<E>& pair) { return *reinterpret_cast<const unsigned*>(&pair); };
@@ -154,7 +157,7 @@ __device__ inline void multiply(double (&c)[M][N][4], const double (&a)[M][4], c
 
 namespace kdkernels {
 
-// Not inlined: there is no unit for it, and its code is long.
+// Not inlined, because no unit computes it and its code is long.
 __device__ __noinline__ inline double fast_exp2(double x) { return exp2(x); }
 
 __device__ inline double fast_reciprocal(double x) { return 1 / x; }
@@ -169,7 +172,7 @@ struct Largest {
   __device__ T operator()(T a, T b) const { return a > b ? a : b; }
 };
 
-// Every thread of the warp gets the combination of all their values.
+// Combine the values of all threads of the warp. Every thread gets the result.
 template <typename T, typename Combine>
 __device__ T warp_reduce(T value, Combine combine) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2)
@@ -177,14 +180,14 @@ __device__ T warp_reduce(T value, Combine combine) {
   return value;
 }
 
-// The same for the block, whose size is a multiple of the warp's.
+// The same for the block. Its size is a multiple of the warp size.
 template <typename T, typename Combine>
 __device__ T block_reduce(T value, Combine combine) {
   SHARED_ARRAY(T, of_warps, kWarp);
   value = warp_reduce(value, combine);
   const int warps = blockDim.x / kWarp;
   if (warps == 1) return value;
-  __syncthreads();  // an earlier reduction may still be read
+  __syncthreads();  // threads may still read an earlier reduction
   if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
   __syncthreads();
   value = of_warps[0];

@@ -1,11 +1,12 @@
-// Whole numbers divided by one that is the same for all of them: hardware has no instruction for it.
+// Division of integers by a common divisor, because the hardware has no integer division.
 #pragma once
 
 #include "device.cuh"
 
 namespace kdkernels {
 
-// Divides numbers from 0 to 2^31 by one that the host knows, by a multiplication (Granlund and Montgomery 1994).
+// Divides numbers from 0 to 2^31 by a divisor that the host knows, with a multiplication (Granlund and Montgomery
+// 1994).
 struct Divisor {
   int value, shift;
   uint32_t multiplier;

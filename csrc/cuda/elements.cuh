@@ -1,4 +1,4 @@
-// Elements of any float type, read as numbers of the type computed in and written from them: one kernel serves every dtype.
+// Elements of any float type, read and written as numbers of the compute type. One kernel serves every dtype.
 #pragma once
 
 #include "device.cuh"
@@ -19,7 +19,7 @@ inline constexpr Element kElement<Half> = Element::float16;
 template <typename E>
 inline constexpr bool kIsHalf = sizeof(E) == 2;
 
-// What products of numbers E are computed in.
+// The compute type of products of numbers E.
 template <typename E>
 using Computed = std::conditional_t<std::is_same_v<E, double>, double, float>;
 
@@ -57,15 +57,15 @@ __device__ void write(void* data, Element type, int64_t offset, T value) {
             [&](auto element) { static_cast<decltype(element)*>(data)[offset] = number<decltype(element)>(value); });
 }
 
-// The power of two that brings a row to a norm between 128 and 256, where none of its numbers that counts is beyond what half
-// precision holds.
+// The power of two that scales a row to a norm between 128 and 256. There, half precision holds all numbers that
+// matter.
 __device__ inline double balance(double norm) {
   int exponent;
   frexp(norm, &exponent);
   return ldexp(1.0, 8 - exponent);
 }
 
-// Neighbours that lie at a multiple of their size, or of 16 bytes.
+// Neighbours whose address is a multiple of their size, or of 16 bytes.
 template <typename E, int N>
 struct alignas(N * sizeof(E) < 16 ? N * sizeof(E) : 16) Neighbours {
   E elements[N];

@@ -1,22 +1,18 @@
 #include "feature_mse.cuh"
 
-#include <limits>
-
+#include "../checks/feature_mse.h"
 #include "host.h"
 
 namespace kdkernels {
 namespace {
 
-int64_t size_of(const Tensor& maps) { return maps.size(1) * maps.size(2) * maps.size(3); }
-
 Maps maps_of(const Tensor& maps) {
-  STD_TORCH_CHECK(size_of(maps) <= std::numeric_limits<int>::max() - kNumbers,
-                  "feature_mse: the maps of one sample must have fewer than 2^31 elements");
   return {maps.const_data_ptr(), element_of(maps), int(maps.size(2)), int(maps.size(3)),
           maps.stride(0),        maps.stride(1),   maps.stride(2),    maps.stride(3)};
 }
 
-// Whether maps lie in memory as the grid counts, without gaps, and begin where neighbours can be read together.
+// Return whether maps have the memory order of the grid, without gaps, and an address at which neighbours can be read
+// together.
 bool lies_as(const Maps& maps, const Grid& grid, int64_t bytes) {
   const auto steps = [](int64_t size, int64_t stride, int64_t expected) { return size == 1 || stride == expected; };
   const int64_t c = grid.channels, h = grid.height, w = grid.width;
@@ -27,7 +23,7 @@ bool lies_as(const Maps& maps, const Grid& grid, int64_t bytes) {
          reinterpret_cast<uintptr_t>(maps.data) % std::min<int64_t>(4 * bytes, 16) == 0;
 }
 
-Pair pair_of(const Tensor& projected, const Tensor& target, int64_t number) {
+LayerPair pair_of(const Tensor& projected, const Tensor& target, int64_t number) {
   const Maps own = maps_of(projected), other = maps_of(target);
   const int64_t channels = projected.size(1), pixels = projected.size(2) * projected.size(3);
   const Grid grid = Grid::of(int(channels), std::min(own.height, other.height), std::min(own.width, other.width),
@@ -46,7 +42,7 @@ std::tuple<Tensor, Tensor> run(const std::vector<Tensor>& projected, const std::
                                const Tensor& weights, double scale) {
   const OnDevice device(weights);
   const int64_t batch = weights.size(0), count = projected.size(), entries = batch * count;
-  std::vector<Pair> pairs;
+  std::vector<LayerPair> pairs;
   int64_t largest = 0;
   for (int64_t p = 0; p < count; ++p) {
     pairs.push_back(pair_of(projected[p], targets[p], p));
@@ -55,8 +51,8 @@ std::tuple<Tensor, Tensor> run(const std::vector<Tensor>& projected, const std::
   const Tuning tuned = tuning();
   const int64_t parts = std::clamp<int64_t>((tuned.error_blocks + entries - 1) / entries, 1,
                                             (largest + tuned.error_numbers - 1) / tuned.error_numbers);
-  Problems<Pair> problems;
-  for (const Pair& pair : pairs) problems.push_back({pair, batch * parts});
+  Problems<LayerPair> problems;
+  for (const LayerPair& pair : pairs) problems.push_back({pair, batch * parts});
 
   const Tensor partials = new_compact(weights, {entries * parts}, ScalarType::Double);
   const Tensor errors = new_compact(weights, {batch, weights.size(1), weights.size(2)}, kScalarType<T>);
@@ -119,6 +115,7 @@ std::vector<Tensor> run_backward(const Tensor& grad_loss, const std::vector<Tens
 
 std::tuple<Tensor, Tensor> feature_mse(const std::vector<Tensor>& projected, const std::vector<Tensor>& targets,
                                        const Tensor& weights, double scale) {
+  check_feature_mse(projected, targets, weights, scale);
   return any_double(projected) || any_double(targets) ? run<double>(projected, targets, weights, scale)
                                                       : run<float>(projected, targets, weights, scale);
 }
@@ -126,9 +123,15 @@ std::tuple<Tensor, Tensor> feature_mse(const std::vector<Tensor>& projected, con
 std::vector<Tensor> feature_mse_backward(const Tensor& grad_loss, const std::vector<Tensor>& projected,
                                          const std::vector<Tensor>& targets, const Tensor& weights, double scale,
                                          const std::vector<int64_t>& wanted) {
+  check_feature_mse_backward(grad_loss, projected, targets, weights, scale, wanted);
   return with_compute_type(grad_loss, [&](auto type) {
     return run_backward<decltype(type)>(grad_loss, projected, targets, weights, scale, wanted);
   });
 }
 
 }  // namespace kdkernels
+
+STABLE_TORCH_LIBRARY_IMPL(KDKERNELS_NAMESPACE, KDKERNELS_DEVICE, m) {
+  m.impl("feature_mse", TORCH_BOX(&kdkernels::feature_mse));
+  m.impl("feature_mse_backward", TORCH_BOX(&kdkernels::feature_mse_backward));
+}

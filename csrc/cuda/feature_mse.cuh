@@ -1,5 +1,5 @@
-// Mean-square errors of many pairs of maps, sample by sample. The larger map of a pair is averaged down to the smaller as it is
-// read, along each axis over windows that overlap where they do not divide it.
+// Mean squared errors of many pairs of maps, one sample at a time. The larger map of a pair is averaged down to the
+// smaller while it is read. Windows along an axis overlap if they do not divide it.
 #pragma once
 
 #include "divisor.cuh"
@@ -15,24 +15,24 @@ struct Window {
 
   __device__ int length() const { return end - begin; }
 
-  // What position i of `size` is the average of, among `length`.
+  // The positions of `length` that are averaged into position i of `size`.
   static __device__ Window of(int i, int length, int size) {
     if (length % size == 0) return {i * (length / size), (i + 1) * (length / size)};
     return {int(int64_t(i) * length / size), int((int64_t(i + 1) * length + size - 1) / size)};
   }
 
-  // The positions of `size` whose windows position i of `length` lies in. `each` is the least length of a window.
+  // The positions of `size` whose windows contain position i of `length`. `each` is the smallest length of a window.
   static __device__ Window around(int i, int length, int size, const Divisor& each) {
     if (each.value * size == length) return {each.quotient(i), each.quotient(i) + 1};
     return {int(int64_t(i) * size / length), int((int64_t(i + 1) * size - 1) / length) + 1};
   }
 };
 
-// How the numbers of one sample are counted: by channel, line and column or, with the channels last, by line, column and channel.
+// The index order of the numbers of a sample: [channel][line][column], or [line][column][channel] for channels_last.
 struct Grid {
   int channels, height, width;
   bool channels_last;
-  Divisor inner, by_width;  // inner: channels, or pixels, whichever are counted first
+  Divisor inner, by_width;  // inner: channels or pixels, whichever index changes fastest
 
   struct Place {
     int channel, line, column;
@@ -61,7 +61,7 @@ struct Maps {
   int height, width;
   int64_t sample, channel, line, pixel;
 
-  // What averaging them down to a grid makes of one place.
+  // Return the average at one place of a grid.
   template <typename T>
   __device__ T averaged(int64_t index, const Grid& grid, const Grid::Place& place) const {
     const Window down = Window::of(place.line, height, grid.height),
@@ -74,17 +74,17 @@ struct Maps {
   }
 };
 
-// A projection of a student's layer, and a teacher's layer.
-struct Pair {
+// A projection of a student layer, and a teacher layer.
+struct LayerPair {
   Maps projected, target;
-  Grid grid;   // in which they are compared
-  bool alike;  // both lie in memory as the grid counts, and can be read four numbers at a time
-  int number;  // among all pairs
+  Grid grid;   // the grid in which they are compared
+  bool alike;  // both have the memory order of the grid, and four numbers can be read at a time
+  int number;  // the index among all pairs
 };
 
 // Calls f(number, differences) for the numbers of a sample from begin to end, four or one at a time.
 template <typename T, typename F>
-__device__ void for_each_difference(const Pair& p, int64_t sample, int begin, int end, const F& f) {
+__device__ void for_each_difference(const LayerPair& p, int64_t sample, int begin, int end, const F& f) {
   if (p.alike) {
     for (int i = begin + 4 * int(threadIdx.x); i < end; i += 4 * kMapThreads) {
       T differences[4], others[4];
@@ -103,12 +103,12 @@ __device__ void for_each_difference(const Pair& p, int64_t sample, int begin, in
   }
 }
 
-// A block per sample and part of its numbers. Of every sample and pair there are so many parts, one after the other.
+// One block per sample and part of its numbers. The parts of a sample and a pair are contiguous.
 template <typename T>
 __global__ void __launch_bounds__(kMapThreads, 4)
-    error_kernel(const __grid_constant__ Group<Pair> group, int pairs, int parts, double* partials) {
+    error_kernel(const __grid_constant__ Group<LayerPair> group, int pairs, int parts, double* partials) {
   const int index = group.index();
-  const Pair& p = group.problems[index];
+  const LayerPair& p = group.problems[index];
   const int sample = group.block(index) / parts, part = group.block(index) % parts;
   const int size = p.grid.size(), length = ((size + parts - 1) / parts + 3) / 4 * 4;
   const int begin = int(min(int64_t(part) * length, int64_t(size))), end = min(length, size - begin) + begin;
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kMapThreads, 4)
   if (threadIdx.x == 0) partials[(int64_t(sample) * pairs + p.number) * parts + part] = sum / size;
 }
 
-// samples x student layers x teacher layers, in any strides; its entries are numbered in this order.
+// [samples][student layers][teacher layers], any strides. Entries are numbered in this order.
 struct Weights {
   const void* data;
   Element type;
@@ -137,7 +137,7 @@ struct Weights {
   }
 };
 
-// One block: every entry's error from its parts, and the weighted sum of all.
+// One block. It sums the parts of every error, and computes the weighted sum of all errors.
 template <typename T>
 __global__ void __launch_bounds__(kLossThreads)
     loss_kernel(const double* partials, int64_t entries, int parts, double scale, Weights weights, T* errors, T* loss) {
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kLossThreads)
   if (threadIdx.x == 0) *loss = T(sum);
 }
 
-// What the loss's slope in the maps is made of.
+// The factors of the loss's gradient to the maps.
 struct Slope {
   const void* grad_loss;
   Element type;
@@ -161,11 +161,12 @@ struct Slope {
   Weights weights;
 };
 
-// Where the slope of a pair's differences goes: into the gradients of maps that are not averaged, and into the grid's numbers, in
-// which it waits to be spread over those that are. Null where it is not wanted.
+// The destination of the gradient to a pair's differences. For a map that is not averaged, it is the gradient of the
+// map. For a map that is averaged, it is a buffer of the grid's size, which a later kernel spreads. Null if it is not
+// wanted.
 template <typename T>
 struct PairGradients {
-  Pair pair;
+  LayerPair pair;
   void *of_projected, *of_target;
   T* of_grid;
 };
@@ -178,7 +179,7 @@ __device__ void write_scaled(void* out, Element type, int64_t offset, T scale, c
   write_together(out, type, offset, scaled);
 }
 
-// A block per sample and 4096 numbers of the grid.
+// One block per sample and 4096 numbers of the grid.
 template <typename T>
 __global__ void __launch_bounds__(kMapThreads, 4)
     pair_gradients_kernel(const __grid_constant__ Group<PairGradients<T>> group, Slope slope, int pairs) {
@@ -196,18 +197,18 @@ __global__ void __launch_bounds__(kMapThreads, 4)
   });
 }
 
-// The gradient of maps that are averaged.
+// The gradient to maps that are averaged.
 template <typename T>
 struct Spreading {
   const T* of_grid;
   Grid grid, maps;
-  Divisor lines, columns;  // of the maps, to one of the grid at least
+  Divisor lines, columns;  // smallest number of map lines and columns per grid line and column
   T sign;
   void* out;
   Element type;
 };
 
-// A block per sample and 4096 numbers of the maps: each one's shares in the windows that it lies in.
+// One block per sample and 4096 numbers of the maps. Each number sums its shares in the windows that contain it.
 template <typename T>
 __global__ void __launch_bounds__(kMapThreads, 1) spread_kernel(const __grid_constant__ Group<Spreading<T>> group) {
   const int index = group.index();

@@ -2,6 +2,7 @@
 
 #include <limits>
 
+#include "../checks/gram.h"
 #include "host.h"
 
 namespace kdkernels {
@@ -13,7 +14,7 @@ struct Axis {
   int64_t size = 1, stride = 0;
 };
 
-// A sample's dimensions from the last to the first, neighbours that one stride serves made one.
+// A sample's dimensions from the last to the first. Neighbouring dimensions that one stride serves become one.
 std::vector<Axis> axes_of(const Tensor& layer) {
   std::vector<Axis> axes;
   for (int64_t d = layer.dim() - 1; d > 0; --d) {
@@ -30,7 +31,6 @@ template <typename E>
 Features<E> features_of(const Tensor& layer) {
   constexpr int64_t together = 16 / sizeof(E);
   const int64_t samples = layer.size(0), depth = layer.numel() / samples;
-  STD_TORCH_CHECK(std::max(samples, depth) <= kDeepest, "gram: more than 2^31 samples, or features of a sample");
   std::vector<Axis> axes = axes_of(layer);
   const bool vectors = element_of(layer) == kElement<E> && axes.size() == 1 && axes[0].stride == 1 &&
                        depth % together == 0 && layer.stride(0) % together == 0 &&
@@ -40,7 +40,7 @@ Features<E> features_of(const Tensor& layer) {
           int(axes[0].size),      layer.stride(0),   axes[2].stride, axes[1].stride, axes[0].stride};
 }
 
-// Layers that can be read where they lie: those with more strides than three are copied.
+// Layers that can be read in place. Layers with more than three strides are copied.
 std::vector<Tensor> readable(const std::vector<Tensor>& features) {
   std::vector<Tensor> layers;
   for (const Tensor& layer : features)
@@ -48,8 +48,8 @@ std::vector<Tensor> readable(const std::vector<Tensor>& features) {
   return layers;
 }
 
-// Call f with a number of each type in which layers are read, when they are computed in T, and the layers that are. In float64
-// all of them are read as such.
+// For compute type T, call f with a value of each element type and the layers of this type. In float64, all layers are
+// read as float64.
 template <typename T, typename F>
 void for_each_type(const std::vector<Tensor>& layers, const F& f) {
   const auto those_of = [&](auto number) {
@@ -80,7 +80,7 @@ Tensor run_gram(const std::vector<Tensor>& features, bool tf32) {
   const int64_t length =
       std::clamp<int64_t>(tiles(total * in_a_part / tuned.gram_blocks) * int64_t(kTile), tuned.gram_depth, kDeepest);
   const auto parts_of = [&](int64_t l) { return (layers[l].numel() / batch + length - 1) / length; };
-  std::vector<int64_t> first_tile(1);  // of each layer's parts
+  std::vector<int64_t> first_tile(1);  // the first tile of each layer's parts
   for (int64_t l = 0; l < count; ++l)
     first_tile.push_back(first_tile.back() + (parts_of(l) > 1 ? parts_of(l) * in_a_part : 0));
   const Tensor memory = new_compact(result, {first_tile.back() * kTile * kTile});
@@ -105,7 +105,7 @@ Tensor run_gram(const std::vector<Tensor>& features, bool tf32) {
   return result;
 }
 
-// (dA + dAᵀ) F, stored in the features' own type.
+// Compute (dA + dAᵀ) F, and store it in the features' type.
 template <typename T>
 std::vector<Tensor> run_backward(const Tensor& grad, const std::vector<Tensor>& features, bool tf32) {
   const OnDevice device(grad);
@@ -135,11 +135,18 @@ std::vector<Tensor> run_backward(const Tensor& grad, const std::vector<Tensor>& 
 }  // namespace
 
 Tensor gram(const std::vector<Tensor>& features, bool tf32) {
+  check_gram(features);
   return any_double(features) ? run_gram<double>(features, tf32) : run_gram<float>(features, tf32);
 }
 
 std::vector<Tensor> gram_backward(const Tensor& grad, const std::vector<Tensor>& features, bool tf32) {
+  check_gram_backward(grad, features);
   return with_compute_type(grad, [&](auto type) { return run_backward<decltype(type)>(grad, features, tf32); });
 }
 
 }  // namespace kdkernels
+
+STABLE_TORCH_LIBRARY_IMPL(KDKERNELS_NAMESPACE, KDKERNELS_DEVICE, m) {
+  m.impl("gram", TORCH_BOX(&kdkernels::gram));
+  m.impl("gram_backward", TORCH_BOX(&kdkernels::gram_backward));
+}

@@ -1,4 +1,4 @@
-// Similarity matrices of many layers: products of every pair of a batch's samples, each layer's depth cut into parts.
+// Similarity matrices of many layers: products of every pair of samples. The depth of each layer is cut into parts.
 #pragma once
 
 #include "elements.cuh"
@@ -7,14 +7,14 @@
 
 namespace kdkernels {
 
-// A layer's features as an operand: samples x depth. Number k of a sample lies where the digits of k, of which the last two count
-// to `middle_size` and `inner_size`, lead.
+// A layer's features as a samples x depth operand. The index k within a sample has three digits, and the last two count
+// to `middle_size` and `inner_size`. The strides of the digits give the address.
 template <typename E>
 struct Features {
   using Number = E;
   const void* data;
   Element type;
-  bool vectors;  // numbers E, next to each other, of which 16 bytes may be read at a time
+  bool vectors;  // contiguous numbers E that can be read 16 bytes at a time
   int depth, middle_size, inner_size;
   int64_t sample, outer, middle, inner;  // strides
 
@@ -38,7 +38,7 @@ struct Features {
   }
 };
 
-// An entry on the diagonal or to the right of it, of a symmetric matrix of so many rows.
+// An entry on the diagonal or right of it, in a symmetric matrix with `rows` rows.
 template <typename T>
 __device__ void write_mirrored(T* matrix, int rows, int row, int column, T entry) {
   if (row > column || column >= rows) return;
@@ -50,10 +50,10 @@ template <typename E>
 struct Similarity {
   Features<E> features;
   int parts, part_depth;
-  Computed<E>* out;  // the matrix or, where there are several parts, their tiles
+  Computed<E>* out;  // the matrix, or the tiles of the parts if there are several
 };
 
-// A block per part and tile, of those from the diagonal on.
+// One block per part and tile, from the diagonal on.
 template <typename E>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks<Computed<E>>)
     similarity_kernel(const __grid_constant__ Group<Similarity<E>> group, int batch, bool tf32) {
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<Computed<E>>)
   });
 }
 
-// The tiles of a matrix's parts, and where it goes.
+// The tiles of a matrix's parts, and the matrix.
 template <typename T>
 struct Parts {
   const T* tiles;
@@ -87,7 +87,7 @@ struct Parts {
   T* matrix;
 };
 
-// A block per 32 entries of a tile; a warp of it takes every eighth part.
+// One block per 32 entries of a tile. Each warp sums every eighth part.
 template <typename T>
 __global__ void __launch_bounds__(kPartEntries* kPartLines)
     add_parts_kernel(const __grid_constant__ Group<Parts<T>> group, int batch) {
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kPartEntries* kPartLines)
   write_mirrored(p.matrix, batch, place.row + entry / kTile, place.column + entry % kTile, sum);
 }
 
-// sums = slopes + slopesᵀ, matrix by matrix, a block for each line. The slopes may have any strides.
+// sums = slopes + slopesᵀ for every matrix. One block per line. The slopes may have any strides.
 template <typename T>
 __global__ void __launch_bounds__(512)
     add_transposed_kernel(const T* slopes, int64_t matrix, int64_t row, int64_t column, int batch, T* sums) {
@@ -124,10 +124,10 @@ template <typename E>
 struct FeatureGradient {
   Matrix<Computed<E>> sums;
   Features<E> features;
-  void* out;  // batch x depth, of the features' type
+  void* out;  // [batch][depth], in the features' type
 };
 
-// A block per tile of S F.
+// One block per tile of S F.
 template <typename E>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks<Computed<E>>)
     feature_gradient_kernel(const __grid_constant__ Group<FeatureGradient<E>> group, int batch, bool tf32) {

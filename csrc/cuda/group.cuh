@@ -1,4 +1,5 @@
-// Several problems of one kind in one launch: at small sizes the number of launches is what a loss costs.
+// Several problems of one kind in one launch. At small sizes, the number of launches determines the cost of a
+// loss.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,7 @@
 
 namespace kdkernels {
 
-// The blocks of problem i are first[i] to first[i + 1]. Lies in the parameters of a kernel, which hold 4 KiB.
+// The blocks of problem i are first[i] to first[i + 1]. The struct is a kernel parameter, and parameters hold 4 KiB.
 template <typename P>
 struct Group {
   static constexpr int kMost = 3584 / sizeof(P) < 16 ? 3584 / sizeof(P) : 16;
@@ -24,7 +25,7 @@ struct Group {
   }
   int64_t blocks() const { return first[count]; }
 
-  // Of the block that asks: its problem, and its number among the blocks of that.
+  // The problem of the calling block, and the block's index within this problem.
   __device__ int index() const {
     int i = 0;
     while (i + 1 < count && int64_t(blockIdx.x) >= first[i + 1]) ++i;
@@ -33,11 +34,11 @@ struct Group {
   __device__ int block(int i) const { return int(blockIdx.x - first[i]); }
 };
 
-// Each problem with the number of blocks it takes.
+// Each problem with its number of blocks.
 template <typename P>
 using Problems = std::vector<std::pair<P, int64_t>>;
 
-// In as few launches as the parameters allow: one, but for networks of very many stages.
+// As few launches as the parameters allow: one, unless a network has very many stages.
 template <typename P, typename... Arguments>
 void launch(void (*kernel)(Group<P>, Arguments...), const Problems<P>& problems, int threads, int shared_bytes,
             Stream stream, const Arguments&... arguments) {

@@ -1,20 +1,29 @@
-// What the launchers ask of PyTorch: the tensor's device and stream, scratch memory, how to read a tensor.
+// Helpers of the launchers: device and stream of a tensor, scratch memory, and how to read a tensor.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
 #include <sstream>
 
-#include "../cpu/operators.h"
 #include "../cpu/tensors.h"
 #include "logits.cuh"
 #include "tuning.cuh"
 
+// Where the files of the operators register them: for CUDA, or for the emulation of CUDA on the CPU.
+#ifdef KDKERNELS_EMULATED
+#define KDKERNELS_NAMESPACE kdkernels_emulated
+#define KDKERNELS_DEVICE CPU
+#else
+#define KDKERNELS_NAMESPACE kdkernels
+#define KDKERNELS_DEVICE CUDA
+#endif
+
 namespace kdkernels {
 
-// Makes the tensor's device the current one as long as it lives, and finds the stream on which PyTorch works there.
+// Makes the tensor's device the current device while it exists, and finds PyTorch's current stream there.
 class OnDevice {
  public:
 #ifdef KDKERNELS_EMULATED
@@ -35,7 +44,7 @@ class OnDevice {
 #endif
 };
 
-// The line of kTunings for the current device. KDKERNELS_TUNING has six numbers in place of its own, for measurements.
+// Return the line of kTunings for the current device. KDKERNELS_TUNING replaces its six numbers, for measurements.
 inline Tuning tuning() {
   Tuning chosen = kTunings[0];
 #ifndef KDKERNELS_EMULATED
@@ -79,13 +88,13 @@ T* data_of(const Tensor& tensor) {
   return tensor.numel() ? tensor.mutable_data_ptr<T>() : nullptr;
 }
 
-// How many numbers T take the memory of so many E.
+// Return how many numbers T take the memory of `count` numbers E.
 template <typename T, typename E>
 int64_t numbers_for(int64_t count) {
   return (count * int64_t(sizeof(E)) + int64_t(sizeof(T)) - 1) / int64_t(sizeof(T));
 }
 
-// Threads for a block that shares out `count` elements: whole warps, at most 512.
+// Return the threads of a block for `count` elements: whole warps, at most 512.
 inline int threads_for(int64_t count, int64_t each) {
   int threads = kWarp;
   while (threads < 512 && threads * each < count) threads *= 2;

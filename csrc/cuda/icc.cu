@@ -1,5 +1,4 @@
-#include <limits>
-
+#include "../checks/icc.h"
 #include "host.h"
 #include "icc_map.cuh"
 #include "icc_samples.cuh"
@@ -7,7 +6,8 @@
 namespace kdkernels {
 namespace {
 
-// Entries of the map whose derivatives are held at a time; where threads are emulated, so few that small maps take turns.
+// Entries of the map whose derivatives are held at a time. On emulated threads there are few, so that small maps take
+// several turns.
 constexpr int64_t kDerivatives = 1 << 22;
 #ifdef KDKERNELS_EMULATED
 int64_t most_derivatives() { return emulation::only_counted ? kDerivatives : 1 << 13; }
@@ -17,7 +17,7 @@ int64_t most_derivatives() { return kDerivatives; }
 
 int64_t divided(int64_t count, int64_t by) { return (count + by - 1) / by; }
 
-// How rows of so many classes are shared out to the lanes of a block.
+// How the rows of this number of classes are divided among the lanes of a block.
 template <typename T>
 IccRows rows_of(int64_t batch, int64_t classes) {
   constexpr int size = Pack<T>::kSize;
@@ -25,7 +25,8 @@ IccRows rows_of(int64_t batch, int64_t classes) {
   while (rows.lanes < kWarp && rows.lanes * size < classes) rows.lanes *= 2;
   const int pack = rows.lanes * size;
   rows.held = pack * int(std::min<int64_t>(kIccPacks<T>, divided(classes, pack)));
-  // Rows of one block read the same logits, samples of one row need not wait for each other: the latter where there are few rows.
+  // The rows of one block read the same logits, and the samples of one row are independent. If there are few rows,
+  // teams share the samples of a row.
   const int teams = kIccThreads / rows.lanes;
   while (2 * rows.rows <= teams && (teams / rows.rows > batch || (rows.rows < 4 && classes >= 400 * rows.rows)))
     rows.rows *= 2;
@@ -36,7 +37,7 @@ int shared_bytes(const IccRows& rows, int networks, int size) {
   return networks * (kIccThreads / rows.lanes) * rows.held * size;
 }
 
-// One network, in memory of its own, with room for `held` rows of the map.
+// One network in its own memory, with room for `held` rows of the map.
 template <typename T>
 struct Memory {
   Tensor numbers, grad;
@@ -45,10 +46,8 @@ struct Memory {
 
   Memory(const Tensor& logits, const IccRows& rows, int64_t held, bool wanted, const Tensor& like) {
     const int64_t batch = logits.size(0), classes = logits.size(1), pack = rows.lanes * Pack<T>::kSize;
-    STD_TORCH_CHECK(std::max(batch, classes) <= std::numeric_limits<int>::max() - kIccThreads,
-                    "icc: more than 2^31 samples, or classes");
     const int64_t pitch = divided(classes, pack) * pack, of_rows = wanted ? held * pitch : 0;
-    constexpr int64_t of_term = sizeof(Term<T>) / sizeof(T), of_extremes = sizeof(Extremes<T>) / sizeof(T);
+    constexpr int64_t of_term = sizeof(RowTerm<T>) / sizeof(T), of_extremes = sizeof(Extremes<T>) / sizeof(T);
     numbers = new_compact(like, {batch * (pitch + of_term * classes + of_extremes) + 2 * of_rows}, kScalarType<T>);
     grad = new_compact(like, wanted ? std::vector<int64_t>{batch, classes} : std::vector<int64_t>{0}, kScalarType<T>);
     T* const compact = data_of<T>(numbers);
@@ -57,7 +56,7 @@ struct Memory {
     auto* const extremes = reinterpret_cast<Extremes<T>*>(terms + batch * classes * of_term);
     network = {compact,
                extremes,
-               reinterpret_cast<Term<T>*>(terms),
+               reinterpret_cast<RowTerm<T>*>(terms),
                wanted ? derivatives : nullptr,
                wanted ? derivatives + of_rows : nullptr,
                data_of<T>(grad),
@@ -75,7 +74,7 @@ void prepare(const OnDevice& device, const std::vector<const Memory<T>*>& networ
   launch(prepare_icc_kernel<T>, problems, threads_for(networks[0]->network.pitch, 4), 0, device.stream);
 }
 
-// Blocks of a pass by columns: for each tile of samples those of all columns.
+// The blocks of a pass by columns: for each tile of samples, the blocks of all columns.
 template <typename T>
 int64_t column_blocks(const Network<T>& network, int64_t samples) {
   return divided(network.batch, samples) * divided(network.classes, kWarp * Pack<T>::kSize);
@@ -183,24 +182,26 @@ Tensor run_map_backward(const Tensor& grad_map, const Tensor& logits) {
 }  // namespace
 
 Tensor icc_map(const Tensor& logits) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.numel() > 0, "icc_map: logits must be b x K and not empty");
+  check_icc_map(logits);
   return with_compute_type(logits, [&](auto type) { return run_map<decltype(type)>(logits); });
 }
 
 Tensor icc_map_backward(const Tensor& grad_map, const Tensor& logits) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.numel() > 0 && grad_map.dim() == 2 &&
-                      grad_map.size(0) == logits.size(1) && grad_map.size(1) == logits.size(1),
-                  "icc_map_backward: logits must be b x K and not empty, grad_map K x K");
+  check_icc_map_backward(grad_map, logits);
   return with_compute_type(logits, [&](auto type) { return run_map_backward<decltype(type)>(grad_map, logits); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> icc_loss(const Tensor& student, const Tensor& teacher, bool per_sample, double scale,
                                             bool grad_student, bool grad_teacher) {
-  STD_TORCH_CHECK(student.dim() == 2 && teacher.dim() == 2 && student.size(0) == teacher.size(0) &&
-                      student.size(1) == teacher.size(1) && student.numel() > 0,
-                  "icc_loss: student and teacher must be b x K, of one shape and not empty");
+  check_icc_loss(student, teacher, scale);
   const bool in_double = student.scalar_type() == ScalarType::Double || teacher.scalar_type() == ScalarType::Double;
   return (in_double ? run<double> : run<float>)(student, teacher, per_sample, scale, grad_student, grad_teacher);
 }
 
 }  // namespace kdkernels
+
+STABLE_TORCH_LIBRARY_IMPL(KDKERNELS_NAMESPACE, KDKERNELS_DEVICE, m) {
+  m.impl("icc_map", TORCH_BOX(&kdkernels::icc_map));
+  m.impl("icc_map_backward", TORCH_BOX(&kdkernels::icc_map_backward));
+  m.impl("icc_loss", TORCH_BOX(&kdkernels::icc_loss));
+}

@@ -1,5 +1,5 @@
-// The map M, the mean of the samples' P, and the divergence of two networks' maps: of each entry once by rows, and its derivative
-// back to the logits by rows and by columns of P.
+// The map M, the mean of the samples' P, and the divergence of the maps of two networks. One pass by rows computes the
+// divergence. Passes by rows and by columns of P compute the gradient to the logits.
 #pragma once
 
 #include "icc_rows.cuh"
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kIccThreads, 2) icc_map_kernel(Network<T> netw
   });
 }
 
-// The pass by rows for a derivative by the map that is given.
+// The pass by rows for a given derivative with respect to the map.
 template <typename T>
 __global__ void __launch_bounds__(kIccThreads, 2)
     icc_map_gradient_kernel(Network<T> network, IccRows p, Logits grad_map, T factor) {
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kIccThreads, 2)
   pull_back_rows(team, network, p, last, live, false, factor);
 }
 
-// Σ t log(t / s) - t + s of the blocks' rows, each term not negative, and the passes by rows.
+// Σ t log(t / s) - t + s over the block's rows, where no term is negative, and the passes by rows.
 template <typename T>
 __global__ void __launch_bounds__(kIccThreads, 2)
     icc_compare_kernel(const __grid_constant__ IccPair<T> pair, IccRows p, double* losses) {
@@ -92,25 +92,25 @@ __global__ void __launch_bounds__(kIccThreads, 2)
   loss = block_reduce(loss, Sum<double>());
   if (threadIdx.x == 0) losses[blockIdx.x] = loss;
   any_cold = block_reduce(any_cold, Largest<int>());
-  __syncthreads();  // derivatives and terms are read by other threads than wrote them
+  __syncthreads();  // other threads read the derivatives and terms
   if (student.grad && live && team.lane == 0 && team.group == 0) pair.cold[row] = any_cold;
 #pragma unroll 1
   for (int n = 0; n < 2; ++n)
     if (pair.networks[n].grad) pull_back_rows(team, pair.networks[n], p, last, live, n == 0 && any_cold, pair.factor);
 }
 
-// The pass by columns of P: what rows first to first + count give to dz_k = Σ_i dA_ik z_i.
+// The pass by columns of P: the contribution of rows first to first + count to dz_k = Σ_i dA_ik z_i.
 template <typename T>
 struct Columns {
   Network<T> network;
-  const int* cold;  // null if there is none
+  const int* cold;  // null if there are no cold entries
   T factor;
   int first, count;
   int tiles;  // of samples
 };
 
-// A block for kIccSamples samples and as many columns as a warp reads at once, its warps sharing the rows; and one more
-// block, the last, that adds up the loss.
+// One block per kIccSamples samples and as many columns as a warp reads at once. The warps of a block share the rows.
+// One more block, the last, adds up the loss.
 template <typename T>
 __global__ void __launch_bounds__(kIccThreads, 2)
     icc_columns_kernel(const __grid_constant__ Group<Columns<T>> group, const double* losses, int64_t parts,
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kIccThreads, 2)
 
   Pack<T> z[kIccSamples], totals[kIccSamples];
   T smallest[kIccSamples], largest[kIccSamples];
-  const Term<T>* terms[kIccSamples];
+  const RowTerm<T>* terms[kIccSamples];
 #pragma unroll
   for (int q = 0; q < kIccSamples; ++q) {
     const int64_t s = min(sample + q, int64_t(network.batch - 1));
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kIccThreads, 2)
       if (p.cold && is_cold(negative.at[e])) negative.at[e] = -1;
 #pragma unroll
     for (int q = 0; q < kIccSamples; ++q) {
-      const Term<T> term = terms[q][row];
+      const RowTerm<T> term = terms[q][row];
       const T partner = term.z < 0 ? smallest[q] : largest[q], factor = term.z * T(kLog2E), mean = term.mean * term.z;
 #pragma unroll
       for (int e = 0; e < size; ++e) {
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kIccThreads, 2)
   for (int q = 0; q < kIccSamples; ++q)
 #pragma unroll
     for (int e = 0; e < size; ++e) sums[(warp * kIccSamples + q) * width + column - begin + e] = totals[q].at[e];
-  __syncwarp();  // what another lane has written is added to
+  __syncwarp();  // this adds to what another lane has written
   if (p.cold)
     for (int row = warp; row < p.count; row += kIccWarps) {
       if (!p.cold[row]) continue;
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kIccThreads, 2)
         const int j = begin + place % width;
         if (s >= network.batch || j >= network.classes || !is_cold(network.derivatives[offset + j])) continue;
         const RowOfA<T> of_row(network, s, p.first + row);
-        const Term<T> term = network.terms[s * network.classes + p.first + row];
+        const RowTerm<T> term = network.terms[s * network.classes + p.first + row];
         sums[warp * kIccSamples * width + place] +=
             term.z *
             cold_product(term, of_row.partner, of_row.z[j], network.derivatives[offset + j], network.fine[offset + j]);
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kIccThreads, 2)
     T sum = 0;
     for (int w = 0; w < kIccWarps; ++w) sum += sums[w * kIccSamples * width + place];
     T& grad = network.grad[s * network.classes + k];
-    // The first rows' pass has written to their own logits only.
+    // The pass over the first rows has written only to their own logits.
     grad = (p.first == 0 && k >= p.count ? T(0) : grad) - p.factor * sum;
   }
 }

@@ -1,9 +1,11 @@
-// Inter-class correlation: P = softmax of the rows of every sample's A = z zᵀ, their mean M over the samples, and divergences.
+// Inter-class correlation: P = softmax of the rows of every sample's A = z zᵀ, their mean M over the samples, and
+// divergences.
 //
-// A team of lanes holds a piece of one row of the map and goes through the samples. Where the row is not longer than the piece,
-// exponentials that were added up for the softmax's denominator are still in registers when the entries need them: one for
-// every entry of every sample. Two more pull the loss's derivatives back, which are held for some rows of the map at a time:
-// one by rows of P, by the same teams, one by columns. Logarithms are in base 2.
+// A team of lanes holds a piece of one row of the map and processes all samples. If the row is not longer than the
+// piece, the exponentials of the softmax's denominator are still in registers when the entries need them. So the map
+// takes one exponential per entry and sample. The gradient takes two more: the same teams make one pass by rows of P,
+// and a second kernel makes one pass by columns. The derivatives with respect to the map are held for some rows at a
+// time. Logarithms have base 2.
 #pragma once
 
 #include "group.cuh"
@@ -15,14 +17,14 @@ namespace kdkernels {
 constexpr int kIccWarps = kIccThreads / kWarp;
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-// Entries of the student's map below kLost have lost digits, which matters where the teacher's are not below kFaint: such an
-// entry is called cold, and known by its logarithm.
+// Entries of the student's map below kLost have lost digits. This matters if the teacher's entry is not below kFaint.
+// Such an entry is called cold, and its logarithm is kept.
 template <typename T>
 inline constexpr T kLost = sizeof(T) == sizeof(float) ? T(0x1p-80) : T(0x1p-900);
 template <typename T>
 inline constexpr T kFaint = sizeof(T) == sizeof(float) ? T(0x1p-60) : T(0x1p-200);
 
-// Neighbours in memory that are read at once.
+// Neighbours in memory that are read together.
 template <typename T>
 struct alignas(16) Pack {
   static constexpr int kSize = 16 / sizeof(T);
@@ -31,45 +33,47 @@ struct alignas(16) Pack {
   static __device__ Pack load(const T* data) { return *reinterpret_cast<const Pack*>(data); }
 };
 
-// What a lane holds of a row.
+// The part of a row that a lane holds.
 template <typename T>
 inline constexpr int kIccPacks = sizeof(T) == sizeof(float) ? 8 : 2;
 template <typename T>
 inline constexpr int kIccHeld = kIccPacks<T> * Pack<T>::kSize;
 
-// A sample's extreme logits, and the first classes that have them.
+// The smallest and largest logit of a sample, and the first classes that have them.
 template <typename T>
 struct Extremes {
   T smallest, largest;
   int at_smallest, at_largest;
 };
 
-// What is known of row i of one sample's P. `top` is the largest entry's derivative, `mean` that of the row above the top's;
-// before these are known, `mean` is that of the logits above the top's.
+// Per row i of one sample's P. `top` is the derivative of the largest entry. `mean` is the mean derivative of the row,
+// minus `top`. Before these are known, `mean` is the mean of the logits, minus the logit of the largest entry.
 template <typename T>
-struct alignas(16) Term {
+struct alignas(16) RowTerm {
   T z, log_sum, top, mean;
 };
 
 template <typename T>
 struct Network {
-  const T* logits;  // batch x pitch, zeros behind the last class
+  const T* logits;  // [batch][pitch], zeros behind the last class
   const Extremes<T>* extremes;
-  Term<T>* terms;  // batch x classes
-  // Minus the divergence's derivatives by some rows of the map, count x pitch; null if no gradient is wanted. Those of cold
-  // entries are held as -2 minus their logarithm, others are above -1.5; `fine` is what rounding has taken from that.
+  RowTerm<T>* terms;  // batch x classes
+  // The negative derivatives of the divergence with respect to some rows of the map: [count][pitch]. Null if no
+  // gradient is wanted. A cold entry holds -2 minus its logarithm. Other entries are above -1.5. `fine` is the rounding
+  // error of a cold entry.
   T *derivatives, *fine;
-  T* grad;  // batch x classes; null if not wanted
+  T* grad;  // [batch][classes]; null if not wanted
   int batch, classes, pitch;
 };
 
-// The rows of the map that a launch works on, and how: `lanes` hold `held` columns of a row, a block has `rows`.
+// The rows of the map in one launch. `lanes` lanes hold `held` columns of a row each, and a block has `rows`
+// rows.
 struct IccRows {
   int first, count;
   int lanes, held, rows;
 };
 
-// The lanes of a block that work on one row, and those who share its samples with them.
+// The lanes of a block that work on one row, and the teams that share the samples of this row.
 struct Team {
   int lanes, held, lane, row, group, groups;
 
@@ -88,9 +92,9 @@ struct Team {
     return value;
   }
 
-  // Calls f(place, column, a, b, valid) with the lane's columns from begin to end, which are no more than it holds, and the
-  // numbers of two rows there. Behind the end, up to a full pack for every lane, columns are not valid. Unrolled as often as
-  // there are packs, places are constants, and index registers.
+  // Calls f(place, column, a, b, valid) for the lane's columns from begin to end, with the numbers of two rows there.
+  // There are at most as many columns as the lane holds. Columns behind the end, up to a full pack per lane, are not
+  // valid. The loop is unrolled over the packs, so that places are constants and select registers.
   template <int Unrolled, typename T, typename F>
   __device__ void for_columns(const T* a, const T* b, int begin, int end, const F& f) const {
     constexpr int size = Pack<T>::kSize;
@@ -121,7 +125,8 @@ struct Team {
     for (int begin = 0; begin < classes; begin += held) f(begin, min(begin + held, classes));
   }
 
-  // Calls f(sample, valid) for this team's samples; all teams of a warp go through as many, some twice through the last.
+  // Calls f(sample, valid) for this team's samples. All teams of a warp process the same number, so some repeat the
+  // last sample.
   template <typename F>
   __device__ void for_samples(int batch, const F& f) const {
     for (int first = 0; first < batch; first += groups)
@@ -129,13 +134,14 @@ struct Team {
   }
 };
 
-// A - max A of row i of one sample's A, by the difference of the logits: products of confident logits are in the hundreds, and
-// were they rounded first, the difference would be lost; of the largest logits it would overflow.
+// A - max A for row i of one sample's A, from the difference of the logits. Products of confident logits are in the
+// hundreds. If they were rounded first, the difference would lose its digits. Products of the largest logits would
+// overflow.
 template <typename T>
 struct RowOfA {
   const T* z;
   T own, factor, partner;
-  int top;  // where the largest entry is
+  int top;  // the column of the largest entry
 
   __device__ RowOfA(const Network<T>& network, int64_t s, int i)
       : z(network.logits + s * network.pitch), own(z[i]), factor(own * T(kLog2E)) {
@@ -147,9 +153,9 @@ struct RowOfA {
   __device__ T below(T z_j) const { return (z_j - partner) * factor; }
 };
 
-// log₂ of an entry of P in double: that of a cold entry may be in the thousands.
+// log₂ of an entry of P, in double. For a cold entry it may be in the thousands.
 template <typename T>
-__device__ double log_of_entry(const Term<T>& term, T partner, T z_j) {
+__device__ double log_of_entry(const RowTerm<T>& term, T partner, T z_j) {
   return (double(z_j) - double(partner)) * (double(term.z) * kLog2E) - double(term.log_sum);
 }
 
@@ -160,11 +166,11 @@ __device__ bool is_cold(T derivative) {
 
 // An entry of P times the derivative of a cold entry of the map.
 template <typename T>
-__device__ T cold_product(const Term<T>& term, T partner, T z_j, T derivative, T fine) {
+__device__ T cold_product(const RowTerm<T>& term, T partner, T z_j, T derivative, T fine) {
   return T(exp2(log_of_entry(term, partner, z_j) - 2 - double(derivative) - double(fine)));
 }
 
-// Logits made compact, a block per sample.
+// Make the logits compact. One block per sample.
 template <typename T>
 struct Preparation {
   Logits logits;
@@ -191,7 +197,7 @@ __global__ void __launch_bounds__(512) prepare_icc_kernel(const __grid_constant_
   }
   largest = block_reduce(largest, Largest<T>());
   const T smallest = -block_reduce(negative_smallest, Largest<T>());
-  int at_smallest = 1 - p.classes, at_largest = at_smallest;  // minus the classes
+  int at_smallest = 1 - p.classes, at_largest = at_smallest;  // minus the class
   for (int j = threadIdx.x; j < p.classes; j += blockDim.x) {
     const T z = logit(j);
     if (z == smallest) at_smallest = max(at_smallest, -j);
@@ -202,12 +208,12 @@ __global__ void __launch_bounds__(512) prepare_icc_kernel(const __grid_constant_
   if (threadIdx.x == 0) p.extremes[s] = {smallest, largest, at_smallest, at_largest};
 }
 
-// The sum of a row's exponentials, and the mean of the logits, above the top's, that they give.
+// The sum of a row's exponentials, and the mean of the logits minus the logit of the largest entry.
 template <typename T>
 struct RowSum {
   T sum, mean;
 
-  __device__ Term<T> term(T z) const { return {z, T(log2(sum)), T(0), mean}; }
+  __device__ RowTerm<T> term(T z) const { return {z, T(log2(sum)), T(0), mean}; }
 };
 
 template <typename T>
@@ -224,7 +230,7 @@ __device__ RowSum<T> add_up(const Team& team, const RowOfA<T>& row, int classes)
   return {sum, team.sum(moment) / sum};
 }
 
-// The sums of rows i of all samples, as long as the rows are longer than what their teams hold.
+// The sums of rows i of all samples, if rows are longer than what their teams hold.
 template <typename T>
 __device__ void add_up_rows(const Team& team, const Network<T>& network, int i, bool live) {
   team.for_samples(network.batch, [&](int64_t s, bool valid) {
@@ -234,7 +240,7 @@ __device__ void add_up_rows(const Team& team, const Network<T>& network, int i, 
   });
 }
 
-// Adds rows i of the team's samples, columns from begin to end. Writes their terms if the rows are not longer than that.
+// Adds rows i of the team's samples, columns from begin to end. Writes their terms if these columns are the whole row.
 template <typename T>
 __device__ void add_rows(const Team& team, const Network<T>& network, int i, bool live, int begin, int end,
                          T (&entries)[kIccHeld<T>]) {
@@ -266,7 +272,7 @@ __device__ void add_rows(const Team& team, const Network<T>& network, int i, boo
 // The teams' shares of some columns of their rows, in shared memory.
 template <typename T>
 struct Shares {
-  T* mine;  // this row's first
+  T* mine;  // the first of this row
   int next;
   int groups;
 
@@ -303,8 +309,8 @@ __device__ double log_of_mean(const Network<T>& network, int i, int j) {
   return largest + log2(sum / double(network.batch));
 }
 
-// The pass by rows of P: means of the derivatives, and the part Σ_j dA_ij z_j of dz_i. With `cold` there are entries of which
-// the logarithm is held; what is left of the derivative t / s - 1 beside that is -1.
+// The pass by rows of P: the means of the derivatives, and the part Σ_j dA_ij z_j of dz_i. With `cold`, some entries
+// hold their logarithm, and the rest of their derivative t / s - 1 is -1.
 template <typename T>
 __device__ void pull_back_rows(const Team& team, const Network<T>& network, const IccRows& p, int row_of_map, bool live,
                                bool cold, T factor) {
@@ -321,8 +327,8 @@ __device__ void pull_back_rows(const Team& team, const Network<T>& network, cons
   team.for_samples(network.batch, [&](int64_t s, bool valid_sample) {
     const RowOfA<T> row(network, s, i);
     const bool mine = valid_sample && live;
-    Term<T>& place_of_term = network.terms[s * classes + i];
-    const Term<T> term = mine ? place_of_term : Term<T>{};  // which others may be writing
+    RowTerm<T>& place_of_term = network.terms[s * classes + i];
+    const RowTerm<T> term = mine ? place_of_term : RowTerm<T>{};  // other threads may be writing it
     const T top = derivatives[row.top], centre = row.partner + term.mean;
     T mean = 0, product = 0;
     team.for_pieces(classes, [&](int begin, int end) {
@@ -349,7 +355,7 @@ __device__ void pull_back_rows(const Team& team, const Network<T>& network, cons
   });
 }
 
-// Both networks; the flags of rows with cold entries, count of them.
+// Both networks, and `count` flags of rows with cold entries.
 template <typename T>
 struct IccPair {
   Network<T> networks[2];  // student and teacher
@@ -357,7 +363,7 @@ struct IccPair {
   T factor;
 };
 
-// The loss from what the blocks have left of it.
+// Adds up the loss from the parts of the blocks.
 template <typename T>
 __device__ void add_up_losses(const double* losses, int64_t parts, double scale, T* loss) {
   double sum = 0;

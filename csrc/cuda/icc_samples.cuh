@@ -1,11 +1,11 @@
-// The divergences of single samples' P, which need no map.
+// The divergences of the samples' own P, without a map.
 #pragma once
 
 #include "icc_rows.cuh"
 
 namespace kdkernels {
 
-// q - p, and log(p / q), of an entry of two samples' P.
+// q - p and log(p / q) of an entry of P.
 template <typename T>
 struct Difference {
   T p, q_less_p, log_ratio, divergence;
@@ -18,12 +18,12 @@ struct Difference {
   }
 };
 
-// The term of a row. Where the largest of its exponentials, which is 1, is nearly all of their sum, the others are added up by
-// themselves: they are all that tells such a row from another.
+// The term of a row. The largest of its exponentials is 1. If it is nearly the whole sum, the other exponentials are
+// added up separately, because only they distinguish such rows.
 template <typename T>
-__device__ Term<T> term_of(const Team& team, const RowOfA<T>& row, int classes) {
+__device__ RowTerm<T> term_of(const Team& team, const RowOfA<T>& row, int classes) {
   const RowSum<T> all = add_up(team, row, classes);
-  Term<T> term = all.term(row.own);
+  RowTerm<T> term = all.term(row.own);
   const bool nearly = all.sum < T(1.5);
   T others = 0;
   if (nearly)
@@ -38,7 +38,7 @@ __device__ Term<T> term_of(const Team& team, const RowOfA<T>& row, int classes) 
   return term;
 }
 
-// The divergence of every sample's own P, a team per row, with the part that the row gives to the gradients.
+// The divergence of every sample's own P, one team per row, with the row's contribution to the gradients.
 template <typename T>
 __global__ void __launch_bounds__(kIccThreads, 2)
     icc_samples_kernel(const __grid_constant__ IccPair<T> pair, IccRows p, double* losses) {
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kIccThreads, 2)
   const int64_t s = last / classes;
   const int i = int(last % classes);
   const RowOfA<T> of_student(student, s, i), of_teacher(teacher, s, i);
-  const Term<T> student_term = term_of(team, of_student, classes), teacher_term = term_of(team, of_teacher, classes);
+  const RowTerm<T> student_term = term_of(team, of_student, classes), teacher_term = term_of(team, of_teacher, classes);
   const auto compare = [&](T z_s, T z_t) {
     return Difference<T>(of_student.below(z_s) - student_term.log_sum, of_teacher.below(z_t) - teacher_term.log_sum);
   };
@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(kIccThreads, 2)
   if (threadIdx.x == 0) losses[blockIdx.x] = loss;
 }
 
-// What is left of the gradients: Σ_i dA_ik z_i. A block for one sample and as many columns as a warp reads at once; and one
-// more, the last, that adds up the loss.
+// The rest of the gradients: Σ_i dA_ik z_i. One block per sample and as many columns as a warp reads at once. One more
+// block, the last, adds up the loss.
 template <typename T>
 __global__ void __launch_bounds__(kIccThreads, 2)
     icc_sample_columns_kernel(const __grid_constant__ IccPair<T> pair, const double* losses, int64_t parts,
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kIccThreads, 2)
     z_t = Pack<T>::load(teacher.logits + s * teacher.pitch + column);
   }
   for (int i = warp; i < classes; i += kIccWarps) {
-    const Term<T> q = student.terms[s * classes + i], p = teacher.terms[s * classes + i];
+    const RowTerm<T> q = student.terms[s * classes + i], p = teacher.terms[s * classes + i];
     const T partner_s = q.z < 0 ? of_student.smallest : of_student.largest, factor_s = q.z * T(kLog2E);
     const T partner_t = p.z < 0 ? of_teacher.smallest : of_teacher.largest, factor_t = p.z * T(kLog2E);
 #pragma unroll

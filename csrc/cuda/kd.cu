@@ -1,5 +1,6 @@
 #include "kd.cuh"
 
+#include "../checks/kd.h"
 #include "host.h"
 #include "reduce.cuh"
 
@@ -29,11 +30,11 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teac
 
 std::tuple<Tensor, Tensor, Tensor> kd(const Tensor& student, const Tensor& teacher, double temperature, double scale,
                                       bool grad_student, bool grad_teacher) {
-  STD_TORCH_CHECK(student.dim() == 2 && teacher.dim() == 2 && student.size(0) == teacher.size(0) &&
-                      student.size(1) == teacher.size(1) && student.numel() > 0,
-                  "kd: student and teacher must be b x K, of one shape and not empty");
+  check_kd(student, teacher, temperature, scale);
   const bool in_double = student.scalar_type() == ScalarType::Double || teacher.scalar_type() == ScalarType::Double;
   return (in_double ? run<double> : run<float>)(student, teacher, temperature, scale, grad_student, grad_teacher);
 }
 
 }  // namespace kdkernels
+
+STABLE_TORCH_LIBRARY_IMPL(KDKERNELS_NAMESPACE, KDKERNELS_DEVICE, m) { m.impl("kd", TORCH_BOX(&kdkernels::kd)); }

@@ -2,6 +2,7 @@
 
 #include <map>
 
+#include "../checks/local_correlation.h"
 #include "../relations.h"
 #include "congruence.h"
 #include "patches.h"
@@ -9,7 +10,7 @@
 namespace kdkernels {
 namespace {
 
-// One network at one stage. Its rows have numbers E.
+// One network in one stage. Its rows have numbers E.
 template <typename T, typename E>
 struct Network {
   Cut<T> cut;
@@ -58,19 +59,17 @@ struct Problem {
     return students[stage].scalar_type() == ScalarType::Double || teachers[stage].scalar_type() == ScalarType::Double;
   }
 
-  // Whether rows are made of half precision as it is: if elements are only moved and the Gram form multiplies them. The feature
-  // form's products are along the rows, whose norms differ.
+  // Return whether rows keep half precision: elements are only moved, and the Gram form multiplies them. The products
+  // of the feature form run along the rows, whose norms differ.
   bool kept(int64_t stage) const {
     const Tensor &student = students[stage], &teacher = teachers[stage];
-    const int64_t side = k[stage], rows = student.size(0) * side * side;
+    const int64_t side = k[stage];
     const auto whole = [&](const Tensor& maps) { return maps.size(2) % side == 0 && maps.size(3) % side == 0; };
-    const auto length = [&](const Tensor& maps) { return maps.numel() / rows; };
     return student.scalar_type() == teacher.scalar_type() && masks.empty() && whole(student) && whole(teacher) &&
-           coefficients(stage).full != 0 &&
-           settled(Form(plans[3 * stage]), rows, length(student), length(teacher)) == Form::gram;
+           coefficients(stage).full != 0 && Form(plans[3 * stage]) == Form::gram;
   }
 
-  // The type of each stage's rows. Half precision is kept in all of them or in none: it is not worth launches of its own.
+  // The type of the rows. Half precision is kept in all stages or in none, because it is not worth separate launches.
   std::vector<Element> row_types() const {
     std::vector<Element> types, floats;
     bool alike = true;
@@ -83,7 +82,7 @@ struct Problem {
   }
 };
 
-// The loss of some stages, whose rows have numbers E, is written or added to `loss`; and their gradients.
+// Write or add the loss of some stages to `loss`, and compute their gradients. The rows have numbers E.
 template <typename T, typename E = T>
 void run(const Problem& p, const std::vector<int64_t>& stages, const OnDevice& device, const Tensor& loss,
          bool accumulate, std::vector<Tensor>& grads) {
@@ -111,7 +110,7 @@ void run(const Problem& p, const std::vector<int64_t>& stages, const OnDevice& d
     const int64_t rows = p.students[s].size(0) * x.cut.positions();
     Coefficients coefficients = p.coefficients(s);
     ending.dead[ending.stages++] = {x.norms, y.norms, rows, coefficients.diagonal};
-    coefficients.diagonal = 0;  // its gradient is radial, which the normalisation takes away
+    coefficients.diagonal = 0;  // its gradient is radial, and the normalisation removes it
     congruences.add(rows, x.cut.positions(), x.side(), y.side(), coefficients, plan_of(&p.plans[3 * s]));
   }
   patching.run();
@@ -130,6 +129,7 @@ std::tuple<Tensor, std::vector<Tensor>> local_correlation(
     const std::vector<Tensor>& students, const std::vector<Tensor>& teachers, const std::vector<Tensor>& masks,
     const std::vector<int64_t>& k, const std::vector<double>& weights, bool mean, const std::vector<int64_t>& plans,
     std::optional<double> threshold, bool resize, double eps, const std::vector<int64_t>& wanted, bool tf32) {
+  check_local_correlation(students, teachers, masks, k, weights, plans, threshold, resize, eps, wanted);
   const Problem problem{students, teachers, masks, k, weights, mean, plans, threshold, resize, eps, wanted, tf32};
   const OnDevice device(students[0]);
   const std::vector<Element> types = problem.row_types();
@@ -157,13 +157,15 @@ std::vector<Tensor> local_correlation_backward(const Tensor& grad_loss, const st
                                                const std::vector<int64_t>& shapes, const std::vector<Tensor>& masks,
                                                const std::vector<int64_t>& k, std::optional<double> threshold,
                                                bool resize) {
+  check_local_correlation_backward(grad_loss, grad_rows, shapes, masks, k, threshold, resize);
   const int64_t stages = k.size();
   const OnDevice device(grad_rows[0]);
   Patching<float> in_float(device);
   Patching<double> in_double(device);
-  std::vector<Tensor> grads;
+  std::vector<Tensor> grads, compact_rows;  // the copies live until the kernels have been launched
+  for (const Tensor& rows : grad_rows) compact_rows.push_back(compact(rows));
   for (int64_t i = 0; i < 2 * stages; ++i) {
-    const Tensor& rows = grad_rows[i];
+    const Tensor& rows = compact_rows[i];
     const auto unpack = [&](auto& patching, auto type) {
       using T = decltype(type);
       if (rows.numel() == 0) return new_compact(rows, {0});
@@ -180,3 +182,8 @@ std::vector<Tensor> local_correlation_backward(const Tensor& grad_loss, const st
 }
 
 }  // namespace kdkernels
+
+STABLE_TORCH_LIBRARY_IMPL(KDKERNELS_NAMESPACE, KDKERNELS_DEVICE, m) {
+  m.impl("local_correlation", TORCH_BOX(&kdkernels::local_correlation));
+  m.impl("local_correlation_backward", TORCH_BOX(&kdkernels::local_correlation_backward));
+}

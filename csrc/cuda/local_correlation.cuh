@@ -1,13 +1,13 @@
-// The end of the LKD loss: what its parts add up to, and the gradients of the patches before normalisation.
+// The end of the LKD loss: the sum of its parts, and the gradients to the patches before the normalisation.
 #pragma once
 
 #include "patches.cuh"
 
 namespace kdkernels {
 
-constexpr int kMostStages = 8;  // in one launch
+constexpr int kMostStages = 8;  // stages in one launch
 
-// A patch that is dead in one network alone has D_rr = ±1; all other diagonal entries of D are 0.
+// A patch with norm <= eps in exactly one network has D_rr = ±1. All other diagonal entries of D are 0.
 template <typename T>
 struct DeadRows {
   const T *norms_x, *norms_y;
@@ -25,7 +25,7 @@ struct Loss {
   bool in_double, accumulate;
 };
 
-// By one block, in a fixed order.
+// One block adds in a fixed order.
 template <typename T>
 __device__ void add_up(const Loss<T>& loss) {
   double sum = 0;
@@ -46,7 +46,7 @@ __device__ void add_up(const Loss<T>& loss) {
   }
 }
 
-// A block per row of the gradients, and one more for the loss.
+// One block per row of the gradients, and one more for the loss.
 template <typename T, typename E>
 __global__ void __launch_bounds__(512, 1)
     finish_kernel(const __grid_constant__ Group<Projection<T, E>> group, const __grid_constant__ Loss<T> loss) {

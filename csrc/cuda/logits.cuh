@@ -1,4 +1,4 @@
-// What the divergences of two networks' logits share.
+// Shared by the divergences of two networks' logits.
 #pragma once
 
 #include "elements.cuh"
@@ -12,7 +12,7 @@ struct Logits {
   int64_t row_stride, stride;
 };
 
-// exp(-d) - 1 + d for |d| <= 1/2, by its Taylor series: nothing cancels.
+// exp(-d) - 1 + d for |d| <= 1/2 from its Taylor series, in which nothing cancels.
 template <typename T>
 __device__ T exp_remainder(T d) {
   constexpr int degree = sizeof(T) == sizeof(double) ? 15 : 9;

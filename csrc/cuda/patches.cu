@@ -1,6 +1,6 @@
 #include "patches.h"
 
-#include <limits>
+#include "../checks/patches.h"
 
 namespace kdkernels {
 
@@ -8,9 +8,6 @@ template <typename T, typename E>
 Cut<T> Patching<T, E>::cut(const Shape& s, int64_t k, const Mask& mask, bool resize, const Tensor& like) {
   const int64_t patch_height = resize ? (s.height + k - 1) / k : s.height / k;
   const int64_t patch_width = resize ? (s.width + k - 1) / k : s.width / k;
-  // A thread's last index is past the end by as much as a block has threads.
-  STD_TORCH_CHECK(s.channels * patch_height * patch_width * k * k <= std::numeric_limits<int>::max() - 512,
-                  "patches: one image's maps must have fewer than 2^31 elements");
   Cut<T> cut{int(s.channels), int(s.height), int(s.width), int(k)};
   cut.patch_height = Divisor::of(int(patch_height));
   cut.patch_width = Divisor::of(int(patch_width));
@@ -93,6 +90,7 @@ template class Patching<float, Half>;
 
 std::tuple<Tensor, Tensor> patches(const Tensor& features, int64_t k, const std::optional<Tensor>& mask,
                                    std::optional<double> threshold, bool resize, double eps) {
+  check_patches(features, k, mask, threshold, resize, eps);
   const OnDevice device(features);
   return with_compute_type(features, [&](auto type) {
     using T = decltype(type);
@@ -110,16 +108,17 @@ std::tuple<Tensor, Tensor> patches(const Tensor& features, int64_t k, const std:
 Tensor patches_backward(const Tensor& grad_rows, const Tensor& rows, const Tensor& norms,
                         const std::vector<int64_t>& numbers, int64_t k, const std::optional<Tensor>& mask,
                         std::optional<double> threshold, bool resize) {
+  check_patches_backward(grad_rows, rows, norms, numbers, k, mask, threshold, resize);
   const OnDevice device(rows);
   const Shape shape = Shape::read(rows.size(0) / (k * k), numbers.data());
-  const Tensor grad = torch::stable::contiguous(grad_rows);
+  const Tensor grad = compact(grad_rows), vectors = compact(rows), lengths = compact(norms);
   return with_compute_type(rows, [&](auto type) {
     using T = decltype(type);
     Patching<T> patching(device);
     const Cut<T> cut = patching.cut(shape, k, {mask, threshold}, resize, rows);
     const Tensor patches = new_compact(rows, {rows.size(0), rows.size(1)});
-    patching.denormalise(cut, shape.images, grad.const_data_ptr<T>(), rows.const_data_ptr<T>(),
-                         norms.const_data_ptr<T>(), data_of<T>(patches));
+    patching.denormalise(cut, shape.images, grad.const_data_ptr<T>(), vectors.const_data_ptr<T>(),
+                         lengths.const_data_ptr<T>(), data_of<T>(patches));
     const Tensor maps = patching.unpack(cut, shape, data_of<T>(patches), nullptr, rows);
     patching.run();
     return maps;
@@ -127,3 +126,8 @@ Tensor patches_backward(const Tensor& grad_rows, const Tensor& rows, const Tenso
 }
 
 }  // namespace kdkernels
+
+STABLE_TORCH_LIBRARY_IMPL(KDKERNELS_NAMESPACE, KDKERNELS_DEVICE, m) {
+  m.impl("patches", TORCH_BOX(&kdkernels::patches));
+  m.impl("patches_backward", TORCH_BOX(&kdkernels::patches_backward));
+}

@@ -1,5 +1,5 @@
-// Feature maps to unit patch vectors and back. The patch grid is the map, masked, then cropped and stretched to its own size,
-// then resized to a multiple of k: linear in the map and separate in height and width.
+// From feature maps to unit patch vectors and back. The patch grid is the map after four steps: mask, crop, stretch to
+// the original size, resize to a multiple of k. This is linear in the map, and separable in height and width.
 #pragma once
 
 #include "divisor.cuh"
@@ -14,16 +14,16 @@ struct Box {
   int top, bottom, left, right;
 };
 
-// How the maps of one network at one stage are cut.
+// How the maps of one network in one stage are cut.
 template <typename T>
 struct Cut {
   int channels, height, width, k;
   Divisor patch_height, patch_width;
-  bool pixel_major;  // the components of a patch vector are ordered pixel, channel rather than channel, pixel
+  bool pixel_major;  // a patch vector is [pixel][channel], not [channel][pixel]
   bool resized;
-  Divisor inner;     // pixels of a patch or, if it is pixel major, channels
-  const T* mask;     // images x height x width; null without one
-  const Box* boxes;  // of each image; null without a crop
+  Divisor inner;     // pixels of a patch, or channels if it is pixel major
+  const T* mask;     // [images][height][width]; null without a mask
+  const Box* boxes;  // one per image; null without a crop
 
   __host__ __device__ int positions() const { return k * k; }
   __host__ __device__ int patch_area() const { return patch_height.value * patch_width.value; }
@@ -43,27 +43,27 @@ struct Tap {
 template <typename T>
 __device__ Tap<T> stretch(int begin, int end, int size, int o) {
   const int length = end - begin;
-  // (o + 1/2) * length / size - 1/2 in whole numbers: an output that lies on an input must get nothing of the next one, which may
-  // be larger by any factor.
+  // (o + 1/2) * length / size - 1/2 in integers. An output at the position of an input must get nothing from the next
+  // input, which may be larger by any factor.
   const int64_t source = Largest<int64_t>()(0, (2 * int64_t(o) + 1) * length - size), whole = 2 * int64_t(size);
   const int low = int(source / whole);
   return {begin + low, begin + min(low + 1, length - 1), T(source % whole) / T(whole)};
 }
 
-// The outputs of `stretch` that may tap the inputs first to last.
+// The outputs of `stretch` that may read the inputs first to last.
 __device__ inline void widen(int begin, int end, int size, int& first, int& last) {
   const double scale = double(size) / (end - begin);
   first = max(0, int(floor((first - begin - 0.5) * scale - 0.5)) - 1);
   last = min(size - 1, int(ceil((last - begin + 1.5) * scale - 0.5)) + 1);
 }
 
-// One axis of the way from the map to the patch grid: the crop [begin, end) stretched to `size`, then that to `padded`.
+// One axis from the map to the patch grid: the crop [begin, end) is stretched to `size`, and the result to `padded`.
 template <typename T>
 struct Axis {
   int begin, end, size, padded;
   bool cropped;
 
-  // Calls f(pixel, weight) for the pixels of the map of which pixel `o` of the grid is made.
+  // Calls f(pixel, weight) for the pixels of the map that pixel `o` of the grid reads.
   template <typename F>
   __device__ void taps(int o, const F& f) const {
     const auto crop = [&](int middle, T weight) {
@@ -78,7 +78,7 @@ struct Axis {
     crop(tap.high, tap.weight);
   }
 
-  // Calls f(o, weight) for the pixels of the grid into which a pixel of the map goes.
+  // Calls f(o, weight) for the pixels of the grid that read a pixel of the map.
   template <typename F>
   __device__ void uses(int pixel, const F& f) const {
     int first = pixel, last = pixel;
@@ -104,7 +104,7 @@ __device__ Axis<T> horizontal(const Cut<T>& cut, int64_t image) {
   return {cut.boxes[image].left, cut.boxes[image].right, cut.width, cut.patch_width.value * cut.k, true};
 }
 
-// A mask of any size and strides, made into that of one network's maps.
+// A mask of any size and strides, resampled to the size of one network's maps.
 template <typename T>
 struct Masking {
   const void* mask;
@@ -116,8 +116,9 @@ struct Masking {
   Box* boxes;    // null without a threshold
 };
 
-// A block per image: the mask at the size of the maps, and the tight bounds of mask > threshold, scaled to that size and widened
-// to whole pixels; the whole map when nothing exceeds the threshold. NaN counts as exceeding it.
+// One block per image. It computes the mask at the size of the maps, and the tight bounds of mask > threshold, scaled
+// to this size and widened to whole pixels. If nothing exceeds the threshold, they are the whole map. NaN counts as
+// exceeding it.
 template <typename T>
 __global__ void __launch_bounds__(kPatchThreads, 1) mask_kernel(const __grid_constant__ Group<Masking<T>> group) {
   const int index = group.index();
@@ -164,8 +165,9 @@ __global__ void __launch_bounds__(kPatchThreads, 1) mask_kernel(const __grid_con
                     down(box.left, p.width, p.mask_width), up(box.right, p.width, p.mask_width)};
 }
 
-// Of one network. Rows of half precision, numbers E, keep their digits: they are not divided by their norms but brought to a
-// common size by powers of two, and have factors that make unit vectors of them. Norms are then what the powers are taken back by.
+// The rows of one network. Half-precision rows, with numbers E, keep their digits. They are not divided by their norms,
+// but scaled to a common size by powers of two. Their factors turn them into unit vectors. `norms` then undo the
+// powers.
 template <typename T, typename E = T>
 struct Packing {
   Cut<T> cut;
@@ -174,10 +176,10 @@ struct Packing {
   int64_t strides[4];
   double eps;
   E* rows;
-  T *norms, *factors;  // factors: null but for rows of half precision
+  T *norms, *factors;  // factors: null unless rows are half precision
 };
 
-// A block per patch: writes its unit vector and the norm it was divided by; a patch of norm <= eps gives zeros and norm 0.
+// One block per patch. It writes the unit vector and the norm. A patch of norm <= eps becomes zeros with norm 0.
 template <typename T, typename E>
 __global__ void __launch_bounds__(kPatchThreads, 1) pack_kernel(const __grid_constant__ Group<Packing<T, E>> group) {
   const int index = group.index();
@@ -208,10 +210,11 @@ __global__ void __launch_bounds__(kPatchThreads, 1) pack_kernel(const __grid_con
     else
       value = pixel(c, y, x);
     out[j] = number<E>(value);
-    squares += double(value) * double(value);  // float64 holds the square of every float32
+    squares += double(value) * double(value);  // the range of float64 holds the square of every float32
   }
   const double norm = sqrt(block_reduce(squares, Sum<double>()));
-  const bool dead = norm <= p.eps, usual = norm > 1e-30 && norm < 1e30;  // else the inverse is no normal float32
+  // Outside of the usual range, the inverse is not a normal float32.
+  const bool dead = norm <= p.eps, usual = norm > 1e-30 && norm < 1e30;
   if constexpr (kIsHalf<E>) {
     const double power = balance(norm);
     for (int j = threadIdx.x; j < length; j += blockDim.x)
@@ -236,7 +239,8 @@ struct Projection {
   int length;
 };
 
-// By a block, for one row: the gradient before normalisation from that after it, (g − x̂ ⟨g, x̂⟩) / ‖x‖. May be in place.
+// One block, for one row: the gradient before the normalisation from the gradient after it, (g − x̂ ⟨g, x̂⟩) / ‖x‖. It
+// may work in place.
 template <typename T, typename E>
 __device__ void denormalise(const Projection<T, E>& p, int64_t row) {
   const int64_t begin = row * p.length;
@@ -260,14 +264,14 @@ template <typename T>
 struct Unpacking {
   Cut<T> cut;
   bool channels_last;
-  Divisor inner, width;  // pixels of a map or, if they are last, channels
+  Divisor inner, width;  // pixels of a map, or channels for channels_last
   const T* grad;         // of the patches
   const void* scale;     // a number on the device, null for 1
   Element scale_type;
   T* maps;  // compact
 };
 
-// A block per image and kPixels of its maps: scale times their gradient.
+// One block per image and kPixels pixels of its maps. It computes scale times their gradient.
 template <typename T>
 __global__ void __launch_bounds__(kPatchThreads, 1) unpack_kernel(const __grid_constant__ Group<Unpacking<T>> group) {
   const int index = group.index();

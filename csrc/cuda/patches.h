@@ -1,4 +1,4 @@
-// Launches the kernels of patches, for one network's maps or for those of every stage.
+// Launches the kernels of patches, for the maps of one network or of all stages.
 #pragma once
 
 #include <optional>
@@ -8,7 +8,7 @@
 
 namespace kdkernels {
 
-// Sizes of feature maps, and whether their channels are neighbours in memory.
+// The size of feature maps, and whether channels are neighbours in memory.
 struct Shape {
   int64_t images, channels, height, width;
   bool channels_last;
@@ -23,28 +23,28 @@ struct Shape {
   static constexpr int64_t kNumbers = 4;
 };
 
-// How a mask, if there is one, and a crop come before the patches.
+// The mask, if there is one, and the crop before the patches are cut.
 struct Mask {
   std::optional<Tensor> weights;  // images x mask height x mask width
   std::optional<double> threshold;
 };
 
-// Patches of one or more networks: problems are collected first, and then each step is one launch for all of them.
-// Rows have numbers E, which may be of half precision where maps of that are cut without a mask, a crop or a resize.
+// Patches of one or more networks. Problems are collected first. Then each step is one launch for all problems. Rows
+// have numbers E. They may be half precision if half-precision maps are cut without a mask, a crop or a resize.
 template <typename T, typename E = T>
 class Patching {
  public:
   explicit Patching(const OnDevice& device) : device_(device) {}
 
-  // How maps of this shape are cut. The memory that it needs belongs to this object.
+  // Return how maps of this shape are cut. This object owns the memory for it.
   Cut<T> cut(const Shape& shape, int64_t k, const Mask& mask, bool resize, const Tensor& like);
 
   void pack(const Cut<T>& cut, const Tensor& features, E* rows, T* norms, T* factors, double eps);
   void denormalise(const Cut<T>& cut, int64_t images, const T* grad, const T* rows, const T* norms, T* out);
-  // `scale` times the gradient of the features, compact in their memory format. The scale is a scalar tensor.
+  // Compute `scale` times the gradient to the features, compact in their memory format. The scale is a scalar tensor.
   Tensor unpack(const Cut<T>& cut, const Shape& shape, const T* grad, const Tensor* scale, const Tensor& like);
 
-  // Launch what has been collected.
+  // Launch all collected problems.
   void run();
 
  private:

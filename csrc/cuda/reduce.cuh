@@ -1,4 +1,4 @@
-// The end of every loss: its parts, which the blocks of earlier kernels left in float64, added in a fixed order.
+// The end of every loss. It adds the float64 parts of the earlier kernels' blocks in a fixed order.
 #pragma once
 
 #include "device.cuh"

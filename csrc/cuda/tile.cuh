@@ -1,6 +1,6 @@
-// Products of matrices by tiles of 64 x 64, a block each: panels of the operands come to shared memory a few steps ahead of the
-// tensor cores. Two operands of half precision are multiplied as they are, which is exact. Floats keep their accuracy by being
-// multiplied in two halves each, or are rounded to tf32 where that is allowed.
+// Matrix products in tiles of 64 x 64, one block per tile. Panels of the operands are copied to shared memory a few
+// steps ahead of the tensor cores. Two half-precision operands are multiplied as they are, which is exact. Each float
+// is split into two tf32 halves, which keeps its accuracy, or is rounded to tf32 if this is allowed.
 #pragma once
 
 #include <type_traits>
@@ -10,19 +10,20 @@
 
 namespace kdkernels {
 
-constexpr int kLines = 2, kColumns = 4;  // blocks of 16 x 8 that make up such a quarter
+constexpr int kLines = 2, kColumns = 4;  // blocks of 16 x 8 in a quarter
 
-// What tensor cores multiply numbers A by numbers B in: pairs if both are of half precision, else what they are computed in.
+// The unit in which tensor cores multiply numbers A and B: pairs if both are half precision, otherwise the compute
+// type.
 template <typename T, typename A, typename B>
 using Unit = std::conditional_t<std::is_same_v<A, B> && kIsHalf<A>, HalfPair<A>, T>;
 
-// Numbers that lie next to each other along one dimension, and `stride` apart along the other.
+// Numbers that are neighbours along one dimension, and `stride` apart along the other.
 template <typename T>
 struct Matrix {
   using Number = T;
   const T* data;
   int64_t stride;
-  bool vectors;  // 16 bytes may be read at a time: pointers, strides and sizes are all multiples of it
+  bool vectors;  // pointers, strides and sizes are multiples of 16 bytes
 
   __host__ __device__ Matrix from(int64_t offset) const { return {data + offset, stride, vectors}; }
 
@@ -33,33 +34,33 @@ struct Matrix {
     if constexpr (Width * sizeof(T) >= 4)
       copy_async<Width * sizeof(T)>(shared, valid ? data + offset : data, valid);
     else
-      *shared = valid ? data[offset] : T(0);  // the hardware copies no less than four bytes
+      *shared = valid ? data[offset] : T(0);  // the hardware copies at least four bytes
   }
 };
 
-// A panel of one operand, 64 x Depth. Its neighbours in memory lie along the depth or across it, and so they do in shared
-// memory, where lines are padded such that the lanes of a warp read from different banks.
+// A panel of one operand, 64 x Depth. Neighbours in memory are also neighbours in shared memory, along the depth or
+// across it. Lines in shared memory are padded, so that the lanes of a warp read from different banks.
 template <typename T, bool Along, int Depth>
 struct Panel {
   static constexpr int kTogether = 16 / int(sizeof(T));
   static constexpr int kPitch = Along ? Depth + (kTogether > 4 ? kTogether : 4) : kTile + 32 / int(sizeof(T));
   static constexpr int kSize = (Along ? kTile : Depth) * kPitch;
 
-  // The order in which lines are written: those of 64 bytes, two of which are written at a time, share banks with their neighbours
-  // but not with the fourth after them.
+  // The order in which lines are written. Two lines of 64 bytes are written at a time. A line shares banks with its
+  // neighbours, but not with the fourth line after it.
   static __device__ int line_of(int place) {
     if (!Along || Depth * sizeof(T) > 64) return place;
     return place / 8 * 8 + place % 2 * 4 + place % 8 / 2;
   }
 
-  // Begin to copy; zeros where there is no row or no depth any more.
+  // Begin to copy. Missing rows and depths become zeros.
   template <typename Source>
   static __device__ void load(T* panel, const Source& source, int row, int rows, int begin, int end) {
     const auto copy = [&](auto together) {
       constexpr int width = decltype(together)::value;
       constexpr int length = Along ? Depth : kTile, lines = Along ? kTile : Depth, pieces = length / width;
       static_assert(lines * pieces % kTileThreads == 0);
-#pragma unroll 2  // more would take registers
+#pragma unroll 2  // more would need more registers
       for (int step = 0; step < lines * pieces / kTileThreads; ++step) {
         const int i = step * kTileThreads + int(threadIdx.x);
         const int line = line_of(i / pieces), column = i % pieces * width;
@@ -85,16 +86,16 @@ struct Panel {
   }
 };
 
-// The bits of x, rounded to tf32 once all but the first 11 of the mantissa are cut off, as tensor cores do.
+// The bits of x, prepared so that truncation to 11 bits of mantissa, which tensor cores do, rounds x to tf32.
 __device__ inline unsigned rounded(float x) { return __float_as_uint(x) + 0x1000u; }
 
-// The rounding makes a zero of some NaN, which the product with zero brings back.
+// Rounding turns some NaN into zero. The product with zero restores them.
 __device__ inline float as_tf32(float x) { return x * 0.0f + __uint_as_float(rounded(x)); }
 
-// What remains of x beside this is exact and has no more than 12 bits.
+// The remainder of x is exact and has at most 12 bits.
 __device__ inline float upper_half(float x) { return __uint_as_float(rounded(x) & 0xffffe000u); }
 
-// f of numbers E. Those of half precision, whose upper halves they are themselves, stay.
+// Apply f to numbers E. Half-precision numbers are their own upper halves, so they do not change.
 template <typename E, int M, int N, typename F>
 __device__ void apply(const F& f, const float (&numbers)[M][N], float (&results)[M][N]) {
 #pragma unroll
@@ -103,10 +104,11 @@ __device__ void apply(const F& f, const float (&numbers)[M][N], float (&results)
     for (int e = 0; e < N; ++e) results[i][e] = kIsHalf<E> ? numbers[i][e] : f(numbers[i][e]);
 }
 
-// c += a b, of numbers A and B. The lower halves of floats count unless `tf32`; those of numbers of half precision are 0.
+// c += a b for numbers A and B. The lower halves of floats count unless `tf32`. The lower halves of half-precision
+// numbers are 0.
 //
-// The flag is not the template's, which would make two of every kernel to save one in twenty of the instructions with tf32, and none
-// without (counted for sm_90).
+// The flag is not a template argument. As one, it would double the kernels, and save 5 % of the instructions with tf32
+// and none without (counted for sm_90).
 template <typename A, typename B, int M, int N>
 __device__ void multiply_units(float (&c)[M][N][4], const float (&a)[M][4], const float (&b)[N][2], bool tf32) {
   float a_upper[M][4], b_upper[N][2];
@@ -125,13 +127,13 @@ __device__ void multiply_units(float (&c)[M][N][4], const float (&a)[M][4], cons
   multiply(c, a_upper, b_upper);
 }
 
-// Of other units products are exact, or as accurate as double.
+// Products of other units are exact, or as accurate as double.
 template <typename A, typename B, typename T, typename U, int M, int N>
 __device__ void multiply_units(T (&c)[M][N][4], const U (&a)[M][4], const U (&b)[N][2], bool) {
   multiply(c, a, b);
 }
 
-// Of one product, the depths from begin to end.
+// One product, restricted to the depths from begin to end.
 template <typename A, typename B = A>
 struct Term {
   A a;
@@ -139,7 +141,8 @@ struct Term {
   int begin, end;
 };
 
-// A tile of a product as the threads of a block hold it: each has the entries where its rows and its columns cross.
+// A tile of a product, distributed over the threads of a block. A thread has the entries where its rows and its columns
+// cross.
 template <typename T>
 struct Tile {
   static constexpr int kMyRows = 2 * kLines, kMyColumns = 2 * kColumns;
@@ -150,9 +153,9 @@ struct Tile {
     return int(threadIdx.x) / kWarp % 2 * 32 + int(threadIdx.x) % 4 * 2 + j / 2 * 8 + j % 2;
   }
 
-  // Calls f(i, j, entry) with the entry at row(i) and column(j). What depends on one of them alone is best computed before, and
-  // what the kernel was given read before: there are many entries, each behind branches of its own, out of which the compiler moves
-  // little.
+  // Calls f(i, j, entry) with the entry at row(i) and column(j). Compute what depends only on i or only on j before,
+  // and read the kernel's parameters before. There are many entries, each behind its own branches, and the compiler
+  // moves little out of them.
   template <typename F>
   __device__ void for_each(const F& f) {
 #pragma unroll
@@ -162,9 +165,9 @@ struct Tile {
   }
 };
 
-// Rows of tiles of which only the columns from the diagonal on are computed: which tile a block has.
+// The tile of a block, if only the tiles from the diagonal on are computed.
 struct Place {
-  int row, column;  // of the tile's first entry
+  int row, column;  // the tile's first entry
 
   static __device__ Place in_triangle(int index, int tiles_across) {
     int line = 0;
@@ -178,7 +181,7 @@ __host__ __device__ inline int64_t triangle(int lines, int across) {
   return int64_t(lines) * across - int64_t(lines) * (lines - 1) / 2;
 }
 
-// Panels of both operands, of numbers A and B, whose product is computed in T; and all of them that shared memory holds.
+// The panels of both operands in shared memory. The operands have numbers A and B, and their product is computed in T.
 template <typename T, bool AlongA, bool AlongB, typename NumberA, typename NumberB>
 struct Stage {
   using U = Unit<T, NumberA, NumberB>;
@@ -190,9 +193,9 @@ struct Stage {
 template <typename T, bool AlongA, bool AlongB, typename A = T, typename B = A>
 inline constexpr int kTileBytes = kStages<T> * Stage<T, AlongA, AlongB, A, B>::kBytes;
 
-// The tile at (row, column) of plus.a plus.b - minus.a minus.b, which has so many rows and columns. Sums are carried on from
-// panel to panel by additions that round, since those in the tensor cores do not. `tf32`: floats are rounded to it.
-// `mirrored`: a and b are the same, and so are row and column, such that one panel serves for both.
+// The tile at (row, column) of plus.a plus.b - minus.a minus.b, which has `rows` rows and `columns` columns. The sums
+// of panels are added with rounding, because the additions of tensor cores truncate. `tf32`: round floats to tf32.
+// `mirrored`: a equals b, and row equals column, so one panel serves both.
 template <typename T, bool AlongA, bool AlongB, typename SourceA = Matrix<T>, typename SourceB = SourceA>
 __device__ Tile<T> multiply_tiles(const Term<SourceA, SourceB>& plus, const Term<SourceA, SourceB>& minus, int row,
                                   int rows, int column, int columns, bool tf32 = false, bool mirrored = false) {
@@ -230,7 +233,7 @@ __device__ Tile<T> multiply_tiles(const Term<SourceA, SourceB>& plus, const Term
       wait_copies<kStages<T> - 2>();
       __syncthreads();
     }
-    load(panel + kStages<T> - 1);  // in the place of the panel before this one
+    load(panel + kStages<T> - 1);  // replaces the previous panel
     if (panel < 0) continue;
     const NumberA* const a_panel = a_at(panel);
     const NumberB* const b_panel = b_at(panel);

@@ -1,4 +1,4 @@
-"""What the examples share: data, networks, resumable training, results and figures."""
+"""Shared by the examples: data, networks, resumable training, results and figures."""
 
 from importlib.util import find_spec
 

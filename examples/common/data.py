@@ -1,25 +1,24 @@
-"""Labelled images, kept in memory as bytes: scikit-learn's handwritten digits, and CIFAR-100 from its binary files."""
+"""Labelled images by the name of their data set. Small ones are kept in memory as bytes, photographs in their files."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels.samplers import ClassUniformSampler
 
-from . import parallel
+from . import formats, parallel
+from .formats import CIFAR10, CIFAR100, Cifar
 
 
 class DataError(ValueError):
-    """A data set does not have what is asked of it."""
+    """A data set does not have what the caller needs."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,15 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: Tensor) -> Images:
+    def __getitem__(self, index: Tensor | slice) -> Images:
         return Images(self.pixels[index], self.labels[index])
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and test images, and how training images vary: random crops from the image in a border of ``padding``
-    zeros and, with ``flip``, mirroring."""
+    """Training and test images, and the augmentation of training images: random crops after a border of ``padding``
+    zeros, and mirroring with ``flip``.
+    """
 
     train: Images
     test: Images
@@ -51,7 +51,7 @@ class Dataset:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of an image: c x h x w."""
+        """Return the shape of an image, c x h x w."""
         return tuple(self.train.pixels.shape[1:])
 
     @property
@@ -67,37 +67,53 @@ class Dataset:
         return (pixels.float() / 255 - mean) / std
 
     def batches(self, batch_size: int, seed: int, device: torch.device, **how: Any) -> Batches:
-        """Training images; ``how`` is that of ``Batches``."""
+        """Return batches of training images. ``how`` are the arguments of ``Batches``."""
         return Batches(self, batch_size, seed, device, **how)
 
-    def test_batches(self, device: torch.device, size: int = 1000) -> Iterator[tuple[Tensor, Tensor]]:
-        """All test images, normalised, with their labels, on the device."""
-        for pixels, labels in zip(self.test.pixels.split(size), self.test.labels.split(size), strict=True):
-            yield self.normalise(pixels.to(device)), labels.to(device)
+    def pixels(self, images: Images) -> Tensor:
+        """Return the pixels of some images of this dataset, uint8, without augmentation."""
+        return images.pixels
+
+    def views(self, images: Images, device: torch.device, size: int = 1000) -> Iterator[Tensor]:
+        """Yield the images in batches, normalised, without augmentation, on the device."""
+        for start in range(0, len(images), size):
+            yield self.normalise(self.pixels(images[start : start + size]).to(device))
+
+    def test_batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield all test images, normalised, with their labels, on the device."""
+        start = 0
+        for images in self.views(self.test, device):
+            yield images, self.test.labels[start : start + len(images)].to(device)
+            start += len(images)
 
     def hold_out(self, share: float = 0.2) -> Dataset:
-        """The dataset with a share of its training images in place of the test images, for choosing settings."""
+        """Return the dataset with a share of its training images in place of the test images, to choose settings."""
         kept, held = split(self.train.labels, 1 - share)
         return replace(self, train=self.train[kept], test=self.train[held])
 
     def of_classes(self, classes: Sequence[int]) -> Dataset:
-        """The dataset with these classes alone, numbered anew in their order."""
-
-        def those(images: Images) -> Images:
-            numbers = torch.full((self.num_classes,), -1)
-            numbers[list(classes)] = torch.arange(len(classes))
-            labels = numbers[images.labels]
-            return Images(images.pixels[labels >= 0], labels[labels >= 0])
-
+        """Return the dataset with only these classes, numbered in their order."""
         names = tuple(self.class_names[label] for label in classes)
-        return replace(self, train=those(self.train), test=those(self.test), class_names=names)
+        train, test = (self.renumbered(images, classes) for images in (self.train, self.test))
+        return replace(self, train=train, test=test, class_names=names)
+
+    def renumbered(self, images: Images, classes: Sequence[int]) -> Images:
+        """Return the images of these classes, which are numbered in their order."""
+        numbers = torch.full((self.num_classes,), -1)
+        numbers[list(classes)] = torch.arange(len(classes))
+        kept = (numbers[images.labels] >= 0).nonzero()[:, 0]
+        return replace(images[kept], labels=numbers[images.labels[kept]])
 
     def only(self, share: float) -> Dataset:
-        """The dataset with a share of its training images."""
+        """Return the dataset with a share of its training images."""
         return replace(self, train=self.train[split(self.train.labels, share)[0]])
 
+    def numbered(self) -> Dataset:
+        """Return the dataset, where the label of a training image is its number."""
+        return replace(self, train=replace(self.train, labels=torch.arange(len(self.train))))
+
     def mislabelled(self, share: float, seed: int = 0) -> Dataset:
-        """The dataset with a share of its training images labelled as any other class."""
+        """Return the dataset, where a share of the training images has the label of another class."""
         generator = torch.Generator().manual_seed(seed)
         labels = self.train.labels.clone()
         wrong = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
@@ -106,7 +122,7 @@ class Dataset:
 
 
 def split(labels: Tensor, share: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Indices of two parts, the first a ``share`` of every class (at least one image)."""
+    """Return the indices of two parts. The first part is a ``share`` of every class, at least one image."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     for label in labels.unique():
@@ -118,10 +134,10 @@ def split(labels: Tensor, share: float, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 class Batches:
-    """Shuffled, varied, normalised batches of training images. An epoch depends on ``seed`` and its number alone.
+    """Shuffled, augmented, normalised batches of training images. An epoch depends only on ``seed`` and its number.
 
-    The last, smaller batch is left out: the loss of a pair of images would weigh differently in it. With
-    ``drop_last=False`` it is not. A ``sampler`` composes the batches instead.
+    The last, smaller batch is dropped, because a pair of images would have another weight in its loss.
+    ``drop_last=False`` keeps it. A ``sampler`` composes the batches instead.
     """
 
     def __init__(
@@ -150,7 +166,7 @@ class Batches:
         return whole + (rest > 0 and not self.drop_last)
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised float images and labels, on the device: this process's share of each batch."""
+        """Yield normalised float images and labels on the device: this process's share of each batch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         for index in self._indices(number, generator):
             batch = self.images[index.to(self.images.labels.device)]
@@ -168,7 +184,9 @@ class Batches:
 
 
 def crop(pixels: Tensor, side: int, generator: torch.Generator, *, flip: bool = False) -> Tensor:
-    """A window of ``side`` pixels at a random place of each image; with ``flip``, half of them mirrored."""
+    """Return a window of ``side`` pixels at a random place of each image. With ``flip``, half of the windows are
+    mirrored.
+    """
     count, _, height, width = pixels.shape
     top = torch.randint(height - side + 1, (count, 1), generator=generator)
     left = torch.randint(width - side + 1, (count, 1), generator=generator)
@@ -181,23 +199,74 @@ def crop(pixels: Tensor, side: int, generator: torch.Generator, *, flip: bool = 
     return pixels.permute(0, 2, 3, 1)[tuple(index)].permute(0, 3, 1, 2)
 
 
-def load(name: str, root: Path | None = None) -> Dataset:
-    """The dataset called "digits", "cifar100" or "imagenet"; the latter two from ``root``."""
+SMALL = ("digits", "fashion-mnist")  # the demo's recipe fits these; the papers' recipes fit the others
+SETS = (*SMALL, "cifar10", "cifar100", "svhn", "stl10", "tiny-imagenet", "imagenet")
+PEOPLE = ("market1501", "msmt17", "faces")  # only for tasks that find people
+# The default recipes of the examples, "paper" for the other sets.
+RECIPES = dict.fromkeys(SMALL, "demo") | {"imagenet": "imagenet", "faces": "faces"}
+RECIPES |= dict.fromkeys(("market1501", "msmt17"), "persons")
+FASHION_MNIST_CLASSES = (
+    "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"
+)  # fmt: skip
+
+
+STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+# The files in --root, and where to get them.
+ROOTS = {
+    "cifar10": f"data_batch_1.bin and the other files of {CIFAR10.url}",
+    "cifar100": f"train.bin and test.bin of {CIFAR100.url}",
+    "svhn": f"train_32x32.mat and test_32x32.mat of {formats.SVHN_URL}",
+    "stl10": f"the folder stl10_binary of {formats.STL10_URL}",
+    "tiny-imagenet": "train and val of http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    "imagenet": "train and val, each with a folder per class, as in ILSVRC 2012 of https://image-net.org",
+    "market1501": "the unpacked Market-1501-v15.09.15.zip of https://zheng-lab.cecs.anu.edu.au/Project/project_reid.html",
+    "msmt17": "the lists and images of MSMT17 of http://www.pkuvmc.com/publications/msmt17.html",
+    "faces": "train and probes with a folder per person, such as MS-Celeb-1M and FaceScrub, and distractors, such as "
+    "MegaFace of http://megaface.cs.washington.edu",
+}
+
+
+def load(name: str, root: Path | None = None, *, checked: bool = True) -> Dataset:
+    """Return the dataset of ``SETS`` or ``PEOPLE`` with this name. Its files are in ``root``.
+
+    Args:
+        checked: whether files must have the published MD5 sums.
+
+    Raises:
+        OSError, ValueError: naming a file that is missing or wrong, and what to do.
+    """
     if name == "digits":
         return digits()
-    if name == "imagenet":
-        from .photographs import photographs
-
-        return photographs(root)
+    if name == "fashion-mnist":
+        return fashion_mnist(root)
     if root is None:
-        raise ValueError(f"--data cifar100 needs --root: the folder holding train.bin and test.bin of {CIFAR100_URL}")
-    return cifar100(root)
+        raise ValueError(f"--data {name} needs --root: the folder holding {ROOTS[name]}")
+    try:
+        return _official(name, Path(root), checked)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; --root must be the folder holding {ROOTS[name]}") from error
+
+
+def _official(name: str, root: Path, checked: bool) -> Dataset:
+    # Imported when they are needed, because they import this module.
+    from . import people, photographs
+
+    if name in PEOPLE:
+        return getattr(people, name)(root)
+    if name == "tiny-imagenet":
+        return photographs.tiny_imagenet(root)
+    if name == "imagenet":
+        return photographs.photographs(root)
+    if name in ("svhn", "stl10"):
+        return arrays(name, root, checked)
+    return cifar(root, {"cifar10": CIFAR10, "cifar100": CIFAR100}[name], checked)
 
 
 def digits(side: int = 12, canvas: int = 16, test_share: float = 1 / 3) -> Dataset:
-    """scikit-learn's 1797 handwritten digits, enlarged from 8 x 8 pixels and each at its own place of an empty canvas.
+    """Return scikit-learn's 1797 handwritten digits, enlarged from 8 x 8 pixels, each at its own place on an empty
+    canvas.
 
-    As in photographs, where the object is says nothing of what it is, and part of the image is background.
+    As in photographs, the place of the object does not depend on its class, and part of the image is background.
     """
     from sklearn.datasets import load_digits
 
@@ -208,67 +277,41 @@ def digits(side: int = 12, canvas: int = 16, test_share: float = 1 / 3) -> Datas
     pixels = crop(bordered, canvas, torch.Generator().manual_seed(0))
     images = Images(pixels, torch.from_numpy(bunch.target).long())
     test, train = split(images.labels, test_share)
-    return _dataset(images[train], images[test], tuple(map(str, bunch.target_names)), padding=2, flip=False)
+    return in_memory(images[train], images[test], tuple(map(str, bunch.target_names)), padding=2, flip=False)
 
 
-CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
-CIFAR100_COUNTS = {"train.bin": 50_000, "test.bin": 10_000}
-COARSE_CLASSES, FINE_CLASSES, SIDE = 20, 100, 32
-RECORD = 2 + 3 * SIDE * SIDE
+def fashion_mnist(root: Path | None = None) -> Dataset:
+    """Return Fashion-MNIST from its official files in ``root``. The default is the folder of Debian's package.
 
-
-def cifar100(root: Path) -> Dataset:
-    """CIFAR-100 from its official binary version, train.bin and test.bin in ``root`` or its folder cifar-100-binary."""
-    root = Path(root)
-    if not (root / "train.bin").exists() and (root / "cifar-100-binary").is_dir():
-        root = root / "cifar-100-binary"
-    train, test = (read_cifar100(root / name) for name in CIFAR100_COUNTS)
-    return _dataset(train, test, _fine_names(root / "fine_label_names.txt"), padding=4, flip=True)
-
-
-def read_cifar100(path: Path) -> Images:
-    """Records of one coarse label, one fine label and 3 x 32 x 32 pixels, a byte each.
-
-    Raises:
-        FileNotFoundError, ValueError: naming the file and what is wrong with it.
+    The images of 28 x 28 pixels get a border of two zeros, because the networks are made for 32 x 32 pixels.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; unpack {CIFAR100_URL} there")
-    raw = np.fromfile(path, dtype=np.uint8)
-    count, rest = divmod(len(raw), RECORD)
-    if rest or not count:
-        raise ValueError(
-            f"{path} is truncated or not CIFAR-100's binary version: expected records of {RECORD} bytes, "
-            f"got {count} of them and {rest} bytes more"
-        )
-    records = raw.reshape(count, RECORD)
-    for column, what, classes in ((0, "coarse", COARSE_CLASSES), (1, "fine", FINE_CLASSES)):
-        wrong = np.flatnonzero(records[:, column] >= classes)
-        if len(wrong):
-            raise ValueError(
-                f"{path} is corrupt: record {wrong[0]} has {what} label {records[wrong[0], column]}, "
-                f"expected 0 to {classes - 1}"
-            )
-    expected = CIFAR100_COUNTS.get(path.name, count)
-    if count != expected:
-        warnings.warn(f"{path} holds {count} images where the official file holds {expected}", stacklevel=2)
-    pixels = torch.from_numpy(records[:, 2:].reshape(count, 3, SIDE, SIDE).copy())
-    return Images(pixels, torch.from_numpy(records[:, 1].astype(np.int64)))
+    parts = (formats.read_fashion_mnist(Path(root or formats.FASHION_MNIST_FOLDER), part) for part in ("train", "t10k"))
+    train, test = (
+        Images(F.pad(torch.from_numpy(pixels.copy())[:, None], [2] * 4), torch.from_numpy(labels))
+        for pixels, labels in parts
+    )
+    return in_memory(train, test, FASHION_MNIST_CLASSES, padding=2, flip=True)
 
 
-def _fine_names(path: Path) -> tuple[str, ...]:
-    """The classes' names; their numbers where the file is not there."""
-    if not path.is_file():
-        return tuple(map(str, range(FINE_CLASSES)))
-    names = tuple(path.read_text(errors="replace").split())
-    if len(names) != FINE_CLASSES:
-        raise ValueError(f"{path} is truncated or corrupt: expected {FINE_CLASSES} names, got {len(names)}")
-    return names
+def cifar(root: Path, version: Cifar, checked: bool = True) -> Dataset:
+    """Return CIFAR from the official files: see ``formats.read_cifar``."""
+    read = [torch.from_numpy(array) for array in formats.read_cifar(root, version, checked=checked)]
+    names = formats.read_cifar_names(root, version, checked=checked)
+    return in_memory(Images(*read[:2]), Images(*read[2:]), names, padding=4, flip=True)
 
 
-def _dataset(train: Images, test: Images, class_names: tuple[str, ...], *, padding: int, flip: bool) -> Dataset:
-    # In parts: CIFAR-100 as floats would take four times its size.
+def arrays(name: str, root: Path, checked: bool = True) -> Dataset:
+    """Return SVHN, whose digits are not mirrored, or STL-10 with its labelled images."""
+    read = formats.read_svhn if name == "svhn" else formats.read_stl10
+    train, test = (Images(*map(torch.from_numpy, read(root, part, checked=checked))) for part in ("train", "test"))
+    if name == "svhn":
+        return in_memory(train, test, tuple("0123456789"), padding=4, flip=False)
+    return in_memory(train, test, STL10_CLASSES, padding=12, flip=True)
+
+
+def in_memory(train: Images, test: Images, class_names: tuple[str, ...], *, padding: int, flip: bool) -> Dataset:
+    """Return a dataset, with the mean and the deviation of its training pixels."""
+    # In parts, because CIFAR-100 as floats takes four times its size.
     parts = train.pixels.split(1000)
     numbers = train.pixels.numel() / train.pixels.shape[1]
     mean = torch.stack([part.double().sum((0, 2, 3)) for part in parts]).sum(0) / numbers

@@ -1,13 +1,17 @@
-"""Training that survives being killed: every epoch ends with a checkpoint, and a rerun goes on from it, bit for bit."""
+"""Training that survives a kill. Every epoch ends with a checkpoint, and a rerun continues from it, bit by bit."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import multiprocessing
 import os
 import zipfile
 import zlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter
 
@@ -15,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import parallel
+from . import parallel, photographs
 from .data import Batches, Dataset
+from .networks import StagedNetwork
+from .networks.staged import ChannelShuffle
 
 Losses = dict[str, Tensor]
 History = list[dict[str, float]]
@@ -26,14 +32,15 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be read or belongs to other settings."""
 
 
-# What PyTorch raises where a file holds the state of something else.
+# PyTorch raises these if a file has the state of another module.
 MISFITS = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """SGD with momentum, or Adam; the learning rate is multiplied by ``decay`` at each milestone, in epochs, or follows
-    half a ``cosine`` down to 0."""
+    """SGD with momentum, or Adam. The learning rate is multiplied by ``decay`` at each milestone, in epochs, or follows
+    half a ``cosine`` down to 0.
+    """
 
     epochs: int
     lr: float
@@ -59,9 +66,71 @@ class Schedule:
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(self.milestones), self.decay)
 
     def lasting(self, epochs: int) -> Schedule:
-        """The same shape in another number of epochs."""
+        """Return the schedule scaled to another number of epochs."""
         scaled = tuple(round(milestone * epochs / self.epochs) for milestone in self.milestones)
         return replace(self, epochs=epochs, milestones=scaled)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a training is computed. The command line sets it, and no recipe depends on it.
+
+    Args:
+        amp: the type of the networks' products under autocast, "bf16" or "fp16", or "off".
+        accumulate: the parts of a batch that are computed one after the other. Their gradients are added.
+        compile: whether ``torch.compile`` compiles the networks.
+        cuda_graphs: whether the compiled networks are recorded as CUDA graphs.
+        channels_last: whether images and weights have the memory format channels_last.
+        tf32: whether products of float32 may be rounded to TF32.
+        workers: the processes that read photographs. None leaves their number as it is.
+    """
+
+    amp: str = "off"
+    accumulate: int = 1
+    compile: bool = False
+    cuda_graphs: bool = False
+    channels_last: bool = False
+    tf32: bool = False
+    workers: int | None = None
+
+    def begin(self) -> None:
+        """Set PyTorch's global settings in this process."""
+        torch.backends.cudnn.deterministic = True  # convolutions on a GPU repeat bit by bit, as on a CPU
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        photographs.WORKERS = photographs.WORKERS if self.workers is None else self.workers
+
+    def prepare(self, network: nn.Module) -> None:
+        """Change the memory format of a network, and compile it, if asked to."""
+        if self.channels_last:
+            network.to(memory_format=torch.channels_last)
+        if self.compile or self.cuda_graphs:
+            network.compile(mode="reduce-overhead" if self.cuda_graphs else None)
+
+    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        if self.amp == "off":
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[self.amp])
+
+    def scaler(self, device: torch.device) -> torch.amp.GradScaler:
+        """Return the scaler of the loss, without which gradients in float16 would be rounded to 0."""
+        return torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
+
+    def parts(self, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Yield the parts of a batch and the share of each."""
+        for some, theirs in zip(images.chunk(self.accumulate), labels.chunk(self.accumulate), strict=True):
+            some = some.contiguous(memory_format=torch.channels_last) if self.channels_last else some
+            yield some, theirs, len(theirs) / len(labels)
+
+    def settings(self) -> dict[str, object]:
+        """Return what changes the numbers of a training and is not the default."""
+        return {
+            field.name: value
+            for field in fields(self)
+            if (value := getattr(self, field.name)) != field.default and field.name != "workers"
+        }
+
+
+DEFAULT_ENGINE = Engine()
 
 
 def fit(
@@ -73,25 +142,35 @@ def fit(
     evaluate: Callable[[], dict[str, float]],
     checkpoint: Path,
     settings: dict[str, object],
+    *,
+    engine: Engine = DEFAULT_ENGINE,
+    log: Path | None = None,
+    before_epoch: Callable[[int], None] | None = None,
 ) -> History:
-    """Train ``module`` in place to the end of ``schedule``, starting where ``checkpoint`` left off if it exists.
+    """Train ``module`` in place to the end of ``schedule``. Continue from ``checkpoint`` if it exists.
 
     Args:
-        name: what the progress bar says.
-        module: holds every parameter to train; seed torch before building it.
-        loss: maps images and labels to named scalars; the one named "loss" is minimised, all are recorded.
-        evaluate: called after every epoch in evaluation mode; its numbers are recorded too.
-        checkpoint: file replaced after every epoch; the history lies beside it as JSON.
-        settings: what the result depends on beside the schedule. A checkpoint of other settings is refused.
+        name: the label of the progress bar.
+        module: has every parameter to train. Seed torch before you build it.
+        loss: maps images and labels to named scalars. "loss" is minimised, and all are recorded.
+        evaluate: called after every epoch in evaluation mode. Its numbers are recorded too.
+        checkpoint: a file that is replaced after every epoch. The history is beside it as JSON.
+        settings: the settings of the result, without the schedule. A checkpoint of other settings raises an error.
+        engine: how it is computed. ``evaluate`` runs in float32.
+        log: a file that receives a line of JSON after every epoch.
+        before_epoch: called with the number of the epoch, from 0.
 
     Returns:
-        One dictionary of numbers per epoch: means of the losses over the epoch, and what ``evaluate`` gave after it.
+        One dictionary of numbers per epoch: the mean losses of the epoch, and the numbers of ``evaluate``.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = schedule.build(parameters)
     scheduler = schedule.anneal(optimizer)
+    scaler = engine.scaler(parameters[0].device)
     state = {"module": module, "optimizer": optimizer, "scheduler": scheduler}
-    settings = settings | asdict(schedule)
+    if scaler.is_enabled():
+        state["scaler"] = scaler
+    settings = settings | asdict(schedule) | engine.settings()
     if parallel.world_size() > 1:
         settings["processes"] = parallel.world_size()
     history = restore(checkpoint, state, settings) if checkpoint.exists() else []
@@ -102,20 +181,29 @@ def fit(
         initial=len(history) * len(batches),
         desc=name,
         leave=False,
-        disable=parallel.rank() > 0 or None,
+        disable=parallel.rank() > 0 or multiprocessing.parent_process() is not None or None,
     )
     with bar:
         for epoch in range(len(history), schedule.epochs):
+            if before_epoch is not None:
+                before_epoch(epoch)
             module.train()
             sums: Losses = {}
+            begun = perf_counter()
             for images, labels in batches.epoch(epoch):
-                losses = loss(images, labels)
                 optimizer.zero_grad()
-                losses["loss"].backward()
+                for part, theirs, share in engine.parts(images, labels):
+                    if engine.cuda_graphs:
+                        torch.compiler.cudagraph_mark_step_begin()
+                    with engine.autocast(images.device):
+                        losses = loss(part, theirs)
+                    scaler.scale(share * losses["loss"]).backward()
+                    # Kept on the device, because reading a number in every step would synchronise.
+                    sums = {key: sums.get(key, 0) + share * value.detach() for key, value in losses.items()}
+                # An overflow on one process becomes the average, so that all processes skip the step together.
                 parallel.average([p.grad for p in parameters if p.grad is not None])
-                optimizer.step()
-                # Kept on the device: reading a number every step would wait for it.
-                sums = {key: sums.get(key, 0) + value.detach() for key, value in losses.items()}
+                scaler.step(optimizer)
+                scaler.update()
                 bar.update()
             parallel.average(list(sums.values()))
             parallel.share_buffers(module)
@@ -127,6 +215,8 @@ def fit(
                 record |= evaluate()
             history.append(record)
             save(checkpoint, state, settings, history)
+            if log is not None:
+                append(log, {"network": checkpoint.stem, **record, "seconds": round(perf_counter() - begun, 3)})
             bar.set_postfix({key: f"{value:.4g}" for key, value in record.items() if isinstance(value, float)})
     module.eval()
     accuracies = {key.replace("_", " "): value for key, value in history[-1].items() if "accuracy" in key}
@@ -134,6 +224,13 @@ def fit(
     origin = f"epochs {done + 1} to {schedule.epochs} in {perf_counter() - started:.1f} s"
     print(f"{name}: {measured} ({origin if done < schedule.epochs else 'finished before'})", flush=True)
     return history
+
+
+def append(log: Path, line: dict[str, object]) -> None:
+    """Append a line of JSON. Processes side by side append whole lines, because each is written at once."""
+    if parallel.rank() == 0:
+        with log.open("a") as file:
+            file.write(json.dumps({"time": datetime.now(timezone.utc).isoformat(timespec="seconds")} | line) + "\n")
 
 
 def save(checkpoint: Path, state: dict[str, object], settings: dict[str, object], history: History) -> None:
@@ -144,13 +241,13 @@ def save(checkpoint: Path, state: dict[str, object], settings: dict[str, object]
     if torch.cuda.is_available():
         content["cuda_rng"] = torch.cuda.get_rng_state_all()
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    # The JSON first: if only it is written, the epoch is trained again and writes the same.
+    # The JSON comes first. If only the JSON is written, the epoch is trained again and writes the same numbers.
     write_json(checkpoint.with_suffix(".json"), {"settings": settings, "history": history})
     replace_file(checkpoint, lambda path: torch.save(content, path))
 
 
 def restore(checkpoint: Path, state: dict[str, object], settings: dict[str, object]) -> History:
-    """Put everything back as ``save`` found it.
+    """Restore everything that ``save`` saved.
 
     Raises:
         CheckpointError: if it cannot be read or belongs to other settings.
@@ -180,7 +277,7 @@ def restore(checkpoint: Path, state: dict[str, object], settings: dict[str, obje
 
 
 def read(path: Path) -> dict:
-    """A checkpoint's content by name: tensors and plain values, nothing that runs.
+    """Return the content of a checkpoint by name: tensors and plain values, without code.
 
     Raises:
         CheckpointError: if it is truncated or corrupt, or holds anything else.
@@ -188,7 +285,7 @@ def read(path: Path) -> dict:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # PyTorch writes checksums, but does not read them
+                damaged = archive.testzip()  # PyTorch writes checksums, but does not check them
             if damaged is not None:
                 raise ValueError(f"{damaged} does not have the checksum it was written with")
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -200,16 +297,70 @@ def read(path: Path) -> dict:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Weights from a checkpoint of ``fit``, or from a file holding a state dictionary."""
-    content = read(path)
+    """Load the weights of a checkpoint of ``fit``, of another program, or of a file with a state dictionary.
+
+    Another program's names are mapped in the order of its layers. The ResNets of torchvision and timm, and the networks
+    of RepDistiller and SemCKD except the ShuffleNets, have the order of the networks here.
+
+    Raises:
+        CheckpointError: if the file cannot be read, or its layers are others. The message lists what does not fit.
+    """
+    own, state = module.state_dict(), _state(path)
+    if state.keys() != own.keys():
+        if any(isinstance(part, ChannelShuffle) for part in module.modules()):
+            raise CheckpointError(
+                f"{path} has other names than this ShuffleNet, and other programs shuffle channels in another order: "
+                "its weights cannot be mapped"
+            )
+        state = _renamed(state, own, path)
     try:
-        module.load_state_dict(content.get("module", content))
+        module.load_state_dict(state)
     except MISFITS as error:
         raise CheckpointError(f"{path} does not hold this network's weights: {error}") from error
 
 
+def load_trunk(network: StagedNetwork, path: Path) -> None:
+    """Load all weights except the classifier's, see ``load_weights``. The file may have another number of classes."""
+    classifier, last = network.classifier, next(reversed(_state(path).values()), None)
+    classes = len(last) if isinstance(last, Tensor) and last.dim() else classifier.out_features
+    network.classifier = nn.Linear(classifier.in_features, classes)
+    try:
+        load_weights(network, path)
+    finally:
+        network.classifier = classifier
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    """Return the state dictionary in a file."""
+    content = read(path)
+    state = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+# Under which key programs save a state dictionary: ours, RepDistiller and SemCKD, Lightning and timm, others.
+WRAPPERS = ("module", "model", "state_dict", "net")
+COUNTERS = "num_batches_tracked"  # older versions of PyTorch do not save it
+
+
+def _renamed(state: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return ``state`` under the names of ``own``. Both must have the same layers in the same order."""
+    theirs, ours = ([name for name in names if not name.endswith(COUNTERS)] for names in (state, own))
+    lines = []
+    for there, here in itertools.zip_longest(theirs, ours):
+        found = "nothing" if there is None else f"{there} {tuple(getattr(state[there], 'shape', ()))}"
+        expected = "nothing" if here is None else f"{here} {tuple(own[here].shape)}"
+        same_kind = there is not None and here is not None and there.rpartition(".")[2] == here.rpartition(".")[2]
+        if not same_kind or state[there].shape != own[here].shape:
+            lines.append(f"  expected {expected}, got {found}")
+    if lines:
+        more = [f"  and {len(lines) - 10} more"] if len(lines) > 10 else []
+        raise CheckpointError("\n".join([f"{path} does not fit this network:", *lines[:10], *more]))
+    counters = {name: value for name, value in own.items() if name.endswith(COUNTERS)}
+    return {here: state[there] for there, here in zip(theirs, ours, strict=True)} | counters
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside ``path`` and rename: whoever is killed in between leaves the old file whole."""
+    """Write beside ``path`` and rename, so that a killed process leaves the old file intact."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
     with temporary.open("rb+") as file:
@@ -222,7 +373,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A checksum of a network's weights: what is trained against them depends on them."""
+    """Return a checksum of a network's weights, because students depend on the weights of their teacher."""
     checksum = 0
     for value in module.state_dict().values():
         checksum = zlib.crc32(value.cpu().contiguous().numpy().tobytes(), checksum)
@@ -231,10 +382,11 @@ def fingerprint(module: nn.Module) -> str:
 
 @torch.no_grad()
 def measure(classify: Callable[[Tensor], Tensor], dataset: Dataset, device: torch.device) -> dict:
-    """Accuracy, how often the class is among the first five, both in percent, and cross-entropy on the test images.
+    """Return top-1 and top-5 accuracy in percent, and cross-entropy, on the test images.
 
     Args:
-        classify: maps images to logits, b x K, or L x b x K of several classifiers, whose numbers are then lists.
+        classify: maps images to b x K logits, or to L x b x K logits of several classifiers. Then the numbers are
+            lists.
     """
     hits, hits_of_5, loss = 0, 0, 0
     for images, labels in dataset.test_batches(device):

@@ -1,30 +1,30 @@
-"""The papers' result tables: what was trained for each number, how, and the number.
+"""The papers' result tables: the published numbers, and the training behind each of them.
 
-A module per paper holds its tables, and trains one student of them by the paper's example.
+A module per paper has its tables, and trains one student of a table with the paper's example.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-Number = float | tuple[float, float]  # or a mean and its deviation
-Record = Mapping[str, float]  # what was measured after an epoch
+Number = float | tuple[float, float]  # a mean, or a mean and its standard deviation
+Record = Mapping[str, float]  # numbers measured after an epoch
 
 TEACHER = "teacher"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A student, or with the method ``TEACHER`` its teacher, and what its paper prints of it.
+    """A student, or its teacher with the method ``TEACHER``, and the numbers that the paper prints.
 
     Args:
         column: the table's.
-        published: by the name that the number has in the example's records; in percent.
+        published: in percent, by name in the records of the example.
         teacher, student: names of networks.
-        method: as the example calls it; None: kdkernels does not have it.
-        settings: fields of the example's recipe, and what else belongs to the table whatever the data.
+        method: the example's name of the method.
+        settings: fields of the example's recipe, and other settings of the table that do not depend on the data.
     """
 
     column: str
@@ -36,25 +36,26 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        """One for all cells whose students differ in their method alone."""
-        return "-".join([self.teacher, self.student, *(f"{name}{value:g}" for name, value in self.settings.items())])
+        """Return the folder of all cells whose students differ only in their method."""
+        shown = (f"{value:g}" if isinstance(value, (int, float)) else str(value) for value in self.settings.values())
+        return "-".join([self.teacher, self.student, *map("".join, zip(self.settings, shown, strict=True))])
 
     def on_digits(self) -> Cell:
-        """With networks of the same kind, small enough for digits."""
+        """Return the cell with networks of the same kind that are small enough for digits."""
         return replace(self, teacher=STAND_INS[self.teacher], student=STAND_INS[self.student])
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows as they are printed, from the top.
+    """The rows of a printed table, from the top.
 
     Args:
-        data: what the paper measured on.
-        rows: by what stands before each.
-        recipe: fields of the example's recipe at the paper's scale, where they are not CIFAR-100's.
-        arguments: of the example's command line.
-        errors: error rates are printed, not accuracies.
-        note: what the paper leaves open, and what is done here.
+        data: the data set of the paper.
+        rows: the rows, by their label.
+        recipe: fields of the example's recipe at the paper's scale, if they differ from those for CIFAR-100.
+        arguments: arguments of the example's command line.
+        errors: whether the table prints error rates in place of accuracies.
+        note: what the paper leaves open, and the choice made here.
     """
 
     title: str
@@ -68,14 +69,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Paper:
-    """A paper's tables by number, and how one of their cells is trained.
+    """A paper's tables by number, and the training of a cell.
 
     Args:
         recipes: the example's, "demo" and "paper".
         parser: the example's.
         experiment: the example's class.
-        train: a cell's records after the last epoch, one per seed, given the cell, its recipe, and a function that
-            opens the experiment for a recipe in a folder.
+        train: returns a cell's records after the last epoch, one per seed. It takes the cell, its recipe, and a
+            function that opens the experiment for a recipe in a folder.
     """
 
     name: str
@@ -86,8 +87,17 @@ class Paper:
     train: Callable[[Cell, Any, Callable[..., Any]], Sequence[Record]]
 
 
+def differing(recipes: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the fields of a recipe that are not those of the recipe "paper"."""
+    return {
+        field.name: getattr(recipes[name], field.name)
+        for field in fields(recipes[name])
+        if getattr(recipes[name], field.name) != getattr(recipes["paper"], field.name)
+    }
+
+
 def printed(text: str) -> dict[str, list[Number | None]]:
-    """Lines of a label, "|" and numbers, "mean±deviation" or "-" as a paper prints them."""
+    """Return the rows of printed lines: a label, "|", and numbers, "mean±deviation" or "-"."""
     rows = {}
     for line in text.strip().splitlines():
         label, numbers = line.split("|")
@@ -102,7 +112,7 @@ def number(word: str) -> Number | None:
     return (float(mean), float(deviation)) if deviation else float(mean)
 
 
-# Of the same kind and in the same order of size where it matters who teaches whom.
+# Networks of the same kind, with the same order of sizes where the direction of teaching matters.
 STAND_INS = {
     "cnn5": "cnn5-quarter",
     "mobilenetv2": "mobilenetv2-eighth",
@@ -129,6 +139,7 @@ STAND_INS = {
     "mobilenetv2-224": "mobilenetv2-eighth",
     "mobilenetv2-full-224": "mobilenetv2-eighth",
     "resnet18-224": "resnet8-half",
+    "shufflenetv2-half-224": "shufflenetv2-quarter",
     "resnet34-224": "resnet14-half",
     "resnet50-224": "resnet14-half",
     "resnext101-224": "resnext11-small",

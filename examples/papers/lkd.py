@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import train_lkd
-from common.training import Schedule
 
-from . import TEACHER, Cell, Paper, Record, Table, printed
+from . import TEACHER, Cell, Paper, Record, Table, differing, printed
 
 METHODS = {name: name for name in ("CE", "KD", "AT", "SP", "CC")} | {"LKD": "LKD+CAAT", "Teacher": TEACHER}
 
@@ -77,17 +76,9 @@ TABLES = {
             ]
             for label, values in printed(TABLE_2).items()
         },
-        recipe={
-            "teacher_schedule": Schedule(120, 0.4, (40, 72, 96), batch_size=1024, weight_decay=4e-4),
-            "caat_schedule": Schedule(48, 0.8, (36, 44), batch_size=1024, weight_decay=4e-4),
-            "student_schedule": Schedule(120, 0.4, (40, 72, 96), batch_size=1024, weight_decay=4e-4),
-            "temperature": 2.0,
-            "beta": 0.5,
-            "threshold": 0.1,
-            "seeds": 1,
-        },
+        recipe=differing(train_lkd.RECIPES, "imagenet"),
         note="The teacher's schedule and the batch and weight decay of CAAT are not printed: here the student's. Nor "
-        "is how 7 x 7 positions make 3 x 3 patches: here they are resampled to 9 x 9. Nor are the weights of AT, SP "
+        "is how 7 x 7 positions make 3 x 3 patches: here they are cut after 2 and 4. Nor are the weights of AT, SP "
         "and CC.",
     ),
     3: Table(

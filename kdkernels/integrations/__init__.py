@@ -1,1 +1,1 @@
-"""Drop-in replacements inside other projects' trainers. Each module is imported by name and needs only its own host."""
+"""Drop-in replacements for other projects' trainers. Import each module by name. It needs only its own host."""

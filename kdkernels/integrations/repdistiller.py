@@ -1,11 +1,17 @@
 """The losses of RepDistiller and of SemCKD's trainer, by their names and signatures, on fused kernels.
 
-One more line below the imports of either's train_student.py:
+Add one line below the imports of train_student.py of either project:
 
     from kdkernels.integrations.repdistiller import *
 
-Numbers and gradients are the originals', so that published weights carry over. Unlike them, these read channels_last
-maps, and dead or duplicate rows have finite gradients.
+Numbers and gradients equal the originals', so published weights stay valid. In addition, channels_last maps work, and
+zero or duplicate rows have finite gradients.
+
+Examples:
+    >>> import torch
+    >>> from kdkernels.integrations.repdistiller import RKDLoss
+    >>> RKDLoss(w_d=25, w_a=50)(torch.randn(16, 32), torch.randn(16, 64)).shape
+    torch.Size([])
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from ..nn.semckd import new_projection, project
+from ..nn.semckd import hooked, new_projection, project
 
 __all__ = ["PKT", "Attention", "DistillKL", "HintLoss", "RKDLoss", "SelfA", "SemCKDLoss", "Similarity"]
 
@@ -30,22 +36,31 @@ class DistillKL(nn.Module):
         self.T = T
 
     def forward(self, y_s: Tensor, y_t: Tensor) -> Tensor:
-        return functional.kd_loss(y_s, y_t, temperature=self.T)
+        return functional.kd_loss(y_s, y_t, temperature=self.T, dim=1)
 
 
 class HintLoss(nn.Module):
-    """Mean squared error of the regressed hint, a map or pooled features: ``kdkernels.hint_loss``."""
+    """Mean squared error of the regressed hint, a map, tokens or pooled features: ``kdkernels.hint_loss``.
+
+    Different shapes are broadcast or raise an error, as in the original.
+    """
 
     def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:
-        if f_s.dim() == 2:
-            f_s, f_t = f_s[:, :, None, None], f_t[:, :, None, None]
-        return functional.hint_loss(f_s, f_t)
+        if f_s.shape != f_t.shape or not f_s.dim():
+            return F.mse_loss(f_s.float(), f_t.float())
+        return functional.hint_loss(_as_map(f_s), _as_map(f_t))
+
+
+def _as_map(features: Tensor) -> Tensor:
+    """Return features of any number of dimensions as a tensor with four dimensions."""
+    return features.flatten(3) if features.dim() > 4 else features[(..., *[None] * (4 - features.dim()))]
 
 
 class Attention(nn.Module):
     """A list of attention-transfer losses, one per stage. The larger map is pooled before its attention is taken.
 
-    The square, p = 2, is the one that is published: ``kdkernels.attention_transfer_loss``.
+    The published p = 2 is fused: ``kdkernels.attention_transfer_loss``. Other powers and shapes use the formula of the
+    original.
     """
 
     def __init__(self, p: int = 2) -> None:
@@ -56,16 +71,27 @@ class Attention(nn.Module):
         return [self.at_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t, strict=False)]
 
     def at_loss(self, f_s: Tensor, f_t: Tensor) -> Tensor:
-        """The loss of one stage."""
+        """Return the loss of one stage."""
         size = min(f_s.shape[2], f_t.shape[2])
         f_s, f_t = (F.adaptive_avg_pool2d(f, size) if f.shape[2] > size else f for f in (f_s, f_t))
-        if self.p == 2:
-            return functional.attention_transfer_loss(f_s, f_t)
-        return (self.at(f_s) - self.at(f_t)).square().mean()
+        return attention_error(f_s, f_t, self.p)
 
     def at(self, f: Tensor) -> Tensor:
-        """The attention of one stage's maps, for another p than 2."""
-        return F.normalize(f.pow(self.p).mean(1).flatten(1))
+        """Return the attention of one stage's maps."""
+        return _attention(f, self.p)
+
+
+def attention_error(f_s: Tensor, f_t: Tensor, p: int = 2) -> Tensor:
+    """Return the mean squared difference of attention. It is fused for maps of equal size, where the originals do not
+    pool.
+    """
+    if p == 2 and f_s.dim() == f_t.dim() == 4 and f_s.shape[2:] == f_t.shape[2:]:
+        return functional.attention_transfer_loss(f_s, f_t)
+    return (_attention(f_s, p) - _attention(f_t, p)).square().mean()
+
+
+def _attention(f: Tensor, p: int) -> Tensor:
+    return F.normalize(f.to(torch.promote_types(f.dtype, torch.float32)).pow(p).mean(1).flatten(1))
 
 
 class Similarity(nn.Module):
@@ -75,7 +101,7 @@ class Similarity(nn.Module):
         return [self.similarity_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t, strict=False)]
 
     def similarity_loss(self, f_s: Tensor, f_t: Tensor) -> Tensor:
-        """The loss of one layer."""
+        """Return the loss of one layer."""
         return functional.similarity_preserving_loss(f_s, f_t).view(1)  # the original's shape
 
 
@@ -94,9 +120,9 @@ class RKDLoss(nn.Module):
 
 
 class PKT(nn.Module):
-    """Probabilistic knowledge transfer with the eps of the original inside its logarithms and beside its norms.
+    """Probabilistic knowledge transfer, with the original's eps inside the logarithms and added to the norms.
 
-    ``kdkernels.probabilistic_transfer_loss`` is the paper's, without them.
+    ``kdkernels.probabilistic_transfer_loss`` is the paper's loss without them.
     """
 
     def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:
@@ -104,16 +130,16 @@ class PKT(nn.Module):
 
     @staticmethod
     def cosine_similarity_loss(output_net: Tensor, target_net: Tensor, eps: float = 1e-7) -> Tensor:
-        # In float32 nothing would be left of the difference of networks that nearly agree.
+        # float32 would lose the difference of networks that nearly agree.
         q, p = (_affinities(rows.double(), eps) for rows in (output_net, target_net))
         loss = (p * torch.log((p + eps) / (q + eps))).mean()
         return loss.to(torch.promote_types(output_net.dtype, target_net.dtype))
 
 
 def _affinities(rows: Tensor, eps: float) -> Tensor:
-    # vector_norm has gradient 0 at 0, where a square root of a sum has none.
+    # vector_norm has gradient 0 at 0. The square root of a sum has none.
     unit = rows / (torch.linalg.vector_norm(rows, dim=1, keepdim=True) + eps)
-    similarities = (unit @ unit.mT + 1) / 2
+    similarities: Tensor = (torch.mm(unit, unit.mT) + 1) / 2  # maps raise an error, as in the originals
     return similarities / similarities.sum(1, keepdim=True)
 
 
@@ -123,15 +149,18 @@ class SemCKDLoss(nn.Module):
     def forward(
         self, s_value: Sequence[Sequence[Tensor]], f_target: Sequence[Sequence[Tensor]], weight: Tensor
     ) -> Tensor:
-        return functional.cross_layer_mse(s_value, f_target, weight)
+        projected, targets = (
+            [[_as_map(features) for features in row] for row in of_layers] for of_layers in (s_value, f_target)
+        )
+        return functional.cross_layer_mse(projected, targets, weight)
 
 
 class SelfA(nn.Module):
-    """SemCKD's attention and projections, with the original's parameter names: its checkpoints load.
+    """SemCKD's attention and projections, with the parameter names of the original, so that its checkpoints load.
 
-    The similarity matrices of all layers are one call, and the projections are computed as those of
-    ``kdkernels.nn.SemanticCalibration``: they keep less for the backward pass. A batch smaller than ``input_channel``
-    works: its similarities are padded with zeros.
+    One call computes the similarity matrices of all layers. The projections are computed as in
+    ``kdkernels.nn.SemanticCalibration`` and keep less for the backward pass. A batch smaller than ``input_channel``
+    works, because its similarities are padded with zeros.
     """
 
     def __init__(
@@ -152,20 +181,21 @@ class SelfA(nn.Module):
     ) -> tuple[list[list[Tensor]], list[list[Tensor]], Tensor]:
         similarities = functional.similarity_matrices([*feat_s, *feat_t])
         missing = self.input_channel - feat_s[0].shape[0]
-        similarities = F.pad(similarities, (0, missing)).unbind()
-        queries = self._embed("query_weight", similarities[: len(feat_s)])
-        keys = self._embed("key_weight", similarities[len(feat_s) :])
+        rows = F.pad(similarities, (0, missing)).unbind()
+        queries = self._embed("query_weight", rows[: len(feat_s)])
+        keys = self._embed("key_weight", rows[len(feat_s) :])
         attention = (queries @ keys.mT).softmax(-1)
         projected: list[list[Tensor]] = []
         targets: list[list[Tensor]] = []
         for i, student in enumerate(feat_s):
-            projections = [getattr(self, f"regressor{i}{j}").regressor for j in range(len(feat_t))]
+            modules = [getattr(self, f"regressor{i}{j}") for j in range(len(feat_t))]
+            projections = [module.regressor if _direct(module) else module for module in modules]
             projected.append(project(student, projections, feat_t))
             targets.append([_pooled(teacher, min(student.shape[2], teacher.shape[2])) for teacher in feat_t])
         return projected, targets, attention
 
     def _embed(self, name: str, similarities: Sequence[Tensor]) -> Tensor:
-        """b x layers x features."""
+        """Return the embeddings, b x layers x features."""
         return torch.stack([getattr(self, f"{name}{i}")(rows) for i, rows in enumerate(similarities)], 1)
 
 
@@ -183,10 +213,16 @@ class _MLPEmbed(nn.Module):
         return F.normalize(self.linear2(F.relu(self.linear1(rows))))
 
 
+def _direct(module: nn.Module) -> bool:
+    """Return whether the projection can be computed without calling it: it is neither wrapped nor hooked."""
+    return type(module) is _AAEmbed and not hooked(module)
+
+
 class _AAEmbed(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.regressor = new_projection(inputs, outputs)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.regressor(features)
+        projected: Tensor = self.regressor(features)
+        return projected

@@ -1,17 +1,18 @@
-"""torchdistill's losses on fused kernels, under their own names. One more line in a configuration:
+"""torchdistill's losses on fused kernels, under their own names. Add one line to a configuration:
 
     dependencies: ['kdkernels.integrations.torchdistill']
 
-``KDLoss``, ``ATLoss``, ``PKTLoss``, ``RKDLoss``, ``CCKDLoss`` and ``SPKDLoss`` of its registry are these from then on.
-They take the arguments of torchdistill's and return its number and gradient; where that departs from the paper,
+``KDLoss``, ``ATLoss``, ``PKTLoss``, ``RKDLoss``, ``CCKDLoss`` and ``SPKDLoss`` of its registry are then these classes.
+They take torchdistill's arguments and return its number and gradient. Where torchdistill departs from the paper,
 ``paper=True`` follows the paper. ``LocalCorrelationLoss``, ``CorrelationCongruenceLoss`` and
-``InterClassCorrelationLoss`` are new to it: their arguments are those of ``kdkernels.nn``, and two paths.
+``InterClassCorrelationLoss`` are new. They take the arguments of ``kdkernels.nn`` and two paths.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,8 @@ from torchdistill.losses.registry import register_mid_level_loss
 
 from .. import functional
 from .. import nn as losses
-from .repdistiller import PKT
+from ..types import RowReduction
+from .repdistiller import PKT, attention_error
 
 __all__ = [
     "ATLoss",
@@ -39,7 +41,7 @@ IO = Mapping[str, Mapping[str, Any]]
 
 @register_mid_level_loss
 class KDLoss(nn.Module):
-    """torchdistill's KDLoss: ``α·cross_entropy + β·T²·KL``; without α or targets, the KL alone and without T²."""
+    """torchdistill's KDLoss: ``α·cross_entropy + β·T²·KL``; without α or targets, it is only the KL, without T²."""
 
     def __init__(
         self,
@@ -54,25 +56,37 @@ class KDLoss(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        if reduction not in ("batchmean", "mean", "sum"):
-            raise ValueError(f"reduction must be 'batchmean', 'mean' or 'sum', got {reduction!r}")
+        if reduction not in ("batchmean", "mean", "sum", "none"):
+            raise ValueError(f"reduction must be 'batchmean', 'mean', 'sum' or 'none', got {reduction!r}")
         self.student = student_module_path, student_module_io
         self.teacher = teacher_module_path, teacher_module_io
         self.temperature = temperature
         self.alpha = alpha
-        self.beta = beta if beta is not None or alpha is None else 1 - alpha
-        self.reduction = reduction
-        self.cross_entropy = nn.CrossEntropyLoss(reduction="sum" if reduction == "sum" else "mean", **kwargs)
+        self.beta = 1 - (alpha or 0) if beta is None else beta
+        self.reduction = cast(RowReduction, reduction)
+        self.cross_entropy = nn.CrossEntropyLoss(reduction="mean" if reduction == "batchmean" else reduction, **kwargs)
 
     def forward(
         self, student_io_dict: IO, teacher_io_dict: IO, targets: Tensor | None = None, *_: Any, **__: Any
     ) -> Tensor:
         student, teacher = _read(student_io_dict, self.student), _read(teacher_io_dict, self.teacher)
-        soft = functional.kd_loss(student, teacher, temperature=self.temperature, scale=False)
-        soft = soft * {"batchmean": 1, "mean": 1 / student.shape[1], "sum": len(student)}[self.reduction]
+        soft = self.divergence(student, teacher)
         if not self.alpha or targets is None:
             return soft
-        return self.alpha * self.cross_entropy(student, targets) + self.beta * self.temperature**2 * soft
+        hard: Tensor = self.alpha * self.cross_entropy(student, targets)
+        return hard + self.beta * (self.temperature * self.temperature) * soft
+
+    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the KL of softened logits, b x K, or b x K x ... for pixels or tokens, with torchdistill's
+        reduction.
+        """
+        if self.reduction == "none":  # every entry separately, which no fused loss keeps
+            s, t = (logits / self.temperature for logits in (student, teacher))
+            return F.kl_div(s.log_softmax(1), t.softmax(1), reduction="none")
+        loss = functools.partial(functional.kd_loss, temperature=self.temperature, scale=False, dim=1)
+        if self.reduction == "mean":  # over rows and classes
+            return loss(student, teacher, reduction="mean") / student.shape[1]
+        return loss(student, teacher, reduction=self.reduction)
 
 
 @register_mid_level_loss
@@ -87,20 +101,21 @@ class ATLoss(nn.Module):
         self.mode = mode
 
     def forward(self, student_io_dict: IO, teacher_io_dict: IO, *_: Any, **__: Any) -> Tensor:
-        compare = functional.attention_transfer_loss if self.mode == "code" else _attention_distance
-        loss = 0.0
+        compare = attention_error if self.mode == "code" else _attention_distance
+        terms = []
         for pair in self.at_pairs.values():
             student, teacher = (
                 _read(io, (pair[role]["path"], pair[role]["io"]))
                 for io, role in ((student_io_dict, "student"), (teacher_io_dict, "teacher"))
             )
-            loss = loss + pair.get("weight", 1) * compare(student, teacher)
-        return loss
+            terms.append(pair.get("weight", 1) * compare(student, teacher))
+        return torch.stack(terms).sum()
 
 
 def _attention_distance(student: Tensor, teacher: Tensor) -> Tensor:
     s, t = (F.normalize(f.square().sum(1).flatten(1)) for f in (student, teacher))
-    return torch.linalg.vector_norm(s - t, dim=1).mean()
+    distances: Tensor = torch.linalg.vector_norm(s - t, dim=1)
+    return distances.mean()
 
 
 @register_mid_level_loss
@@ -173,10 +188,10 @@ class RKDLoss(_OutputLoss):
 
 @register_mid_level_loss
 class CCKDLoss(_OutputLoss):
-    """torchdistill's CCKDLoss: the Frobenius norm of the difference over b², of rows as they are.
+    """torchdistill's CCKDLoss: the Frobenius norm of the difference over b², for rows without normalisation.
 
-    ``paper=True`` is Eq. 6 instead: the squared norm over b², of normalised rows. ``kernel_params`` with a ``key`` is
-    how torchdistill's configurations write what its class calls ``kernel_config`` with a ``type``.
+    ``paper=True`` is Eq. 6: the squared norm over b², for normalised rows. torchdistill's configurations write
+    ``kernel_params`` with a ``key``, and its class ``kernel_config`` with a ``type``. Both work.
     """
 
     def __init__(
@@ -195,7 +210,7 @@ class CCKDLoss(_OutputLoss):
         kernels = {"gaussian": "taylor_rbf", "bilinear": "bilinear"}
         if kind not in kernels:
             raise ValueError(f"kernel_config['type'] must be one of {tuple(kernels)}, got {kind!r}")
-        self.kernel = {"kernel": kernels[kind]}
+        self.kernel: dict[str, Any] = {"kernel": kernels[kind]}
         if kind == "gaussian":
             self.kernel |= {"gamma": config["gamma"], "order": config["max_p"]}
         self.reduction = reduction
@@ -210,7 +225,7 @@ class CCKDLoss(_OutputLoss):
 
 
 def _root(squares: Tensor) -> Tensor:
-    """The square root, with gradient 0 at 0."""
+    """Return the square root, with gradient 0 at 0."""
     positive = squares > 0
     return torch.where(positive, squares, 1.0).sqrt() * positive
 
@@ -219,7 +234,7 @@ def _root(squares: Tensor) -> Tensor:
 class SPKDLoss(_OutputLoss):
     """torchdistill's SPKDLoss, which divides the rows of the Gram matrices by their L1 norm.
 
-    ``paper=True`` divides by the L2 norm, as SP's authors do, and is the one that is fused.
+    ``paper=True`` divides by the L2 norm, as SP's authors do. Only this version is fused.
     """
 
     def __init__(
@@ -239,7 +254,7 @@ class SPKDLoss(_OutputLoss):
 
 
 class _OwnLoss(_OutputLoss):
-    """A module of kdkernels on two modules' outputs; its settings are passed on."""
+    """A module of kdkernels on two modules' outputs. Its settings are passed on."""
 
     module: type[nn.Module]
 
@@ -248,7 +263,8 @@ class _OwnLoss(_OutputLoss):
         self.loss = self.module(**settings)
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self.loss(student, teacher)
+        loss: Tensor = self.loss(student, teacher)
+        return loss
 
 
 @register_mid_level_loss

@@ -1,55 +1,50 @@
-"""Correlation congruence (CCKD)."""
+"""Correlation congruence (CCKD) as a module."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from dataclasses import KW_ONLY, dataclass
+
+from torch import Tensor
 
 from .. import functional
+from ..ops import correlation_congruence
+from ..ops.correlation_congruence.reference import Kernel
+from ..types import Backend, FormName, Group, KernelName, Reduction
+from .base import SettingsModule
 
 __all__ = ["CorrelationCongruenceLoss"]
 
 
-class CorrelationCongruenceLoss(nn.Module):
-    """Correlation congruence (CCKD Eq. 6); see ``kdkernels.correlation_congruence_loss`` for the settings."""
+@dataclass(eq=False, repr=False)
+class CorrelationCongruenceLoss(SettingsModule):
+    """Hold the settings of ``kdkernels.correlation_congruence_loss`` (CCKD Eq. 6).
 
-    def __init__(
-        self,
-        *,
-        kernel: str = "taylor_rbf",
-        gamma: float = 0.4,
-        order: int = 2,
-        normalize: bool = True,
-        reduction: str = "mean",
-        form: str = "auto",
-        backend: str = "auto",
-        group: object | None = None,
-    ) -> None:
-        super().__init__()
-        self.kernel = kernel
-        self.gamma = gamma
-        self.order = order
-        self.normalize = normalize
-        self.reduction = reduction
-        self.form = form
-        self.backend = backend
-        self.group = group
+    Call it with n x d_S student embeddings and n x d_T teacher embeddings, and a mask of the samples that count if some
+    do not. It returns a scalar. Arguments, errors and
+    memory: see the function.
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return functional.correlation_congruence_loss(
-            student,
-            teacher,
-            kernel=self.kernel,
-            gamma=self.gamma,
-            order=self.order,
-            normalize=self.normalize,
-            reduction=self.reduction,
-            form=self.form,
-            backend=self.backend,
-            group=self.group,
-        )
+    Examples:
+        >>> import torch
+        >>> from kdkernels.nn import CorrelationCongruenceLoss
+        >>> cckd = CorrelationCongruenceLoss(kernel="taylor_rbf", gamma=0.4, order=2)
+        >>> cckd(torch.randn(64, 128), torch.randn(64, 256)).shape
+        torch.Size([])
+    """
 
-    def extra_repr(self) -> str:
-        return (
-            f"kernel={self.kernel!r}, gamma={self.gamma}, order={self.order}, normalize={self.normalize}, "
-            f"reduction={self.reduction!r}"
-        )
+    _: KW_ONLY
+    kernel: KernelName = "taylor_rbf"
+    gamma: float = 0.4
+    order: int = 2
+    normalize: bool = True
+    reduction: Reduction = "mean"
+    form: FormName = "auto"
+    backend: Backend = "auto"
+    group: Group = None
+
+    def check(self) -> None:
+        super().check()
+        kernel = Kernel(self.kernel, self.gamma, self.order)
+        correlation_congruence.check_settings(kernel, self.reduction, self.form)
+
+    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        return functional.correlation_congruence_loss(student, teacher, mask=mask, **self.settings)

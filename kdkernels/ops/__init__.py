@@ -1,1 +1,1 @@
-"""One room per operator: what it computes, its reference, and its kernels."""
+"""One folder per operator: what it computes, its reference, and its kernels."""

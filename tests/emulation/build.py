@@ -1,13 +1,14 @@
-"""Compiles csrc/cuda for the CPU, its threads emulated by ``emulation.h``, and registers its operators for CPU tensors.
+"""Compile csrc/cuda for the CPU, with threads emulated by ``emulation.h``, and register its operators for CPU tensors.
 
-They are ``torch.ops.kdkernels_emulated.<op>``, with the schemas of ``csrc/library.cpp``. Launchers and kernels are the
-very ones that nvcc compiles.
+They are ``torch.ops.kdkernels_emulated.<op>``, with the schemas of ``csrc/cpu``. Launchers and kernels are the
+same sources that nvcc compiles.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import os
 import shutil
@@ -23,11 +24,11 @@ from torch import library
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "emulation"
 HERE = Path(__file__).parent
-SOURCES = [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "csrc/cuda/library.cpp", *sorted(HERE.glob("*.cu"))]
+SOURCES = [*sorted(ROOT.glob("csrc/cuda/*.cu")), *sorted(HERE.glob("*.cu"))]
 FLAGS = (
     "-std=c++17 -O2 -g1 -fPIC -Wall -Wno-unknown-pragmas -ffp-contract=off"
     " -DKDKERNELS_EMULATED -DTORCH_TARGET_VERSION=0x020b000000000000"
-    # A GPU reads vectors at multiples of their size only; this machine, if it is not kept from it, anywhere.
+    # A GPU reads vectors only at multiples of their size. Without these flags, a CPU reads them anywhere.
     " -fsanitize=alignment -fsanitize-undefined-trap-on-error"
 )
 operators = library.Library("kdkernels_emulated", "DEF")
@@ -35,7 +36,7 @@ ORDERS = ("forward", "reverse", "random")
 
 
 def why_not() -> str | None:
-    """Why the emulation cannot be built here, in one sentence; None when it can."""
+    """Return why the emulation cannot be built here, in one sentence, or None if it can."""
     if sys.platform != "linux":
         return f"the emulation is for Linux, this is {sys.platform}"
     for tool in (compiler(), "ninja"):
@@ -54,13 +55,15 @@ def find(tool: str) -> str | None:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """Compile what has changed and load it."""
+    """Compile the changed sources and load the library."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / "build.ninja").write_text(ninja_file())
-    done = subprocess.run([find("ninja"), "-C", FOLDER], capture_output=True, text=True, check=False)
+    with (FOLDER / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the processes of pytest-xdist share the folder
+        (FOLDER / "build.ninja").write_text(ninja_file())
+        done = subprocess.run([find("ninja"), "-C", FOLDER], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:]
     path = FOLDER / "emulation.so"
-    # The CPU library, which has been loaded, brought the schemas.
+    # The CPU library is loaded already and has defined the schemas.
     for schema in torch._C._jit_get_all_schemas():
         if schema.name.startswith("kdkernels::"):
             operators.define(str(schema).removeprefix("kdkernels::"))
@@ -87,18 +90,18 @@ def ninja_file() -> str:
 
 
 def set_order(order: str, seed: int = 0) -> None:
-    """In which order the threads of a block, and the blocks of a grid, run."""
+    """Set the order in which the threads of a block and the blocks of a grid run."""
     load().set_order(ORDERS.index(order), ctypes.c_uint64(seed))
 
 
 def launches() -> int:
-    """How many kernels have been launched since it was last asked."""
+    """Return how many kernels have been launched since the last call."""
     return load().launches()
 
 
 @contextlib.contextmanager
 def only_counting() -> Iterator[None]:
-    """Launches do nothing but count, such that sizes do not matter. What they should have written is not there."""
+    """Only count launches in the block, so that sizes do not matter. The launches write nothing."""
     load().only_count(ctypes.c_bool(True))
     try:
         yield

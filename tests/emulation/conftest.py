@@ -1,15 +1,22 @@
-"""The CUDA operators on the CPU, in place of the native ones."""
+"""Run the CUDA operators on the CPU in place of the native ones."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from kdkernels import native
+from kdkernels.ops.congruence import plan
 
 from . import build
+
+
+def of_emulated(backend: str, tensor: torch.Tensor) -> plan.Target:
+    """Choose forms for the native kernels as on a GPU."""
+    return "cuda" if backend == "native" else plan.target_of(backend, tensor)
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +26,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         pytest.skip(reason)
     build.load()
     monkeypatch.setattr(native, "ops", torch.ops.kdkernels_emulated)
-    monkeypatch.setattr(native, "launches", lambda _: True)
+    for room in ("congruence", "correlation_congruence", "local_correlation"):
+        monkeypatch.setattr(importlib.import_module(f"kdkernels.ops.{room}"), "target_of", of_emulated)
     build.launches()
     yield
     build.set_order("forward")

@@ -1,6 +1,7 @@
-// CUDA's threads on the CPU, for tests: a block's threads are fibres of one operating-system thread, which run in a chosen
-// order and give way only where they wait for each other. Shared memory begins as NaN, and a copy in the background
-// arrives when it is waited for, its destination being NaN until then: a barrier that is missing changes the result.
+// Emulates CUDA threads on the CPU, for tests. The threads of a block are fibres of one operating-system thread. They
+// run in a chosen order, and switch only where they wait for each other. Shared memory begins as NaN. An asynchronous
+// copy arrives when a thread waits for it, and its destination is NaN until then. So a missing barrier changes the
+// result.
 #pragma once
 
 #include <setjmp.h>
@@ -61,13 +62,13 @@ struct Copy {
 
 struct Fibre {
   ucontext_t beginning;
-  jmp_buf place;  // where it gave way: jumping there is much faster than a switch of contexts, which calls the system
+  jmp_buf place;  // where it stopped; longjmp is much faster than swapcontext, which makes a system call
   bool begun = false;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   bool done = false;
   const Barrier* waits_for = nullptr;
   uint64_t until = 0;
-  std::vector<std::vector<Copy>> copies;  // by group, the last one open
+  std::vector<std::vector<Copy>> copies;  // by group; the last group is open
 
   bool ready() const { return !done && (!waits_for || waits_for->passed >= until); }
 };
@@ -80,14 +81,14 @@ struct Warp {
 inline Order order = Order::forward;
 inline std::mt19937_64 generator;
 inline int64_t launches = 0;
-inline bool only_counted = false;  // launches do nothing, whatever their size
+inline bool only_counted = false;  // launches only count
 
 // The block that is running.
 inline jmp_buf scheduler;
 inline std::vector<Fibre> fibres;
 inline std::vector<Warp> warps;
 inline Barrier block_barrier;
-inline std::map<const void*, std::vector<char>> shared_arrays;  // by the place in the code that declares them
+inline std::map<const void*, std::vector<char>> shared_arrays;  // by the source location that declares them
 inline std::vector<char> dynamic_shared;
 inline const std::function<void()>* body;
 inline int current;  // thread
@@ -134,7 +135,7 @@ inline void wait(Barrier& barrier, int threads) {
 
 inline void wait_for_warp() { wait(warps[current / kWarpSize].barrier, kWarpSize); }
 
-// What the lane `lane` of the calling thread's warp shows to the others until the next wait_for_warp().
+// The value that lane `lane` of the calling thread's warp shows to the other lanes until the next wait_for_warp().
 template <typename T>
 const T& shown_by(int lane) {
   return *static_cast<const T*>(warps[current / kWarpSize].published[lane]);
@@ -244,7 +245,7 @@ inline float __uint_as_float(unsigned bits) {
 
 namespace emulation {
 
-// What a tensor core sees of an operand, one number or a pair, and what it leaves of a sum.
+// The bits of an operand (a number or a pair) that a tensor core reads, and the bits of a sum that it keeps.
 inline std::array<double, 1> operand(float x) { return {__uint_as_float(__float_as_uint(x) & 0xffffe000u)}; }
 inline std::array<double, 1> operand(double x) { return {x}; }
 template <typename E>
@@ -311,7 +312,7 @@ void wait_copies() {
   }
 }
 
-// Products of a warp, laid out over its lanes as csrc/cuda/device.cuh says.
+// Products of a warp. csrc/cuda/device.cuh describes the layout over the lanes.
 template <typename T, typename U, int M, int N>
 void multiply(T (&c)[M][N][4], const U (&a)[M][4], const U (&b)[N][2]) {
   struct Operands {

@@ -7,7 +7,6 @@ import torch
 from helpers import as_tf32, assert_close, assert_matches, exactly, loss_and_gradients
 from torch import Tensor
 
-from kdkernels import native
 from kdkernels.ops.congruence import congruence
 
 from . import build
@@ -60,7 +59,7 @@ def test_gradients_where_wanted(form: str, learning: tuple[bool, bool]) -> None:
 
 
 def test_strips_of_a_large_matrix() -> None:
-    """More rows than one strip of D holds, the last strip being a short one."""
+    """There are more rows than one strip of D holds, and the last strip is short."""
     check(rows(1100, 4), rows(1100, 3).detach(), 2, RELATIONS, "gram")
 
 
@@ -68,20 +67,8 @@ def test_split_depth() -> None:
     check(rows(1100, 9), rows(1100, 6).detach(), 1, (1, 0, 0, 0), "feature")
 
 
-def test_mixed_form() -> None:
-    x, y = rows(12, 3), rows(12, 40).detach()
-    for coefficients in ((1.0, 0.0, 0.0, 0.0), RELATIONS):
-        loss, grad, _ = native.ops.congruence(x.detach(), y, 4, coefficients, [1, 7, 0], True, False)
-        exact, (correct, _) = loss_and_gradients(
-            lambda x, y, c=coefficients: congruence(x, y, positions=4, coefficients=c, backend="reference"),
-            *exactly(x, y),
-        )
-        assert_close(loss, exact)
-        assert_close(grad, correct)
-
-
 def test_close_networks_keep_their_digits() -> None:
-    """In the Gram form nothing cancels but D's own entries."""
+    """In the Gram form, only the entries of D cancel."""
     x = rows(64, 32)
     y = torch.nn.functional.normalize(x + 1e-3 * torch.randn(64, 32)).detach()
     loss, (gradient, _) = loss_and_gradients(lambda x, y: congruence(x, y, form="gram", backend="native"), x, y)
@@ -93,7 +80,9 @@ def test_close_networks_keep_their_digits() -> None:
 
 
 def test_tf32_where_permitted(permit_tf32: None) -> None:
-    """The Gram form multiplies rounded rows, then D, rounded by at most 2⁻¹¹ of itself, by rounded rows."""
+    """The Gram form multiplies rounded rows. Then it multiplies D, with a relative rounding of at most 2⁻¹¹, by rounded
+    rows.
+    """
     x, y = rows(70, 20), rows(70, 33).detach()
     loss, (gradient, _) = loss_and_gradients(lambda x, y: congruence(x, y, form="gram", backend="native"), x, y)
     x, y = as_tf32(x).requires_grad_(), as_tf32(y)

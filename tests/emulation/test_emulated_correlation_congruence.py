@@ -77,7 +77,7 @@ def test_strips_of_a_large_matrix(kernel: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kernel", ["taylor_rbf", "rbf", "bilinear"])
 def test_tf32_where_permitted(permit_tf32: None, kernel: str) -> None:
-    """The matrices are those of rounded unit rows, and so is the gradient but for the rounding of its own factors."""
+    """The matrices belong to rounded unit rows. The gradient does too, except for the rounding of its own factors."""
     student, teacher = embeddings(66, 20), embeddings(66, 40).detach()
     settings = {"kernel": kernel, "form": "gram"}
 
@@ -87,7 +87,7 @@ def test_tf32_where_permitted(permit_tf32: None, kernel: str) -> None:
     def of_rounded(s: Tensor, t: Tensor) -> Tensor:
         units = (torch.nn.functional.normalize(x) for x in (s, t))
         rows = (x + (as_tf32(x.float()) - x.detach()) for x in units)
-        if kernel == "rbf":  # by the squares of the rows before they are rounded
+        if kernel == "rbf":  # from the squares of the rows before rounding
             (a, square_a), (b, square_b) = ((x @ x.T, torch.ones(len(x), dtype=x.dtype)) for x in rows)
             distances = (v[:, None] + v - 2 * g for g, v in ((a, square_a), (b, square_b)))
             of_s, of_t = ((-0.4 * d.clamp(min=0).fill_diagonal_(0)).exp() for d in distances)
@@ -101,7 +101,7 @@ def test_tf32_where_permitted(permit_tf32: None, kernel: str) -> None:
 
 
 def test_rbf_far_from_the_origin() -> None:
-    """Where squares would drown the distances."""
+    """Squares are much larger than the distances there."""
     student = (64 + torch.randint(-1, 2, (10, 8))).float().requires_grad_()
     check(student, embeddings(10, 4), kernel="rbf", normalize=False, gamma=0.1)
 
@@ -109,7 +109,7 @@ def test_rbf_far_from_the_origin() -> None:
 @pytest.mark.parametrize("size", [0, 1e-13])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_zero_and_nan_rows(kernel: str, size: float) -> None:
-    """Rows too small to have a direction count as zero."""
+    """Rows with a norm of at most eps count as zero."""
     student, teacher = embeddings(9, 5).detach(), embeddings(9, 6)
     student[3], student[6] = size, student[7]
     check(student.requires_grad_(), teacher, kernel=kernel)

@@ -19,7 +19,7 @@ def draw(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[T
 
 
 def check(projected: list[Tensor], targets: list[Tensor], weights: Tensor | None = None) -> None:
-    """One student layer, or as many as the weights say."""
+    """Check one student layer, or as many as the weights have."""
     count = len(projected)
     if weights is None:
         weights = torch.rand(len(projected[0]), 1, count, requires_grad=True)
@@ -41,9 +41,10 @@ def nest(maps: Sequence[Tensor], rows: int) -> list[list[Tensor]]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
 def test_sizes(order: str, dtype: torch.dtype, channels_last: bool) -> None:
-    """Maps of one size and of others; some can be read four numbers at a time, some are larger than a block's share.
+    """Maps have equal and different sizes. Some can be read four numbers at a time. Some are larger than the share of a
+    block.
 
-    Of the first, no block's share would be a multiple of four by itself.
+    Without rounding up, no block's share of the first map would be a multiple of four.
     """
     projected = draw((2, 3, 6, 6), (2, 5, 2, 3), (2, 2, 6, 5), (2, 1, 1, 1), (2, 5, 16, 16), dtype=dtype)
     targets = draw((2, 3, 6, 6), (2, 5, 4, 6), (2, 2, 4, 3), (2, 1, 1, 1), (2, 5, 16, 16), dtype=dtype)
@@ -57,7 +58,7 @@ def test_sizes(order: str, dtype: torch.dtype, channels_last: bool) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 8])
 def test_averaging_of_either_map(size: int) -> None:
-    """Every even and uneven ratio, along one axis down from the target and along the other from the projection."""
+    """Even and uneven ratios, where the target is larger along one axis and the projection along the other."""
     check(draw((2, 3, size, 8), (2, 2, 8, 8)), draw((2, 3, 8, size), (2, 2, size, size)))
 
 
@@ -76,7 +77,7 @@ def test_averaging_of_either_map(size: int) -> None:
     ids=["NHWC", "batch inside", "transposed", "columns", "channels", "NHWC, channels", "one sample"],
 )
 def test_strides(dtype: torch.dtype, view: Callable[[Tensor], Tensor]) -> None:
-    """Strange maps on one side, then on the other, then on both."""
+    """Strided maps on one side, on the other side, and on both."""
     maps = [x.detach() for x in draw((3, 4, 6, 5), (3, 4, 4, 2), (3, 4, 3, 5), (3, 4, 4, 2), dtype=dtype)]
     weights = torch.rand(2, 3, 1).transpose(0, 1).requires_grad_()
     for changed in (slice(0, 2), slice(2, 4), slice(0, 4)):
@@ -113,7 +114,7 @@ def test_nan_and_inf(value: float, where: int) -> None:
 
 @pytest.mark.parametrize(("side", "launches"), [(2, 1), (8, 2)])
 def test_launches(side: int, launches: int) -> None:
-    """All pairs together take as many as one; only projections that are averaged need another."""
+    """All pairs together take as many launches as one pair. Only averaged projections need another launch."""
     teachers = [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 8, 8)]
     projected = [draw((2, 3, side, side), (2, 3, side, side)) for _ in range(3)]
     loss = kdkernels.cross_layer_mse(projected, [teachers] * 3, torch.rand(2, 3, 2), backend="native")

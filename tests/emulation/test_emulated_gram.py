@@ -27,7 +27,7 @@ def run(features: list[Tensor], upstream: Tensor, backend: str = "native") -> tu
 
 def check(features: list[Tensor]) -> None:
     batch = len(features[0])
-    upstream = torch.randn(batch, len(features), batch).transpose(0, 1)  # neither symmetric nor compact
+    upstream = torch.randn(batch, len(features), batch).transpose(0, 1)  # not symmetric and not compact
     matrices, gradients = run(features, upstream)
     doubles = [layer.detach().double().requires_grad_(layer.requires_grad) for layer in features]
     exact, exact_gradients = run(doubles, upstream, "reference")
@@ -50,7 +50,9 @@ def check(features: list[Tensor]) -> None:
     ids=str,
 )
 def test_sizes(order: str, dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> None:
-    """Batches of one tile and of more, depths of one part and of more, read in whole vectors and number by number."""
+    """Batches have one tile or more, and depths one part or more. They are read in whole vectors or number
+    by number.
+    """
     check(draw(*shapes, dtype=dtype))
 
 
@@ -76,7 +78,7 @@ def test_strides(dtype: torch.dtype, view: Callable[[Tensor], Tensor]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rows_that_are_not_read_in_vectors(dtype: torch.dtype) -> None:
-    """Which take more than a row of whole vectors: where it begins, how long it is and where the next one lies."""
+    """A row cannot be read in vectors if its address, its length or its stride is not a multiple of a vector."""
     rows = [(48, 0, 32), (48, 0, 33), (45, 0, 32), (48, 1, 33)]
     check([torch.randn(5, width).to(dtype)[:, begin:end].requires_grad_() for width, begin, end in rows])
 
@@ -105,7 +107,7 @@ def test_large_half_precision() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_and_inf(dtype: torch.dtype, value: float) -> None:
-    """A broken sample breaks its row and column, and no other."""
+    """A sample with NaN or Inf affects only its row and its column."""
     features = [torch.rand(70, 40).to(dtype), torch.rand(70, 3, 3, 3).to(dtype)]
     features[0][66, 17] = value
     matrices = kdkernels.similarity_matrices(features, backend="native")
@@ -117,7 +119,7 @@ def test_nan_and_inf(dtype: torch.dtype, value: float) -> None:
 
 
 def test_tf32_where_permitted(permit_tf32: None) -> None:
-    """Products of rounded factors are exact; those of half precision are not rounded."""
+    """Products of rounded factors are exact. Half precision is not rounded."""
     layer, slopes = torch.randn(66, 41, requires_grad=True), torch.randn(1, 66, 66)
     matrices, (gradient,) = run([layer], slopes)
     rounded = as_tf32(layer)
@@ -128,7 +130,7 @@ def test_tf32_where_permitted(permit_tf32: None) -> None:
 
 
 def test_nan_of_any_payload_in_tf32(permit_tf32: None) -> None:
-    """A GPU's own NaN has all bits set, to which nothing may be added."""
+    """The NaN that a GPU makes has all bits set, so an addition to its bits would overflow."""
     layer = torch.randn(3, 9)
     layer[1, 4] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     broken = kdkernels.similarity_matrices([layer], backend="native")[0].isnan()
@@ -137,7 +139,7 @@ def test_nan_of_any_payload_in_tf32(permit_tf32: None) -> None:
 
 
 def test_launches() -> None:
-    """All layers together take as many as one."""
+    """All layers together take as many launches as one layer."""
     matrices = kdkernels.similarity_matrices(draw((4, 600), (4, 8, 8, 8), (4, 33)), backend="native")
     assert build.launches() == 2
     matrices.sum().backward()

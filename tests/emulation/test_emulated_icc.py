@@ -35,7 +35,7 @@ def check(student: Tensor, teacher: Tensor, per_sample: bool) -> None:
 
 
 def check_map(z: Tensor) -> None:
-    """The map, and the gradient of a weighted sum of its entries, in strides of its own."""
+    """Check the map, and the gradient of a weighted sum of its entries in other strides."""
     weight = torch.randn(z.shape[1], z.shape[1], dtype=torch.float64).t()
     assert_close(inter_class_correlation(z, backend="native"), reference.icc_map(z.double()), "map")
 
@@ -47,7 +47,7 @@ def check_map(z: Tensor) -> None:
     )
 
 
-SHAPES = [(1, 1), (1, 2), (5, 3), (9, 37), (2, 130)]  # the last one's map in several turns
+SHAPES = [(1, 1), (1, 2), (5, 3), (9, 37), (2, 130)]  # the last map takes several turns
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -58,7 +58,7 @@ def test_matches_the_definition(order: str, shape: tuple[int, int], per_sample: 
 
 @both_forms
 def test_rows_that_are_nearly_certain(order: str, per_sample: bool) -> None:
-    """Where one entry is nearly 1, all that networks differ by is in the others, of 1e-6."""
+    """One entry is nearly 1, and the networks differ only in the other entries, which are about 1e-6."""
     student, teacher = ((torch.tensor([[2.5, -2.5]]) + 0.1 * torch.rand(1, 2)).requires_grad_() for _ in range(2))
     check(student, teacher, per_sample)
 
@@ -156,7 +156,7 @@ def test_many_samples_of_few_classes() -> None:
 
 
 def test_almost_more_shared_memory_than_there_is_without_asking() -> None:
-    """Of 641 to 768 classes a block's shares are 48 KiB, and it has other arrays beside them."""
+    """With 641 to 768 classes, the dynamic memory of a block is 48 KiB, and the kernel has other arrays too."""
     check(logits(1, 641), logits(1, 641).detach(), False)
 
 

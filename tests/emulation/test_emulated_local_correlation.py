@@ -19,7 +19,7 @@ from . import build
 def stages(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor]]:
     student = [torch.randn(3, 2, 6, 6), torch.randn(3, 5, 4, 4)]
     teacher = [torch.randn(3, 4, 6, 4), torch.randn(3, 3, 7, 5).to(memory_format=torch.channels_last)]
-    student[0][1:, :, :3, :3] = teacher[0][2, :, :3, :2] = 0  # a patch that is dead in one network, and one in both
+    student[0][1:, :, :3, :3] = teacher[0][2, :, :3, :2] = 0  # a zero patch in one network, and a zero patch in both
     return [x.to(dtype) for x in student], [x.to(dtype) for x in teacher]
 
 
@@ -53,7 +53,7 @@ def test_stages_masks_and_weights(order: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["gram", "feature"])
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("reduction", ["batchmean", "sum", "mean"])
 def test_the_students_gradient(form: str, reduction: str) -> None:
     student, teacher = stages()
     for maps in student:
@@ -75,7 +75,7 @@ def test_many_stages() -> None:
 
 @pytest.mark.parametrize(("form", "launches"), [("gram", 4), ("feature", 5), ("auto", 4)])
 def test_launches(form: str, launches: int) -> None:
-    """The paper's three stages together take as many as one."""
+    """The paper's three stages together take as many launches as one stage."""
     student = [torch.randn(2, c, 8, 8).requires_grad_() for c in (40, 2, 1)]
     teacher = [torch.randn(2, c, 8, 8) for c in (40, 2, 1)]
     loss = kdkernels.local_correlation_loss(student, teacher, 4, form=form, backend="native")
@@ -86,7 +86,9 @@ def test_launches(form: str, launches: int) -> None:
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (1.0, 0.5, 0.3), (0.5, 0.5, 0.0)])
 def test_launches_are_weighed(weights: tuple[float, float, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are as many as the plan counts, and two for rows and loss. Were they free, each stage had its own form."""
+    """There are as many launches as the plan counts, and two for rows and loss. If launches were free, each stage would
+    have its own form.
+    """
     student = [torch.randn(3, c, 4, 4).requires_grad_() for c in (40, 2, 1)]
     teacher = [torch.randn(3, c, 4, 4) for c in (40, 2, 1)]
     exact = kdkernels.local_correlation_loss(student, teacher, 2, weights=weights, backend="reference")
@@ -97,11 +99,11 @@ def test_launches_are_weighed(weights: tuple[float, float, float], monkeypatch: 
         loss = kdkernels.local_correlation_loss(student, teacher, 2, weights=weights, backend="native")
         assert_close(loss, exact)
         counted.append(build.launches())
-        stages = local_correlation.check(
+        stages, _ = local_correlation.check(
             student, teacher, 2, weights, None, "sum", Settings(None, "exact", 1e-8, "auto")
         )
         problems = tuple(stage.problem for stage in stages)
-        plans = plan.make_plans("auto", problems, launched=True)
+        plans = plan.make_plans("auto", problems, "cuda")
         assert counted[-1] == plan.launches(plans, problems) + 2
     assert counted[1] < counted[0]
 
@@ -137,7 +139,7 @@ def test_half_precision(order: str, dtype: torch.dtype, form: str, ks: list[int]
 
 def test_tf32_where_permitted(request: pytest.FixtureRequest) -> None:
     def loss() -> Tensor:
-        return kdkernels.local_correlation_loss(student, teacher, 2, form="gram", backend="native")
+        return kdkernels.local_correlation_loss(student, teacher, 2, reduction="sum", form="gram", backend="native")
 
     student, teacher = torch.randn(9, 5, 6, 6), torch.randn(9, 7, 4, 4)
     accurate = loss()

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from kdkernels import native
 from kdkernels.ops.patches import patches
+from kdkernels.ops.shapes import map_shape
 
 from . import build
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same values with other strides."""
+    """Return the same values with other strides."""
     if layout == "channels_last":
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "permuted":
@@ -26,7 +27,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 def native_rows(maps: Tensor, k: int, **settings: object) -> Tensor:
-    """The rows with their components in the reference's order, channel by channel."""
+    """Return the rows with their components in the order of the reference, channel by channel."""
     rows = patches(maps, k, backend="native", **settings)
     if maps.stride(1) > 1 or settings.get("mask") is not None or settings.get("partition") == "resize":
         return rows
@@ -34,7 +35,7 @@ def native_rows(maps: Tensor, k: int, **settings: object) -> Tensor:
 
 
 def check(maps: Tensor, k: int, **settings: object) -> None:
-    """The rows, and the gradient of a random sum of them."""
+    """Check the rows, and the gradient of a random sum of them."""
     of_reference = functools.partial(patches, k=k, backend="reference", **settings)
     of_native = functools.partial(native_rows, k=k, **settings)
     weight = torch.randn_like(of_reference(maps.double()))
@@ -89,7 +90,7 @@ def test_masks(order: str, threshold: float | None, mask_shape: tuple[int, int],
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_mask_at_its_threshold_does_not_exceed_it(dtype: torch.dtype) -> None:
-    """In the mask's own precision: 0.6 is larger in float32 than in float64."""
+    """The comparison has the precision of the mask: 0.6 is larger in float32 than in float64."""
     mask = torch.full((2, 4, 6), 0.6, dtype=dtype)
     mask[:, 1:3, 2:] = 0.7
     check(torch.randn(2, 3, 4, 6), 2, mask=mask, threshold=0.6)
@@ -100,7 +101,7 @@ def test_resizing_alone() -> None:
 
 
 def test_pixels_on_pixels_take_nothing_of_their_neighbours() -> None:
-    """A crop of 7 pixels over 13: the middle one is the crop's middle one, whatever lies beside it."""
+    """A crop of 7 pixels is resampled to 13. The middle pixel equals the middle of the crop, for any neighbours."""
     maps, mask = 1e6 * torch.randn(2, 1, 13, 13), torch.zeros(2, 13, 13)
     mask[:, 2:9, 5:12] = 1
     maps[0, :, 5, 8] = 0
@@ -123,14 +124,14 @@ def test_dead_tiny_and_huge_patches() -> None:
 
 @pytest.mark.parametrize("norm", [1e-41, 1e41])
 def test_norms_without_an_inverse_in_float32(norm: float) -> None:
-    """The larger is that of a hundred thousand of the largest numbers."""
+    """The larger norm belongs to a hundred thousand numbers of the largest size."""
     maps = torch.full((1, 100_000 if norm > 1 else 4, 2, 2), 1.0)
     maps *= norm / (maps.shape[1] ** 0.5)
     assert_close(patches(maps, 2, eps=0.0, backend="native"), patches(maps.double(), 2, eps=0.0, backend="reference"))
 
 
 def test_nan_of_one_patch_stays_with_its_pixels() -> None:
-    """Those of its neighbours' pixels that it might have been made of, but is not, get nothing of its gradient."""
+    """Pixels of neighbouring patches that this patch does not read receive nothing from its gradient."""
     maps = torch.randn(1, 2, 7, 5, requires_grad=True)
     rows = patches(maps, 3, partition="resize", backend="native")
     slopes = torch.zeros_like(rows)
@@ -156,6 +157,6 @@ def test_registration() -> None:
     rows, norms = native.ops.patches(maps, 2, mask, 0.5, True, 1e-8)
     assert build.launches() == 2
     grad = torch.randn(rows.shape[::-1]).T
-    settings = (native.map_shape(maps), 2, mask, 0.5, True)
+    settings = (map_shape(maps), 2, mask, 0.5, True)
     assert native.ops.patches_backward(grad, rows, norms, *settings).shape == maps.shape
     assert build.launches() == 3

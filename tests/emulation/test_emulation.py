@@ -1,4 +1,4 @@
-"""The tester tested: kernels with a barrier too few give other results in some order of their threads."""
+"""Tests of the emulation: without a barrier, a kernel gives other results in some order of its threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""How many kernels losses launch at the papers' sizes, where that is what they cost; docs/benchmarks.md lists it."""
+"""The number of kernel launches of each loss at the papers' sizes, which determines its cost. docs/benchmarks.md lists
+it.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,15 @@ import kdkernels
 from . import build
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
-CIFAR = ((16, 32), (32, 16), (64, 8))  # channels and side of ResNet's maps, stage by stage
+CIFAR = ((16, 32), (32, 16), (64, 8))  # (channels, side) of ResNet's maps, stage by stage
 IMAGENET = ((64, 56), (128, 28), (256, 14), (512, 7))
-STUDENT = ((128, 16), (256, 8), (512, 4), (512, 4))  # VGG-8 in SemCKD, which learns from ResNet-32x4
+STUDENT = ((128, 16), (256, 8), (512, 4), (512, 4))  # VGG-8, which learns from ResNet-32x4 in SemCKD
 TEACHER = ((64, 32), (128, 16), (256, 8))
 ALLOCATIONS = ("empty", "new_empty", "detach", "alias", "resolve", "lift")
 
 
 class OfPyTorch(TorchDispatchMode):
-    """Counts the operations of PyTorch that launch something: all but views and those that only allocate."""
+    """Counts the PyTorch operations that launch kernels: all except views and allocations."""
 
     count = 0
 
@@ -66,11 +68,11 @@ def errors() -> Run:
     return lambda: kdkernels.cross_layer_mse(projected, [teacher] * len(STUDENT), weights)
 
 
-# The kernels of a pass and, behind a plus, PyTorch's own operations.
+# The kernels of a pass and, after a plus, the PyTorch operations.
 LOSSES = {
     "LKD, the stages of CIFAR, k=4": (lambda: lkd(CIFAR, 4), "4", "1"),
-    "LKD, the same in bfloat16": (lambda: lkd(CIFAR, 4, torch.bfloat16), "4", "1 + 3"),
-    "LKD, the same with attention": (
+    "LKD, CIFAR in bfloat16": (lambda: lkd(CIFAR, 4, torch.bfloat16), "4", "1 + 3"),
+    "LKD, CIFAR with attention": (
         lambda: lkd(CIFAR, 4, mask=[torch.zeros(64, side, side) for _, side in CIFAR], threshold=0.5),
         "5",
         "2",
@@ -78,11 +80,11 @@ LOSSES = {
     "LKD, the stages of ImageNet, k=3": (lambda: lkd(IMAGENET, 3, partition="resize"), "4", "1"),
     "CCKD, Taylor series": (lambda: cckd("taylor_rbf"), "4", "0 + 1"),
     "CCKD, Gaussian": (lambda: cckd("rbf"), "4", "0 + 1"),
-    "CCKD, Gaussian of embeddings as they are": (lambda: cckd("rbf", normalize=False), "6", "0 + 1"),
+    "CCKD, Gaussian, embeddings not normalised": (lambda: cckd("rbf", normalize=False), "6", "0 + 1"),
     "CCKD, bilinear": (lambda: cckd("bilinear"), "4", "0 + 1"),
     "CCKD, MMD": (lambda: cckd("mmd"), "3", "0 + 1"),
     "ICCT, K=1000": (lambda: pair(kdkernels.inter_class_correlation_loss, 256, 1000), "3", "0 + 1"),
-    "ICCT, K=100, of single samples": (
+    "ICCT, K=100, per sample": (
         lambda: pair(kdkernels.inter_class_correlation_loss, 64, 100, per_sample=True),
         "3",
         "0 + 1",

@@ -1,8 +1,8 @@
-"""What tests on a GPU share."""
+"""Shared by the tests on a GPU."""
 
 from __future__ import annotations
 
 import os
 
-# cuBLAS, with which the references compute, repeats its results only with a fixed workspace.
+# The references use cuBLAS, which repeats its results only with a fixed workspace.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,16 +1,17 @@
-"""The Triton operators against float64: run on CPU tensors by tests/interpreter and on a GPU by tests/gpu.
+"""The Triton operators against float64. tests/interpreter runs them on CPU tensors, tests/gpu on a GPU.
 
-A file per operator. A test takes the device it runs on. Sizes are small and odd: one program of a kernel takes the
-interpreter milliseconds.
+There is a file per operator. A test takes the device it runs on. Sizes are small and odd, because the interpreter needs
+milliseconds per program of a kernel.
 """
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 ops = torch.ops.kdkernels_triton
-FULL_PRECISION = (torch.float32, torch.float64)
+FULL_PRECISION = (torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow))
 
 
 def draw(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -18,7 +19,7 @@ def draw(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same values with other strides."""
+    """Return the same values with other strides."""
     if layout == "channels_last":
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "sliced":

@@ -62,12 +62,6 @@ def test_congruence_of_odd_shapes(device: str, form: str, images: int, positions
     compare(device, images, positions, widths, (0.7, 0.5, -0.3, 0.2), form)
 
 
-@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)], ids=str)
-@pytest.mark.parametrize("form", ["gram", "feature"])
-def test_congruence_with_the_gradients_wanted(device: str, form: str, wanted: tuple[bool, bool]) -> None:
-    compare(device, 9, 9, (11, 6), (0.7, 0.5, -0.3, 0.2), form, wanted=wanted)
-
-
 def test_congruence_in_strips(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(congruence_triton, "STRIP_ROWS", 16)
     monkeypatch.setattr(congruence_triton, "STRIP_ELEMENTS", (2**8, 2**8))
@@ -84,12 +78,12 @@ def test_congruence_split_along_its_depth(
 
 
 def test_congruence_of_mixed_forms(device: str) -> None:
-    """The plan gives each norm its own form here; pure forms stand in for it."""
+    """Here the plan gives each norm its own form. Pure forms are used in its place."""
     compare(device, 12, 4, (4, 200), (1.0, 0.0, 0.0, 1.0), "auto", wanted=(True, False))
 
 
 def test_no_tensor_of_the_size_of_all_pairs(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launcher's allocations, with kernels that do nothing."""
+    """Count the launcher's allocations with kernels that do nothing."""
     rows, sizes = 4096, []
     new_empty = Tensor.new_empty
 

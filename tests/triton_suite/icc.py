@@ -31,7 +31,7 @@ def check_icc(student: Tensor, teacher: Tensor, per_sample: bool) -> None:
 
 @both_forms
 def test_icc_rows_that_are_nearly_certain(device: str, per_sample: bool) -> None:
-    """Where one entry is nearly 1, all that networks differ by is in the others, of 1e-6."""
+    """One entry is nearly 1, and the networks differ only in the other entries, which are about 1e-6."""
     certain = torch.tensor([[2.5, -2.5]], device=device)
     student, teacher = ((certain + 0.1 * draw(1, 2, device=device)).requires_grad_() for _ in range(2))
     check_icc(student, teacher, per_sample)
@@ -49,7 +49,7 @@ def test_icc_loss(device: str, dtype: torch.dtype, shape: tuple[int, int], layou
 
 @both_forms
 def test_icc_of_confident_networks(device: str, per_sample: bool) -> None:
-    """Logits up to 30: their products are far beyond the range of exp."""
+    """Logits are up to 30, so their products are far outside the range of exp."""
     student, teacher = (60 * torch.rand(4, 40, device=device) - 30 for _ in range(2))
     check_icc(student.requires_grad_(), teacher.requires_grad_(), per_sample)
 
@@ -62,14 +62,6 @@ def test_icc_by_chunks_of_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> 
     check_icc(student.requires_grad_(), teacher.requires_grad_(), False)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@both_forms
-def test_icc_in_half_precision(device: str, dtype: torch.dtype, per_sample: bool) -> None:
-    student, teacher = (2 * draw(4, 20, device=device, dtype=dtype) for _ in range(2))
-    student.requires_grad_()
-    check_icc(student, teacher, per_sample)
-
-
 @pytest.mark.parametrize("dtype", FULL_PRECISION)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (4, 39)])
 @pytest.mark.parametrize("scale", [1.5, 12.0])
@@ -80,19 +72,9 @@ def test_icc_map(device: str, dtype: torch.dtype, shape: tuple[int, int], scale:
     expected = icc_reference.icc_map(logits.double())
     assert result.dtype == dtype
     assert_close(result, expected)
-    # The sum's gradient remains where that of a confident network's map vanishes.
+    # The gradient of the sum remains if the gradient of a confident network's map vanishes.
     assert_matches(
         lambda z: (inter_class_correlation(z, backend="triton") * weight.to(dtype).t()).sum() + z.sum(),
         lambda z: (icc_reference.icc_map(z) * weight.to(z).t()).sum() + z.sum(),
         logits,
     )
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@both_forms
-def test_icc_of_a_broken_network(device: str, bad: float, per_sample: bool) -> None:
-    for place in range(2):
-        logits = [draw(3, 10, device=device) for _ in range(2)]
-        logits[place][1, 4] = bad
-        assert run_icc(*logits, per_sample).isnan()
-        assert inter_class_correlation(logits[place], backend="triton").isnan().any()

@@ -31,23 +31,8 @@ def test_kd(device: str, dtype: torch.dtype, rows: int, classes: int, layout: st
     assert_matches(run_kd, expected_kd, student, teacher)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_kd_in_half_precision(device: str, dtype: torch.dtype) -> None:
-    student, teacher = (3 * draw(7, 33, device=device, dtype=dtype) for _ in range(2))
-    student.requires_grad_()
-    assert_matches(run_kd, expected_kd, student, teacher)
-
-
 def test_kd_of_confident_networks(device: str) -> None:
     """Logits whose exponentials overflow and underflow float32."""
     student, teacher = (300 * draw(4, 50, device=device, dtype=torch.float64) for _ in range(2))
     loss = run_kd(student.float(), teacher.float())
     assert_close(loss, expected_kd(student.float().double(), teacher.float().double()))
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_kd_of_a_broken_network(device: str, bad: float) -> None:
-    for place in range(2):
-        logits = [draw(3, 10, device=device) for _ in range(2)]
-        logits[place][1, 4] = bad
-        assert run_kd(*logits).isnan()

@@ -25,7 +25,7 @@ def whole_loss(student: list[Tensor], teacher: list[Tensor], masks: list[Tensor]
     return kdkernels.local_correlation_loss(student, teacher, ks, **options)
 
 
-@pytest.mark.parametrize("form", ["auto", "gram", "feature"])
+@pytest.mark.parametrize("form", ["auto", "gram", pytest.param("feature", marks=pytest.mark.slow)])
 def test_local_correlation(device: str, form: str) -> None:
     student, teacher, masks, ks = stages(device)
 

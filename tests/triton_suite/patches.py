@@ -13,7 +13,7 @@ from kdkernels.ops.patches import patches
 from kdkernels.ops.patches import reference as patches_reference
 from kdkernels.ops.patches import triton as patches_triton
 
-from . import FULL_PRECISION, draw, laid_out, ops
+from . import FULL_PRECISION, draw, laid_out
 
 
 class Case(NamedTuple):
@@ -41,7 +41,9 @@ CASES = (
 
 
 def draw_mask(case: Case, device: str, dtype: torch.dtype = torch.float32) -> Tensor | None:
-    """A random mask: nothing of the last image exceeds a threshold, nothing but one pixel of the first."""
+    """Return a random mask. No pixel of the last image exceeds the threshold, and only one pixel of the first image
+    does.
+    """
     if case.mask == "none":
         return None
     size = (case.h, case.w) if case.mask == "same" else (case.h // 2 + 1, case.w + 3)
@@ -58,7 +60,7 @@ def settings(case: Case, mask: Tensor | None) -> dict[str, object]:
 
 
 def in_channel_order(rows: Tensor, channels: int, layout: str) -> Tensor:
-    """Rows with their components ordered as those of NCHW features."""
+    """Return rows with their components in the order of NCHW features."""
     if layout != "channels_last" or channels == 1:
         return rows
     return rows.unflatten(1, (-1, channels)).transpose(1, 2).flatten(1)
@@ -95,7 +97,7 @@ def test_bounding_boxes(device: str, height: int, width: int) -> None:
     masks[0] = 0
     masks[1, 3, 4] = float("nan")
     masks[2] = 0.5
-    boxes = ops.bounding_boxes(masks, 0.5, height, width)
+    boxes = patches_triton._bounding_boxes(masks, 0.5, height, width)
     expected = torch.stack(patches_reference.bounding_boxes(masks, 0.5, height, width))
     assert torch.equal(boxes.long(), expected)
 
@@ -118,7 +120,7 @@ def test_patches_in_half_precision(device: str, dtype: torch.dtype) -> None:
 
 
 def test_pixels_on_pixels_take_nothing_of_their_neighbours(device: str) -> None:
-    """A crop of 7 pixels over 13: the middle one is the crop's middle one, whatever lies beside it."""
+    """A crop of 7 pixels is resampled to 13. The middle pixel equals the middle of the crop, for any neighbours."""
     features, mask = draw(1, 1, 13, 13, device=device) * 1e6, torch.zeros(1, 13, 13, device=device)
     mask[:, 2:9, 5:12] = 1
     features[:, :, 5, 8] = 0
@@ -141,7 +143,7 @@ def test_patches_of_any_size(device: str, size: float) -> None:
 
 
 def test_patches_far_apart_in_memory(device: str) -> None:
-    """Offsets beyond 2³¹ elements, in memory that is reserved but hardly touched."""
+    """Offsets exceed 2³¹ elements, in memory that is reserved but hardly touched."""
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = False
     whole = torch.empty(2**31 + 200, dtype=torch.float16, device=device)

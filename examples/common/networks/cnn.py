@@ -11,8 +11,8 @@ from .staged import StagedNetwork
 
 def cnn5(in_channels: int, num_classes: int, *, width: int = 32, side: int = 4) -> StagedNetwork:
     """CNN-5: three 3x3 convolutions of ``width``, 2 and 4 times ``width`` channels, each with batch norm, max pooling
-    and ReLU, and two fully connected layers, the first of them a convolution as large as the last map, ``side`` x
-    ``side``: 4 for images of 32 x 32.
+    and ReLU, and two fully connected layers. The first one is a convolution of the last map's size, ``side`` x
+    ``side``, which is 4 for images of 32 x 32.
     """
     channels = (width, 2 * width, 4 * width)
     stages = [

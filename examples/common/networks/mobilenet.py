@@ -7,12 +7,14 @@ from torch import Tensor, nn
 from .staged import StagedNetwork, conv_bn, stage
 
 EXPANSION = 6
-# Stages of groups of (channels, blocks, stride), of the full width. The group before them has no expansion.
+# Stages of groups of (channels, blocks, stride), at full width. The group before them has no expansion.
 GROUPS = (((24, 2, 1),), ((32, 3, 2),), ((64, 4, 2), (96, 3, 1)), ((160, 3, 2), (320, 1, 1)))
 
 
 class InvertedResidual(nn.Module):
-    """Sandler et al. (2018): 1x1 to more channels, depthwise 3x3, linear 1x1 back; added to the input where it fits."""
+    """Sandler et al. (2018): 1x1 to more channels, depthwise 3x3, linear 1x1 back. It is added to the input if the
+    shapes agree.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int = EXPANSION) -> None:
         super().__init__()
@@ -31,8 +33,9 @@ class InvertedResidual(nn.Module):
 def mobilenet_v2(
     in_channels: int, num_classes: int, *, divisor: int = 2, last: int = 1280, photographs: bool = False
 ) -> StagedNetwork:
-    """MobileNetV2 of the full width divided by ``divisor``, 0.5x as most distillation papers have it: ReLU for ReLU6,
-    and one stride less than for ``photographs``."""
+    """Return MobileNetV2 with the full width divided by ``divisor``. 0.5x is usual in distillation papers, with ReLU in
+    place of ReLU6, and one stride less than for ``photographs``.
+    """
     inputs, first = 32 // divisor, 16 // divisor
     stem = conv_bn(in_channels, inputs, 3, 2)
     before: list[nn.Module] = [InvertedResidual(inputs, first, 1, expansion=1)]

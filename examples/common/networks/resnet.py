@@ -1,4 +1,4 @@
-"""ResNets and wide ResNets, of whose stages all but the first halve the map."""
+"""ResNets and wide ResNets. Every stage except the first halves the map."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from .staged import StagedNetwork, conv_bn, stage
+from .staged import StagedNetwork, conv1x1, conv_bn, stage
 
 
 class BasicBlock(nn.Module):
-    """He et al. (2016): two 3x3 convolutions, batch norm after each; a 1x1 shortcut where the shape changes."""
+    """He et al. (2016): two 3x3 convolutions, each with batch norm, and a 1x1 shortcut if the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class BasicBlock(nn.Module):
         )
         self.shortcut = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
         self.relu = nn.ReLU()
 
     def forward(self, features: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class PreactivationBlock(nn.Module):
         self.body = nn.Sequential(
             conv3x3(inputs, outputs, stride), nn.BatchNorm2d(outputs), nn.ReLU(), conv3x3(outputs, outputs)
         )
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
+        self.shortcut = conv1x1(inputs, outputs, stride) if inputs != outputs else None
 
     def forward(self, features: Tensor) -> Tensor:
         active = self.activation(features)
@@ -74,7 +74,7 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 def resnet(
     depth: int, in_channels: int, num_classes: int, *, width: int = 16, stem_width: int | None = None
 ) -> StagedNetwork:
-    """The CIFAR ResNet of ``depth`` = 6n + 2 layers with stages of ``width``, 2 and 4 times ``width`` channels."""
+    """Return the CIFAR ResNet with ``depth`` = 6n + 2 and stages of ``width``, 2 and 4 times ``width`` channels."""
     inputs = stem_width or width
     channels = (width, 2 * width, 4 * width)
     stem = conv_bn(in_channels, inputs, 3)
@@ -83,14 +83,16 @@ def resnet(
 
 
 def resnet18(in_channels: int, num_classes: int) -> StagedNetwork:
-    """ResNet-18 with its first convolution for small images: four stages of two blocks."""
+    """Return ResNet-18 with a first convolution for small images: four stages of two blocks."""
     channels = (64, 128, 256, 512)
     stages = _stages(BasicBlock, [2] * 4, 64, channels)
     return StagedNetwork(conv_bn(in_channels, 64, 3), stages, channels, nn.Identity(), num_classes)
 
 
 def bottleneck_resnet(depths: Sequence[int], in_channels: int, num_classes: int) -> StagedNetwork:
-    """ResNet-50 (``depths`` = 3, 4, 6, 3) and ResNet-101 (3, 4, 23, 3), the first convolution for small images."""
+    """Return ResNet-50 (``depths`` = 3, 4, 6, 3) or ResNet-101 (3, 4, 23, 3), with a first convolution for small
+    images.
+    """
     channels = (256, 512, 1024, 2048)
     stages = _stages(partial(BottleneckBlock, inner=0.25, groups=1), depths, 64, channels)
     return StagedNetwork(conv_bn(in_channels, 64, 3), stages, channels, nn.Identity(), num_classes)
@@ -104,8 +106,9 @@ def photograph_resnet(
     width: int = 64,
     block: Callable[[int, int, int], nn.Module] = BasicBlock,
 ) -> StagedNetwork:
-    """A ResNet for images of 224 x 224 pixels, of which the stem leaves a quarter per side: ResNet-18 (``depths`` = 2,
-    2, 2, 2) and ResNet-34 (3, 4, 6, 3) with stages of ``width``, 2, 4 and 8 times ``width`` channels."""
+    """Return a ResNet for images of 224 x 224 pixels. The stem divides each side by four. It is ResNet-18 (``depths`` =
+    2, 2, 2, 2) or ResNet-34 (3, 4, 6, 3) with stages of ``width``, 2, 4 and 8 times ``width`` channels.
+    """
     channels = tuple(width << index for index in range(4))
     stem = nn.Sequential(*conv_bn(in_channels, 64, 7, 2), nn.MaxPool2d(3, 2, padding=1))
     return StagedNetwork(stem, _stages(block, depths, 64, channels), channels, nn.Identity(), num_classes)
@@ -114,15 +117,17 @@ def photograph_resnet(
 def resnext(
     depth: int, groups: int, in_channels: int, num_classes: int, *, inner: float = 2, width: int = 256, stem: int = 64
 ) -> StagedNetwork:
-    """The CIFAR ResNeXt of ``depth`` = 9n + 2 layers with stages of ``width``, 2 and 4 times ``width`` channels, and
-    ``inner`` times as many between them, in ``groups``: 29, 8, 2 and 256 make ResNeXt-29 (8x64d)."""
+    """Return the CIFAR ResNeXt of ``depth`` = 9n + 2 layers, with stages of ``width``, 2 and 4 times ``width``
+    channels. Inside a block there are ``inner`` times as many channels in ``groups`` groups. ResNeXt-29 (8x64d) has 29,
+    8, 2 and 256.
+    """
     channels = (width, 2 * width, 4 * width)
     stages = _stages(partial(BottleneckBlock, inner=inner, groups=groups), [(depth - 2) // 9] * 3, stem, channels)
     return StagedNetwork(conv_bn(in_channels, stem, 3), stages, channels, nn.Identity(), num_classes)
 
 
 def wide_resnet(depth: int, factor: int, in_channels: int, num_classes: int) -> StagedNetwork:
-    """WRN-``depth``-``factor``, depth = 6n + 4."""
+    """Return WRN-``depth``-``factor``, where depth = 6n + 4."""
     channels = (16 * factor, 32 * factor, 64 * factor)
     stem = conv3x3(in_channels, 16)
     stages = _stages(PreactivationBlock, [(depth - 4) // 6] * 3, 16, channels)

@@ -1,4 +1,4 @@
-"""ShuffleNet V1 and V2 for small images: the stem neither strides nor pools; the first stage sees all pixels."""
+"""ShuffleNet V1 and V2. For small images, the stem neither strides nor pools, so the first stage has all pixels."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ DEPTHS = (4, 8, 4)
 
 
 class UnitV1(nn.Module):
-    """Zhang et al. (2018), Fig. 2: grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; with a stride the pooled input is
-    concatenated, not added."""
+    """Zhang et al. (2018), Fig. 2: grouped 1x1, shuffle, depthwise 3x3, grouped 1x1. With a stride, the pooled input is
+    concatenated, not added.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, *, groups: int) -> None:
         super().__init__()
         self.concatenates = stride > 1
         outputs = outputs - inputs if self.concatenates else outputs
         inner = outputs // 4
-        # The stem's few channels are not worth dividing.
+        # The stem has too few channels for groups.
         first = 1 if inputs == STEM else groups
         self.body = nn.Sequential(
             conv_bn(inputs, inner, 1, groups=first),
@@ -40,8 +41,9 @@ class UnitV1(nn.Module):
 
 
 class UnitV2(nn.Module):
-    """Ma et al. (2018), Fig. 3: half of the channels pass by (with a stride: go through a branch of their own), the
-    others through 1x1, depthwise 3x3, 1x1; then all are shuffled."""
+    """Ma et al. (2018), Fig. 3: one half of the channels is passed on (with a stride, through its own branch), the
+    other half goes through 1x1, depthwise 3x3, 1x1. Then all channels are shuffled.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -68,7 +70,7 @@ class UnitV2(nn.Module):
 def shufflenet_v1(
     in_channels: int, num_classes: int, *, channels: tuple[int, int, int] = (240, 480, 960)
 ) -> StagedNetwork:
-    """ShuffleNet, by default 1x, with 3 groups."""
+    """Return ShuffleNet, by default 1x with 3 groups."""
     stem = conv_bn(in_channels, STEM, 1)
     stages = [
         stage(partial(UnitV1, groups=3), depth, before, after, 2)
@@ -78,10 +80,17 @@ def shufflenet_v1(
 
 
 def shufflenet_v2(
-    in_channels: int, num_classes: int, *, channels: tuple[int, int, int] = (116, 232, 464), last: int = 1024
+    in_channels: int,
+    num_classes: int,
+    *,
+    channels: tuple[int, int, int] = (116, 232, 464),
+    last: int = 1024,
+    photographs: bool = False,
 ) -> StagedNetwork:
-    """ShuffleNetV2, by default 1x."""
+    """Return ShuffleNetV2, by default 1x. For ``photographs``, the stem divides each side by four."""
     stem = conv_bn(in_channels, STEM, 1)
+    if photographs:
+        stem = nn.Sequential(*conv_bn(in_channels, STEM, 3, 2), nn.MaxPool2d(3, 2, padding=1))
     stages = [
         stage(UnitV2, depth, before, after, 2)
         for depth, (before, after) in zip(DEPTHS, pairwise([STEM, *channels]), strict=True)

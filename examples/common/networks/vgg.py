@@ -8,11 +8,12 @@ from .staged import StagedNetwork
 
 
 def vgg(depth: int, in_channels: int, num_classes: int, *, width: int = 64) -> StagedNetwork:
-    """VGG-8 (``depth`` = 1 convolution per block) and VGG-13 (2) of ``width``, 2, 4, 8 and 8 times ``width`` channels
-    (Simonyan and Zisserman 2015).
+    """Return VGG-8 (``depth`` = 1 convolution per block) or VGG-13 (2), with ``width``, 2, 4, 8 and 8 times ``width``
+    channels (Simonyan and Zisserman 2015).
 
-    The first block is the stem, the others the stages. As in the distillation papers, which count the three linear
-    layers this has one of, maps are halved before the first three stages, and the last two are of one size.
+    The first block is the stem, and the others are the stages. As in the distillation papers, maps are halved before
+    the first three stages, and the last two stages have equal size. The number in the name counts three linear layers,
+    but there is only one here.
     """
     channels = (2 * width, 4 * width, 8 * width, 8 * width)
     stem = nn.Sequential(*_block(depth, in_channels, width))

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ... import backends, checks, native
-from ..autograd import scaled
-from . import reference
-from .plan import FORMS, GRAM, Coefficients, Plan, make_plan
+from ... import checks
+from ...types import FORMS, Backend, FormName
+from ..autograd import needs_gradient
+from ..operator import Operator
+from ..tuning import LARGE_GRAM
+from . import fake, reference
+from .plan import GRAM, Coefficients, Problem, known, make_plans, planned_when_it_runs, size_of, target_of
+
+CONGRUENCE = Operator(
+    "congruence",
+    kernels=(fake.congruence,),
+    large=LARGE_GRAM,
+    memory="a gradient, N x d_S, twice; min(N, 512)·N (Gram form) or the largest d x d sum (feature form)",
+    over_ranks="the d x d sums (feature form), or twice all ranks' rows (Gram form)",
+)
 
 
 def congruence(
@@ -17,8 +30,8 @@ def congruence(
     *,
     positions: int = 1,
     coefficients: tuple[float, float, float, float] = (1.0, 0.0, 0.0, 0.0),
-    form: str = "auto",
-    backend: str = "auto",
+    form: FormName = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Sum the squared differences of two dot-product structures.
 
@@ -32,7 +45,7 @@ def congruence(
         coefficients: (full, intra, inter_same, diagonal).
         form: "gram" compares N x N tiles and drops them; "feature" uses ‖XᵀX‖² + ‖YᵀY‖² − 2‖YᵀX‖²; "auto" takes the
             cheaper form of each term.
-        backend: "auto", "reference", "native" or "triton".
+        backend: "auto", "reference", "native", "triton" or "library".
 
     Returns:
         A scalar, differentiable in x and y.
@@ -45,14 +58,30 @@ def congruence(
     if len(coefficients) != len(Coefficients._fields):
         raise ValueError(f"coefficients must be the four of {Coefficients._fields}, got {coefficients!r}")
     coefficients = Coefficients(*map(float, coefficients))
-    plan = plan_for(x, y, positions, coefficients, form)
-    run = {"reference": _reference, "native": _native, "triton": _triton}[backends.choose(backend, x)]
-    return run(x, y, positions, coefficients, plan)
+    chosen = CONGRUENCE.choose(backend, x, size=lambda: size_of(form, problem_of(x, y, positions, coefficients)))
+    codes = []
+    if not planned_when_it_runs(form, chosen):
+        problem = problem_of(x, y, positions, coefficients)
+        codes = make_plans(form, (problem,), target_of(chosen, x))[0].codes
+    return CONGRUENCE.loss(chosen, (x, y), (positions, coefficients, codes), _reference)
 
 
-def plan_for(x: Tensor, y: Tensor, positions: int, coefficients: Coefficients, form: str) -> Plan:
-    grads = (torch.is_grad_enabled() and rows.requires_grad for rows in (x, y))
-    return make_plan(form, coefficients, x.shape[0], positions, x.shape[1], y.shape[1], *grads)
+def _with_plan(arguments: list[Any], backend: str) -> list[Any]:
+    """Return the arguments of the kernel, with the plan if it was left open."""
+    x, y, positions, coefficients, codes, grad_x, grad_y, *tf32 = arguments
+    if not codes:
+        sizes = x.shape[0], positions, x.shape[1], y.shape[1]
+        problem = Problem(Coefficients(*coefficients), *sizes, grad_x, grad_y)
+        codes = make_plans("auto", (problem,), target_of(backend, x))[0].codes
+    return [x, y, positions, coefficients, codes, grad_x, grad_y, *tf32]
+
+
+fake.congruence.completed = _with_plan
+
+
+def problem_of(x: Tensor, y: Tensor, positions: int, coefficients: Coefficients) -> Problem:
+    sizes = known(x.shape[0]), positions, known(x.shape[1]), known(y.shape[1])
+    return Problem(coefficients, *sizes, needs_gradient(x), needs_gradient(y))
 
 
 def check(x: object, y: object, positions: int, form: str) -> None:
@@ -70,39 +99,6 @@ def check(x: object, y: object, positions: int, form: str) -> None:
         raise ValueError(f"positions must divide the number of rows {x.shape[0]}, got {positions}")
 
 
-def _reference(x: Tensor, y: Tensor, positions: int, coefficients: Coefficients, plan: Plan) -> Tensor:
-    run = reference.gram_form if plan.full == GRAM else reference.feature_form
-    # Autocast would run the products in half precision.
-    with torch.autocast(x.device.type, enabled=False):
-        return run(x, y, positions, coefficients)
-
-
-def _triton(x: Tensor, y: Tensor, positions: int, coefficients: Coefficients, plan: Plan) -> Tensor:
-    from .triton import congruence as run
-
-    return run(x, y, positions, coefficients, plan)
-
-
-def _native(x: Tensor, y: Tensor, positions: int, coefficients: Coefficients, plan: Plan) -> Tensor:
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        return _Native.apply(x, y, positions, coefficients, plan)[0]
-    return native.ops.congruence(x, y, positions, coefficients, plan.codes, False, False, native.allows_tf32())[0]
-
-
-class _Native(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, y, positions, coefficients, plan):
-        want_x, want_y, *_ = ctx.needs_input_grad
-        settings = positions, coefficients, plan.codes, want_x, want_y, native.allows_tf32()
-        loss, grad_x, grad_y = native.ops.congruence(x, y, *settings)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grad_x, grad_y)
-        return loss, grad_x, grad_y
-
-    @staticmethod
-    def backward(ctx, grad_loss, *_):
-        grads = (
-            scaled(grad_loss, grad, grad.dtype) if want else None
-            for grad, want in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-        )
-        return *grads, None, None, None
+def _reference(x: Tensor, y: Tensor, positions: int, coefficients: Coefficients, plan: list[int]) -> Tensor:
+    run = reference.gram_form if plan[0] == GRAM.code else reference.feature_form
+    return run(x, y, positions, coefficients)

@@ -1,4 +1,4 @@
-"""Two correlation structures compared over the rows of all ranks."""
+"""The difference of two correlation structures over the rows of all ranks."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from torch import Tensor
 
 from ... import distributed
 from ...distributed import LossAndGradients, Ranks
+from ...types import Backend, FormName
 from . import congruence as congruence_of_one
-from .plan import Coefficients
+from .plan import FEATURE, GRAM, Coefficients, Sum
 
-MOVED = 256  # multiply-adds in the time in which a number moves between ranks
+MOVED = 256  # multiply-adds in the time that one number needs between ranks
 
 
 def congruence(
-    ranks: Ranks, x: Tensor, y: Tensor, positions: int, coefficients: Coefficients, form: str, backend: str
+    ranks: Ranks, x: Tensor, y: Tensor, positions: int, coefficients: Coefficients, form: FormName, backend: Backend
 ) -> Tensor:
-    """``congruence`` of the concatenated rows of all ranks.
+    """Return ``congruence`` of the concatenated rows of all ranks.
 
-    No pair of one image spans ranks: their sum and that of the diagonal are each rank's own, computed by ``backend``.
+    All pairs of one image are on one rank. So each rank computes the sum over these pairs and over the diagonal, with
+    ``backend``.
     """
     full, intra, same, diagonal = coefficients
     parts = []
@@ -37,24 +39,34 @@ def congruence(
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
-def cheaper_form(ranks: Ranks, positions: int, d_student: int, d_teacher: int, by_position: bool) -> str:
+def cheaper_form(ranks: Ranks, positions: int, d_student: int, d_teacher: int, by_position: bool) -> FormName:
     cost = costs(ranks, positions, d_student, d_teacher, by_position)
     return min(cost, key=cost.__getitem__)
 
 
-def costs(ranks: Ranks, positions: int, d_student: int, d_teacher: int, by_position: bool) -> dict[str, float]:
-    """What a rank computes and moves in either form, in multiply-adds."""
+def explained(ranks: Ranks, positions: int, d_student: int, d_teacher: int, by_position: bool, form: FormName) -> Sum:
+    """The sum over the pairs of all ranks. A number moved to another rank counts as ``MOVED`` multiply-adds."""
+    cost = costs(ranks, positions, d_student, d_teacher, by_position)
+    modelled = {GRAM: round(cost["gram"]), FEATURE: round(cost["feature"])}
+    chosen = min(modelled, key=modelled.__getitem__) if form == "auto" else {"gram": GRAM, "feature": FEATURE}[form]
+    return Sum(f"all pairs over {ranks.world} ranks", ranks.samples * positions, 1, chosen, modelled)
+
+
+def costs(ranks: Ranks, positions: int, d_student: int, d_teacher: int, by_position: bool) -> dict[FormName, float]:
+    """Return the cost of a rank in each form, computation and communication, in multiply-adds."""
     rows, sums = ranks.samples * positions, _sums(d_student, d_teacher)
-    products = {"feature": sums, "gram": rows * (d_student + d_teacher)}
+    products: dict[FormName, int] = {"feature": sums, "gram": rows * (d_student + d_teacher)}
     moved = numbers_moved(ranks, positions, d_student, d_teacher, by_position)
     return {form: 2 * rows / ranks.world * products[form] + MOVED * moved[form] for form in products}
 
 
-def numbers_moved(ranks: Ranks, positions: int, d_student: int, d_teacher: int, by_position: bool) -> dict[str, float]:
-    """Numbers that a rank sends for one loss, and as many that it receives, in either form.
+def numbers_moved(
+    ranks: Ranks, positions: int, d_student: int, d_teacher: int, by_position: bool
+) -> dict[FormName, float]:
+    """Return how many numbers a rank sends for one loss in each form. It receives as many.
 
-    Feature form: an all-reduce of d_S² + d_T² + d_S·d_T sums, for every position if they are compared by position. Gram
-    form: the rows of all other ranks.
+    Feature form: an all-reduce of d_S² + d_T² + d_S·d_T sums, per position if positions are compared. Gram form: the
+    rows of all other ranks.
     """
     others = (ranks.world - 1) / ranks.world
     return {
@@ -70,7 +82,7 @@ def _sums(d_student: int, d_teacher: int) -> int:
 def _feature_form(
     x: Tensor, y: Tensor, *, ranks: Ranks, positions: int, full: float, same: float, wanted: Sequence[bool]
 ) -> LossAndGradients:
-    """``full · n(XᵀX, YᵀY, YᵀX)`` and ``same`` times that of every position, n being ‖P‖² + ‖T‖² − 2‖Q‖²."""
+    """Return ``full · n(XᵀX, YᵀY, YᵀX)`` plus ``same`` times n of every position, where n is ‖P‖² + ‖T‖² − 2‖Q‖²."""
     sets = positions if same else 1
     x_sets, y_sets = (rows.view(-1, sets, rows.shape[1]).transpose(0, 1) for rows in (x, y))
     products = (a.transpose(1, 2) @ b for a, b in ((x_sets, x_sets), (y_sets, y_sets), (y_sets, x_sets)))

@@ -1,4 +1,4 @@
-"""How far two sets of rows are from equal correlations, in plain PyTorch: the specification of ``congruence``."""
+"""The difference of the correlations of two sets of rows, in plain PyTorch: the specification of ``congruence``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def gram_form(x: Tensor, y: Tensor, positions: int, coefficients: Coefficients) 
 
 
 def feature_form(x: Tensor, y: Tensor, positions: int, coefficients: Coefficients) -> Tensor:
-    """The same sums as ‖XᵀX‖² + ‖YᵀY‖² − 2‖YᵀX‖², for which no N x N matrix is needed.
+    """Return the same sums as ‖XᵀX‖² + ‖YᵀY‖² − 2‖YᵀX‖², without an N x N matrix.
 
     The three norms nearly cancel for a good student, so they are summed in float64.
     """

@@ -1,91 +1,60 @@
-"""Triton kernels of ``congruence``: one product of tiles, C = A₁B₁ − A₂B₂, serves every step of both forms.
+"""Triton kernels of ``congruence``: a product of tiles, C = A₁B₁ − A₂B₂, serves every step of both forms.
 
-Gram form, over strips I of rows: S = W∘(X_I Xᵀ − Y_I Yᵀ), whose gradients are 4·S·X and −4·S·Y.
-Feature form: the norms of P = XᵀX, T = YᵀY and Q = YᵀX, with gradients 4·(X·P − Y·Q) and 4·(Y·T − X·Qᵀ).
+Gram form, for strips I of rows: S = W∘(X_I Xᵀ − Y_I Yᵀ), whose gradients are 4·S·X and −4·S·Y. Feature form: the norms
+of P = XᵀX, T = YᵀY and Q = YᵀX, with gradients 4·(X·P − Y·Q) and 4·(Y·T − X·Qᵀ).
 
-W holds the coefficient of each pair of rows. Sums of squares leave a program in float64 and are added in fixed order.
+W has the coefficient of each pair of rows. Programs store sums of squares in float64, and these are added in a fixed
+order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, library
+from torch import Tensor
 
 from ...native import allows_tf32
-from ..autograd import scaled
+from ..operator import in_triton
+from ..planes import store_planes
 from ..tuning import CONGRUENCE_FOLD_BLOCK as FOLD_BLOCK
 from ..tuning import CONGRUENCE_PROGRAMS as PROGRAMS
 from ..tuning import CONGRUENCE_SPLIT_DEPTH as SPLIT_DEPTH
 from ..tuning import CONGRUENCE_TILES as TILES
-from .plan import FEATURE, GRAM, Coefficients, Form, Plan, multiply_adds
+from ..tuning import LIBRARY_TILE
+from . import fake
+from .plan import FEATURE
 
-# A strip of the N x N matrix has at most an eighth of it, in elements at least the first and at most the second number.
+# A strip has at most an eighth of the N x N matrix. It has at least the first and at most the second number of
+# elements.
 STRIP_ELEMENTS = 2**20, 2**24
 STRIP_ROWS = 128
 
 View = Callable[[Tensor], Tensor]
 
 
-def congruence(x: Tensor, y: Tensor, positions: int, coefficients: Coefficients, plan: Plan) -> Tensor:
-    sizes = (x.shape[0], positions, x.shape[0] // positions)
-    features = [_is_feature(form, size, x, y) for form, size in zip(plan, sizes, strict=True)]
-    return _Congruence.apply(x, y, positions, coefficients, features)[0]
-
-
-def _is_feature(form: Form, rows: int, x: Tensor, y: Tensor) -> bool:
-    """Whether a sum is computed in feature space. A mixed form becomes the cheaper of the two pure ones."""
-    if form in (GRAM, FEATURE):
-        return form == FEATURE
-    gram, feature = (
-        multiply_adds(pure, rows, x.shape[1], y.shape[1], x.requires_grad, y.requires_grad) for pure in (GRAM, FEATURE)
-    )
-    return feature < gram
-
-
-class _Congruence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, positions: int, coefficients: Coefficients, features: list[bool]):
-        ctx.set_materialize_grads(False)
-        needed = ctx.needs_input_grad[:2]
-        loss, *gradients = torch.ops.kdkernels_triton.congruence(x, y, positions, coefficients, features, *needed)
-        ctx.save_for_backward(*gradients)
-        return loss, *gradients
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, *_):
-        gradients = (
-            scaled(grad, gradient, gradient.dtype) if needed else None
-            for needed, gradient in zip(ctx.needs_input_grad, ctx.saved_tensors, strict=False)
-        )
-        return *gradients, None, None, None
-
-
-library.define(
-    "kdkernels_triton::congruence",
-    "(Tensor x, Tensor y, SymInt positions, Scalar[] coefficients, bool[] features, bool grad_x, bool grad_y)"
-    " -> (Tensor loss, Tensor grad_x, Tensor grad_y)",
-)
-
-
-@library.register_fake("kdkernels_triton::congruence")
-def _allocate(x, y, positions, coefficients, features, grad_x, grad_y):
-    return x.new_empty(()), x.new_empty(x.shape if grad_x else 0), x.new_empty(y.shape if grad_y else 0)
-
-
-@library.impl("kdkernels_triton::congruence", "CompositeExplicitAutograd")
-def _launch(x, y, positions, coefficients, features, grad_x, grad_y):
-    _, *gradients = _allocate(x, y, positions, coefficients, features, grad_x, grad_y)
+@in_triton(fake.congruence)
+def _launch(
+    x: Tensor,
+    y: Tensor,
+    positions: int,
+    coefficients: list[float],
+    plan: list[int],
+    grad_x: bool,
+    grad_y: bool,
+    tf32: bool = False,
+) -> tuple[Tensor, ...]:
+    gradients = [rows.new_empty(rows.shape if wanted else (0,)) for rows, wanted in ((x, grad_x), (y, grad_y))]
     sums = _Sums(x, y, *(g if wanted else None for g, wanted in zip(gradients, (grad_x, grad_y), strict=True)))
     full, intra, same, diagonal = coefficients
-    over_all, over_image, over_position = features
+    over_all, over_image, over_position = (code == FEATURE.code for code in plan)
     whole = bool(full or diagonal) or not any(coefficients)
     with torch.cuda.device_of(x):
         if whole and not over_all:
-            sums.add_gram(lambda rows: rows[None], coefficients, positions)
+            sums.add_gram(lambda rows: rows[None], (full, intra, same, diagonal), positions)
             return sums.loss(), *gradients
         if whole:
             sums.add_feature(lambda rows: rows[None], full, diagonal)
@@ -97,9 +66,9 @@ def _launch(x, y, positions, coefficients, features, grad_x, grad_y):
 
 
 class _Sums:
-    """The loss, in parts, and the gradients, to which one term after the other is added.
+    """The parts of the loss, and the gradients. Terms are added one after the other.
 
-    A term is a sum over batches of pairs of rows: its view of the rows has shape batch x rows x d.
+    A term is a sum over batches of pairs of rows. Its view of the rows has shape batch x rows x d.
     """
 
     def __init__(self, x: Tensor, y: Tensor, grad_x: Tensor | None, grad_y: Tensor | None) -> None:
@@ -122,8 +91,10 @@ class _Sums:
         pairs = [(self.grad_x, x, 4.0), (self.grad_y, y, -4.0)]
         wanted = [(view(grad), rows, scale) for grad, rows, scale in pairs if grad is not None]
         if not wanted:
-            weights = {"weights": coefficients, "positions": positions}
-            self.partials.append(_product(x, x.mT, y, y.mT, **weights, symmetric=True, precision=precision))
+            partials = _product(
+                x, x.mT, y, y.mT, weights=coefficients, positions=positions, symmetric=True, precision=precision
+            )
+            self.partials.append(partials)
             return
         batch, rows, _ = x.shape
         height = min(_strip_rows(batch, rows), rows)
@@ -151,21 +122,23 @@ class _Sums:
 
     def add_feature(self, view: View, coefficient: float, diagonal: float = 0.0) -> None:
         x, y = view(self.x), view(self.y)
-        of_x, of_y = self.grad_x is not None, self.grad_y is not None
-        p = self._norm(x.mT, x, coefficient, keep=of_x, symmetric=True)
-        t = self._norm(y.mT, y, coefficient, keep=of_y, symmetric=True)
-        q = self._norm(y.mT, x, -2 * coefficient, keep=of_x or of_y, symmetric=False)
+        grad_x, grad_y = self.grad_x, self.grad_y
+        p = self._norm(x.mT, x, coefficient, keep=grad_x is not None, symmetric=True)
+        t = self._norm(y.mT, y, coefficient, keep=grad_y is not None, symmetric=True)
+        learns = grad_x is not None or grad_y is not None
+        q = self._norm(y.mT, x, -2 * coefficient, keep=learns, symmetric=False)
         slopes = self._diagonal(diagonal) if diagonal else None
-        options = {"scale": 4 * coefficient, "accumulate": self.accumulate, "precision": _precision(x, feature=True)}
-        if of_x:
-            _product(x, p, y, q, out=view(self.grad_x), slopes=slopes, **options)
-        if of_y:
+        precision = _precision(x, feature=True)
+        options: dict[str, Any] = {"scale": 4 * coefficient, "accumulate": self.accumulate, "precision": precision}
+        if grad_x is not None:
+            _product(x, p, y, q, out=view(grad_x), slopes=slopes, **options)
+        if grad_y is not None:
             slopes = None if slopes is None else -slopes
-            _product(y, t, x, q.mT, out=view(self.grad_y), slopes=slopes, **options)
+            _product(y, t, x, q.mT, out=view(grad_y), slopes=slopes, **options)
         self.accumulate = True
 
-    def _norm(self, a: Tensor, b: Tensor, coefficient: float, *, keep: bool, symmetric: bool) -> Tensor | None:
-        """Add ``coefficient · ‖A B‖²``, summed over the batch. Returns A B if it is to be kept."""
+    def _norm(self, a: Tensor, b: Tensor, coefficient: float, *, keep: bool, symmetric: bool) -> Tensor:
+        """Add ``coefficient · ‖A B‖²``, summed over the batch. Return A B, which is empty unless it is kept."""
         product, partials = _deep_product(a, b, coefficient, keep=keep, symmetric=symmetric)
         self.partials.append(partials)
         return product
@@ -193,14 +166,14 @@ class _Sums:
 
 
 def _strip_rows(batch: int, rows: int) -> int:
-    """Rows of each batch that are held at a time, against all its columns."""
+    """Return the number of rows of a strip per batch. A strip has all columns."""
     total = batch * rows
     least, most = STRIP_ELEMENTS
     return max(STRIP_ROWS, min(max(total**2 // 8, least), most) // total)
 
 
 def _precision(x: Tensor, feature: bool = False) -> str:
-    """Full float32 precision unless PyTorch allows less; and where large norms cancel, never plain tf32."""
+    """Return full float32 precision unless PyTorch allows less. Where large norms cancel, never return plain tf32."""
     if x.dtype == torch.float64 or torch.version.hip or not allows_tf32():
         return "ieee"
     return "tf32x3" if feature else "tf32"
@@ -210,17 +183,17 @@ def _tile(dtype: torch.dtype, rows: int, columns: int, precision: str) -> tuple[
     block_rows, block_columns, block_depth = TILES[dtype, precision]
 
     def fit(block: int, size: int) -> int:
-        return max(16, min(block, triton.next_power_of_2(size)))
+        return max(16, min(block, int(triton.next_power_of_2(size))))
 
     return fit(block_rows, rows), fit(block_columns, columns), block_depth
 
 
 def _deep_product(
     a: Tensor, b: Tensor, coefficient: float = 1.0, *, keep: bool = True, symmetric: bool = False
-) -> tuple[Tensor | None, Tensor]:
-    """A B of batches of matrices, None unless it is to be kept, and ``coefficient · ‖A B‖²`` in parts.
+) -> tuple[Tensor, Tensor]:
+    """Return A B of batches of matrices, empty unless it is kept, and the parts of ``coefficient · ‖A B‖²``.
 
-    The depth is cut into parts where there are few tiles. Of a product known to be symmetric half serves the norm.
+    The depth is cut into parts if there are few tiles. For a symmetric product, half of it gives the norm.
     """
     precision = _precision(a, feature=True)
     batch, rows, depth = a.shape
@@ -228,18 +201,18 @@ def _deep_product(
     block_rows, block_columns, _ = _tile(a.dtype, rows, columns, precision)
     tiles = batch * triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns)
     splits = max(1, min(triton.cdiv(depth, SPLIT_DEPTH), PROGRAMS // tiles))
-    product = a.new_empty(batch, rows, columns) if keep else None
+    product = a.new_empty((batch, rows, columns) if keep else 0)
     if splits == 1:
         weights = (coefficient, 0.0, 0.0, 0.0)
-        symmetric = symmetric and not keep
-        return product, _product(a, b, out=product, weights=weights, symmetric=symmetric, precision=precision)
+        out, symmetric = (product, False) if keep else (None, symmetric)
+        return product, _product(a, b, out=out, weights=weights, symmetric=symmetric, precision=precision)
     parts = a.new_empty(batch * splits, rows, columns)
     _product(a, b, out=parts, splits=splits, precision=precision)
     blocks = triton.cdiv(rows * columns, FOLD_BLOCK)
     partials = a.new_empty(batch * blocks, dtype=torch.float64)
     _fold_kernel[(batch * blocks,)](
         parts,
-        parts if product is None else product,
+        product,
         partials,
         splits,
         rows * columns,
@@ -267,42 +240,42 @@ def _product(
     symmetric: bool = False,
     slopes: Tensor | None = None,
     splits: int = 1,
-) -> Tensor | None:
-    """C = A₁B₁ − A₂B₂ of batches of matrices, and what is done with it while it is in registers.
+) -> Tensor:
+    """Compute C = A₁B₁ − A₂B₂ of batches of matrices, and process it while it is in registers.
 
     Args:
-        out: receives ``scale · C``, added to what it holds if ``accumulate``.
-        weights: coefficients of ΣC² over all pairs, one image's, one position's and the diagonal: the result, in parts.
+        out: receives ``scale · C``. ``accumulate`` adds it to the content.
+        weights: coefficients of ΣC² over all pairs, pairs of one image, pairs of one position, and the diagonal. The
+            result has the parts of this sum, and is empty without weights.
         weighted: each element of ``out`` is multiplied by its coefficient.
-        positions, first_row: rows of C per image, and which row of the whole matrix the first one is.
-        symmetric: C is known to be symmetric and only half of it is computed; not with ``out``.
+        positions, first_row: rows of C per image, and the index of the first row in the whole matrix.
+        symmetric: C is symmetric, and only half of it is computed. Not with ``out``.
         slopes: ``slopes[r] · A₁[r]`` is added to row r of ``out``.
-        splits: cut the depth into so many parts, each a batch of its own in ``out``.
+        splits: cut the depth into this number of parts. Each part is a separate batch in ``out``.
     """
     batch, rows, depth = a1.shape
     columns = b1.shape[2]
     block_rows, block_columns, block_depth = _tile(a1.dtype, rows, columns, precision)
     programs = batch * splits * triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns)
-    partials = None if weights is None else a1.new_empty(programs, dtype=torch.float64)
+    partials = a1.new_empty(0 if weights is None else programs, dtype=torch.float64)
     full, intra, same, diagonal = weights or (1.0, 0.0, 0.0, 0.0)
-    second = a2 is not None
     _product_kernel[(programs,)](
         a1,
         b1,
-        a2 if second else a1,
-        b2 if second else b1,
+        a1 if a2 is None else a2,
+        b1 if b2 is None else b2,
         a1 if out is None else out,
-        a1 if partials is None else partials,
+        partials,
         a1 if slopes is None else slopes,
         *a1.stride(),
         *b1.stride(),
-        *(a2.stride() if second else (0, 0, 0)),
-        *(b2.stride() if second else (0, 0, 0)),
+        *((0, 0, 0) if a2 is None else a2.stride()),
+        *((0, 0, 0) if b2 is None else b2.stride()),
         *((0, 0, 0) if out is None else out.stride()),
         rows,
         columns,
         depth,
-        a2.shape[2] if second else 0,
+        0 if a2 is None else a2.shape[2],
         triton.cdiv(triton.cdiv(depth, splits), block_depth) * block_depth,
         splits,
         first_row,
@@ -312,7 +285,7 @@ def _product(
         intra,
         same,
         diagonal,
-        SECOND=second,
+        SECOND=a2 is not None,
         STORE=out is not None,
         ACCUMULATE=accumulate,
         REDUCE=weights is not None,
@@ -421,7 +394,7 @@ def _product_kernel(
     row = tile // tiles_across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tile % tiles_across * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     if SYMMETRIC:
-        # Tiles below the diagonal have nothing to do: those above it count twice.
+        # Tiles below the diagonal do nothing, because tiles above it count twice.
         above = tile // tiles_across * BLOCK_ROWS < (tile % tiles_across + 1) * BLOCK_COLUMNS
         depth1 = tl.where(above, depth1, 0)
         depth2 = tl.where(above, depth2, 0)
@@ -481,7 +454,7 @@ def _product_kernel(
 def _fold_kernel(
     parts_ptr, out_ptr, partials_ptr, splits, size, coefficient: tl.float64, STORE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Add up the parts of a product that was split along its depth, and sum the squares."""
+    """Add the parts of a product that was split along its depth, and sum the squares."""
     program = tl.program_id(0)
     blocks = tl.cdiv(size, BLOCK)
     batch = (program // blocks).to(tl.int64)
@@ -527,3 +500,83 @@ def _diagonal_kernel(
     coefficient = tl.full((), coefficient, tl.float64)
     tl.store(partials_ptr + row, coefficient * difference * difference)
     tl.store(slopes_ptr + row, (4 * coefficient * difference).to(slopes_ptr.dtype.element_ty))
+
+
+def compare_strip(
+    strip: Tensor, slopes: Tensor | None, mine: slice, coefficients: list[float], positions: int
+) -> Tensor:
+    """Process a strip of D, which a matrix product has computed: sets x height x width.
+
+    Returns the parts of ΣW∘D², and writes the slopes 4·W∘D.
+    """
+    sets, height, width = strip.shape
+    rows, columns = LIBRARY_TILE
+    programs = sets * triton.cdiv(height, rows) * triton.cdiv(width, columns)
+    partials = strip.new_empty(programs, dtype=torch.float64)
+    full, intra, same, diagonal = coefficients
+    with torch.cuda.device_of(strip):
+        _strip_kernel[(programs,)](
+            strip,
+            strip if slopes is None else slopes,
+            partials,
+            height,
+            width,
+            mine.start,
+            positions,
+            full,
+            intra,
+            same,
+            diagonal,
+            RELATIONS=bool(intra or same or diagonal),
+            STORE=slopes is not None,
+            PLANES=slopes.shape[1] if slopes is not None and slopes.dtype == torch.bfloat16 else 0,
+            BLOCK_ROWS=rows,
+            BLOCK_COLUMNS=columns,
+        )
+    return partials
+
+
+@triton.jit
+def _strip_kernel(
+    strip_ptr,
+    slopes_ptr,
+    partials_ptr,
+    height,
+    width,
+    first,
+    positions,
+    full: tl.float64,
+    intra: tl.float64,
+    same: tl.float64,
+    diagonal: tl.float64,
+    RELATIONS: tl.constexpr,
+    STORE: tl.constexpr,
+    PLANES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    across = tl.cdiv(width, BLOCK_COLUMNS)
+    per_set = tl.cdiv(height, BLOCK_ROWS) * across
+    one = (program // per_set).to(tl.int64)
+    tile = program % per_set
+    row = tile // across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    column = tile % across * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    inside = (row < height) & (column < width)
+    offsets = row.to(tl.int64) * width + column
+    size = tl.cast(height, tl.int64) * width
+    entry = tl.load(strip_ptr + one * size + offsets, mask=inside, other=0)
+    weight = tl.full((1, 1), full, tl.float64)
+    if RELATIONS:
+        r = first + row
+        s = first + column
+        weight += tl.where(r // positions == s // positions, tl.full((), intra, tl.float64), 0)
+        weight += tl.where(r % positions == s % positions, tl.full((), same, tl.float64), 0)
+        weight += tl.where(r == s, tl.full((), diagonal, tl.float64), 0)
+    weighted = entry * weight.to(entry.dtype)
+    # The columns beyond the strip's own rows also stand for the entries on the other side of the diagonal.
+    counted = (weighted * entry).to(tl.float64) * tl.where(column < height, 1.0, 2.0).to(tl.float64)
+    tl.store(partials_ptr + program, tl.sum(counted))
+    if STORE:
+        planes: tl.constexpr = 1 if PLANES == 0 else PLANES
+        store_planes(slopes_ptr + one * planes * size, offsets, size, 4 * weighted, inside, PLANES)

@@ -1,6 +1,6 @@
-"""Convolutions by 1 x 1 or 3 x 3 weights over a border of zeros, without a bias: those of SemCKD's projections.
+"""Convolutions with 1 x 1 or 3 x 3 weights and zero padding, without a bias, for SemCKD's projections.
 
-They are PyTorch's, but for 3 x 3 weights on a CPU: Winograd's algorithm multiplies 4 times where they do 9 times.
+PyTorch computes them, except 3 x 3 weights on a CPU. There, Winograd's algorithm needs 4 multiplications in place of 9.
 """
 
 from __future__ import annotations
@@ -8,24 +8,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import backends, native
-from . import reference
+from ... import native
+from ...types import Backend
+from ..operator import Operator
+from . import fake, reference
 
-SIDE = 64  # of the blocks in csrc/cpu/convolution.cpp, which threads share out
+CONVOLUTION = Operator(
+    "convolution",
+    kernels=(fake.convolution, fake.convolution_weight),
+    native=("cpu",),
+    triton=False,
+    memory="a copy of maps that are not channels last",
+)
+
+SIDE = 64  # side of the blocks in csrc/cpu/convolution.cpp, which threads share
 CHANNELS = 32  # it takes multiples of
 
 
-def convolution(maps: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
+def convolution(maps: Tensor, weight: Tensor, *, backend: Backend = "auto") -> Tensor:
     """n x k x h x w from n x c x h x w maps and k x c x 1 x 1 or k x c x 3 x 3 weights, outside of autograd."""
     if winograd(maps, weight, backend):
-        return native.ops.convolution(_channels_last(maps), weight, False)
+        result: Tensor = native.ops.convolution(_channels_last(maps), weight, False)
+        return result
     return reference.convolution(maps, weight)
 
 
 def convolution_backward(
-    grad: Tensor, maps: Tensor, weight: Tensor, wanted: tuple[bool, bool], *, backend: str = "auto"
+    grad: Tensor, maps: Tensor, weight: Tensor, wanted: tuple[bool, bool], *, backend: Backend = "auto"
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of maps and weights that are wanted, from that of the result."""
+    """Return the wanted gradients to maps and weights, from the gradient of the result."""
     if not winograd(maps, weight, backend):
         return reference.convolution_backward(grad, maps, weight, wanted)
     grad = _channels_last(grad)
@@ -35,8 +46,8 @@ def convolution_backward(
     )
 
 
-def winograd(maps: Tensor, weight: Tensor, backend: str = "auto") -> bool:
-    """Whether the native kernel runs: where it can, and has a block of work for every thread."""
+def winograd(maps: Tensor, weight: Tensor, backend: Backend = "auto") -> bool:
+    """Return whether the native kernel runs: it can, and every thread has a block of work."""
     k, c, *window = weight.shape
     n, _, h, w = maps.shape
     tiles = n * -(-h // 2) * -(-w // 2)
@@ -49,7 +60,7 @@ def winograd(maps: Tensor, weight: Tensor, backend: str = "auto") -> bool:
         and c % CHANNELS == k % CHANNELS == 0
         and tiles >= SIDE
         and tasks >= torch.get_num_threads()
-        and backends.choose(backend, maps, native_on=("cpu",)) == "native"
+        and CONVOLUTION.choose(backend, maps) == "native"
     )
 
 

@@ -1,20 +1,51 @@
-"""Correlation congruence (CCKD): embeddings normalised, compared by a kernel, and the two kernel matrices compared."""
+"""Correlation congruence (CCKD): normalised embeddings, a kernel, and the difference of two kernel matrices."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ... import backends, checks, native
-from ...native import accumulation_dtype
-from ..autograd import scaled, times
-from ..congruence import plan_for
-from ..congruence.plan import FORMS, GRAM, Coefficients, Plan
+from ... import checks
+from ...types import FORMS, KERNELS, REDUCTIONS, Backend, FormName, Reduction
+from ..autograd import multiplied
+from ..congruence import problem_of
+from ..congruence.plan import (
+    GRAM,
+    TILE_ENTRY,
+    Coefficients,
+    Plan,
+    Problem,
+    Sum,
+    Target,
+    explained,
+    make_plans,
+    multiply_adds,
+    planned_when_it_runs,
+    size_of,
+    target_of,
+)
 from ..congruence.reference import feature_form
-from . import reference
-from .reference import KERNELS, Kernel
+from ..operator import Operator
+from ..row_masks import to_mean, zeroed
+from ..shapes import accumulation_dtype
+from ..tuning import LARGE_GRAM
+from . import fake, reference
+from .reference import Kernel
 
-REDUCTIONS = ("mean", "sum")
+CORRELATION_CONGRUENCE = Operator(
+    "correlation_congruence",
+    kernels=(fake.correlation_congruence,),
+    large=LARGE_GRAM,
+    memory="n (3·d_S + d_T) numbers, and two strips of min(n, 512) x n or the largest d x d sum",
+    over_ranks="twice all ranks' embeddings; of the bilinear kernel the d x d sums",
+)
+
+
+# Kernels of these names depend only on products of rows. The products of a zero row are 0 in both networks, so it adds
+# nothing to the loss.
+OF_PRODUCTS = ("taylor_rbf", "bilinear")
 
 
 def correlation_congruence(
@@ -23,16 +54,53 @@ def correlation_congruence(
     *,
     kernel: Kernel,
     normalize: bool,
-    reduction: str,
-    form: str = "auto",
-    backend: str = "auto",
+    reduction: Reduction,
+    mask: Tensor | None = None,
+    form: FormName = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """The congruence of two networks' kernel matrices; see ``kdkernels.correlation_congruence_loss``."""
-    check(student, teacher, kernel, reduction, form)
+    check(student, teacher, kernel, reduction, form, mask)
     scale = 1.0 / student.shape[0] ** 2 if reduction == "mean" else 1.0
-    run = {"reference": _reference, "native": _native, "triton": _triton}[backends.choose(backend, student)]
-    plan = make_plan(student, teacher, kernel, form)
-    return times(scale, lambda scale: run(student, teacher, kernel, bool(normalize), scale, plan))
+
+    def sums(chosen: str) -> list[list[Sum]]:
+        return _explained(student, teacher, kernel, form, target_of(chosen, student))
+
+    def size() -> tuple[int, int]:
+        problem = _problem(student, teacher)
+        return size_of(form if kernel.name == "bilinear" else "gram", problem)
+
+    # The means of MMD are no products.
+    chosen = CORRELATION_CONGRUENCE.choose(backend, student, sums, size if kernel.name != "mmd" else None)
+    codes = []
+    if not planned_when_it_runs(form, chosen):
+        codes = make_plan(student, teacher, kernel, form, target_of(chosen, student)).codes
+    left_out = mask
+    if mask is not None and kernel.name in OF_PRODUCTS:
+        student, teacher = zeroed(mask, (student, teacher))
+        left_out = None
+
+    def loss(factor: float) -> Tensor:
+        settings = KERNELS.index(kernel.name), kernel.gamma, kernel.order, bool(normalize), factor, codes
+        return CORRELATION_CONGRUENCE.loss(chosen, (student, teacher), settings, _reference, left_out)
+
+    return to_mean(multiplied(scale, loss), mask if reduction == "mean" else None, power=2)
+
+
+def _with_plan(arguments: list[Any], backend: str) -> list[Any]:
+    """Return the arguments of the kernel, with the plan if it was left open."""
+    student, teacher, kernel, *_, codes, grad_student, grad_teacher, tf32 = arguments
+    if codes:
+        return arguments
+    plan = Plan(GRAM, GRAM, GRAM)
+    if KERNELS[kernel] == "bilinear":
+        sizes = student.shape[0], 1, student.shape[1], teacher.shape[1]
+        problem = Problem(Coefficients(1.0, 0.0, 0.0, 0.0), *sizes, grad_student, grad_teacher)
+        (plan,) = make_plans("auto", (problem,), target_of(backend, student))
+    return [*arguments[:7], plan.codes, grad_student, grad_teacher, tf32]
+
+
+fake.correlation_congruence.completed = _with_plan
 
 
 def kernel_matrix(x: Tensor, y: Tensor | None, *, kernel: Kernel, normalize: bool) -> Tensor:
@@ -51,16 +119,21 @@ def kernel_matrix(x: Tensor, y: Tensor | None, *, kernel: Kernel, normalize: boo
         return reference.kernel_matrix(rows, others, kernel)
 
 
-def check(student: object, teacher: object, kernel: Kernel, reduction: str, form: str) -> None:
+def check(student: object, teacher: object, kernel: Kernel, reduction: str, form: str, mask: object = None) -> None:
     student = _embeddings("student", student, "n x d_S")
     teacher = _embeddings("teacher", teacher, "n x d_T")
     checks.same_batch("teacher", teacher, "student", student)
     checks.same_device("teacher", teacher, "student", student)
+    checks.sample_mask(mask, "student", student)
+    check_settings(kernel, reduction, form)
+
+
+def check_settings(kernel: Kernel, reduction: str, form: str) -> None:
     check_kernel(kernel)
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.one_of("form", form, FORMS)
     if form == "feature" and kernel.name != "bilinear":
-        raise ValueError(f"form='feature' is that of kernel='bilinear' alone, got kernel={kernel.name!r}")
+        raise ValueError(f"form='feature' needs kernel='bilinear', got kernel={kernel.name!r}; use form='auto'")
 
 
 def check_kernel(kernel: Kernel) -> None:
@@ -75,53 +148,40 @@ def _embeddings(name: str, value: object, shape: str) -> Tensor:
     return checks.tensor(name, value, 2, shape)
 
 
-def make_plan(student: Tensor, teacher: Tensor, kernel: Kernel, form: str) -> Plan:
+def make_plan(student: Tensor, teacher: Tensor, kernel: Kernel, form: FormName, target: Target) -> Plan:
     """The forms of the sum over all pairs: the bilinear kernel has a choice."""
     if kernel.name != "bilinear":
         return Plan(GRAM, GRAM, GRAM)
-    return plan_for(student, teacher, 1, Coefficients(1.0, 0.0, 0.0, 0.0), form)
+    return make_plans(form, (_problem(student, teacher),), target)[0]
 
 
-def _reference(student: Tensor, teacher: Tensor, kernel: Kernel, normalize: bool, scale: float, plan: Plan) -> Tensor:
-    # Autocast would run the products in half precision.
-    with torch.autocast(student.device.type, enabled=False):
-        if plan.full != GRAM:
-            dtype = accumulation_dtype(student, teacher)
-            x, y = (reference.rows_of(rows, dtype, normalize) for rows in (student, teacher))
-            return feature_form(x, y, 1, Coefficients(scale, 0.0, 0.0, 0.0))
-        return reference.correlation_congruence(student, teacher, kernel, normalize, scale)
+def _problem(student: Tensor, teacher: Tensor) -> Problem:
+    return problem_of(student, teacher, 1, Coefficients(1.0, 0.0, 0.0, 0.0))
 
 
-def _native(student: Tensor, teacher: Tensor, kernel: Kernel, normalize: bool, scale: float, plan: Plan) -> Tensor:
-    settings = (KERNELS.index(kernel.name), float(kernel.gamma), kernel.order, normalize, scale, plan.codes)
-    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-        return _Native.apply(student, teacher, *settings)
-    return native.ops.correlation_congruence(student, teacher, *settings, False, False, native.allows_tf32())[0]
+def _explained(student: Tensor, teacher: Tensor, kernel: Kernel, form: FormName, target: Target) -> list[list[Sum]]:
+    problem, plan = _problem(student, teacher), make_plan(student, teacher, kernel, form, target)
+    if kernel.name == "bilinear":
+        return [explained(plan, problem, target)]
+    rows = problem.rows
+    cost = TILE_ENTRY * rows**2 if kernel.name == "mmd" else multiply_adds(GRAM, rows, *problem[3:])
+    return [[Sum("all pairs", rows, 1, GRAM, {GRAM: cost})]]
 
 
-def _triton(student: Tensor, teacher: Tensor, kernel: Kernel, normalize: bool, scale: float, plan: Plan) -> Tensor:
-    from .triton import correlation_congruence as run
-
-    return run(student, teacher, kernel, normalize, scale, plan)
-
-
-class _Native(torch.autograd.Function):
-    """The forward pass computes the gradients as well: the loss is a scalar, so backward only scales them."""
-
-    @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, *settings) -> Tensor:
-        needed = ctx.needs_input_grad[:2]
-        settings = *settings, *needed, native.allows_tf32()
-        loss, *gradients = native.ops.correlation_congruence(student, teacher, *settings)
-        ctx.save_for_backward(*gradients)
-        # Not saved: only their place in the graph is asked for, so they may be overwritten.
-        ctx.inputs = student, teacher
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [
-            scaled(grad_loss, gradient, x.dtype, *ctx.inputs) if wanted else None
-            for gradient, x, wanted in zip(ctx.saved_tensors, ctx.inputs, ctx.needs_input_grad, strict=False)
-        ]
-        return *gradients, None, None, None, None, None, None
+def _reference(
+    student: Tensor,
+    teacher: Tensor,
+    kernel: int,
+    gamma: float,
+    order: int,
+    normalize: bool,
+    scale: float,
+    plan: list[int],
+    mask: Tensor | None = None,
+) -> Tensor:
+    if plan[0] != GRAM.code:
+        dtype = accumulation_dtype(student, teacher)
+        x, y = (reference.rows_of(rows, dtype, normalize) for rows in (student, teacher))
+        return feature_form(x, y, 1, Coefficients(scale, 0.0, 0.0, 0.0))
+    metric = Kernel(KERNELS[kernel], gamma, order)
+    return reference.correlation_congruence(student, teacher, metric, normalize, scale, mask)

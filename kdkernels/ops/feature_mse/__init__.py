@@ -1,17 +1,27 @@
-"""Weighted mean-square errors of all pairs of a student layer and a teacher layer, maps of different sizes included."""
+"""Weighted mean squared errors of all pairs of a student layer and a teacher layer, also for maps of
+different sizes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from ... import backends, checks, native
-from ..autograd import once, scaled, times
-from . import reference
+from ... import checks
+from ...types import REDUCTIONS, Backend, Reduction
+from ..autograd import multiplied
+from ..operator import Operator
+from ..row_masks import to_mean, zeroed
+from . import fake, reference
 
-REDUCTIONS = ("mean", "sum")
+FEATURE_MSE = Operator(
+    "feature_mse",
+    kernels=(fake.feature_mse, fake.feature_mse_backward),
+    memory="the gradients, and per thread two maps of one sample",
+    over_ranks="one number",
+)
 
 
 def feature_mse(
@@ -19,23 +29,29 @@ def feature_mse(
     targets: Sequence[Sequence[Tensor]],
     weights: Tensor,
     *,
-    reduction: str = "mean",
-    backend: str = "auto",
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Weighted sum of every pair's per-sample errors; see ``kdkernels.cross_layer_mse``."""
-    projected, targets = check(projected, targets, weights, reduction)
+    own, theirs = check(projected, targets, weights, reduction, mask)
     scale = 1.0 if reduction == "sum" else 1.0 / (weights.shape[0] * weights.shape[1])
-    run = {"reference": _reference, "native": _native, "triton": _triton}[backends.choose(backend, projected[0])]
-    if torch.compiler.is_compiling():
-        # Dynamo takes no tensor twice, and a teacher's layer is the target of every student layer.
-        projected, targets = ([layer.view_as(layer) for layer in maps] for maps in (projected, targets))
-    return times(scale, lambda scale: run(projected, targets, weights, scale))
+    tensors: Sequence[Tensor] = (weights, *own, *theirs)
+    if mask is not None:
+        tensors = zeroed(mask, tensors)
+    chosen = FEATURE_MSE.choose(backend, own[0])
+    rules = _errors, _gradients
+    loss = multiplied(scale, lambda factor: FEATURE_MSE.result(chosen, tensors, (factor,), _reference, rules))
+    return to_mean(loss, mask if reduction == "mean" else None)
 
 
-def check(projected: object, targets: object, weights: object, reduction: str) -> tuple[list[Tensor], list[Tensor]]:
+def check(
+    projected: object, targets: object, weights: object, reduction: str, mask: object = None
+) -> tuple[list[Tensor], list[Tensor]]:
     """Check every argument; the maps of all pairs in the order of the weights."""
-    checks.one_of("reduction", reduction, REDUCTIONS)
+    check_settings(reduction)
     weights = checks.tensor("weights", weights, 3, "b x s_L x t_L")
+    checks.sample_mask(mask, "weights", weights)
     _, students, teachers = weights.shape
     maps = [_pairs(name, value, students, teachers) for name, value in (("projected", projected), ("targets", targets))]
     for pair, (own, target) in enumerate(zip(*maps, strict=True)):
@@ -51,8 +67,12 @@ def check(projected: object, targets: object, weights: object, reduction: str) -
     return maps[0], maps[1]
 
 
+def check_settings(reduction: str) -> None:
+    checks.one_of("reduction", reduction, REDUCTIONS)
+
+
 def _pairs(name: str, value: object, students: int, teachers: int) -> list[Tensor]:
-    """The s_L x t_L entries of a nested sequence, row by row."""
+    """Return the s_L x t_L entries of a nested sequence, row by row."""
     if not isinstance(value, Sequence):
         raise TypeError(f"{name} must be a sequence of sequences of maps, got {type(value).__name__}")
     for i, row in enumerate(value):
@@ -66,48 +86,30 @@ def _pairs(name: str, value: object, students: int, teachers: int) -> list[Tenso
     return [maps for row in value for maps in row]
 
 
-def _reference(projected: list[Tensor], targets: list[Tensor], weights: Tensor, scale: float) -> Tensor:
-    # Autocast would change the precision of the sums.
-    with torch.autocast(weights.device.type, enabled=False):
-        return reference.feature_mse(projected, targets, weights, scale)
+def _reference(weights: Tensor, *maps_and_scale: Any) -> Tensor:
+    *maps, scale = maps_and_scale
+    pairs = len(maps) // 2
+    return reference.feature_mse(maps[:pairs], maps[pairs:], weights, scale)
 
 
-def _native(projected: list[Tensor], targets: list[Tensor], weights: Tensor, scale: float) -> Tensor:
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*projected, *targets, weights)):
-        return FeatureMSE.apply(native.ops, scale, weights, *projected, *targets)
-    return native.ops.feature_mse(projected, targets, weights, scale)[0]
+def _errors(
+    constants: tuple[str, float], tensors: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[tuple[Tensor], Sequence[Tensor], tuple[str, float]]:
+    """Return the loss. Saved are the maps, which costs nothing, unlike gradients of all of them."""
+    backend, scale = constants
+    weights, *maps = tensors
+    pairs = len(maps) // 2
+    loss, errors = fake.feature_mse.registered(backend)(maps[:pairs], maps[pairs:], weights, scale)
+    return (loss,), (errors, *tensors), constants
 
 
-def _triton(projected: list[Tensor], targets: list[Tensor], weights: Tensor, scale: float) -> Tensor:
-    from .triton import feature_mse as run
-
-    return run(projected, targets, weights, scale)
-
-
-class FeatureMSE(torch.autograd.Function):
-    """The maps' gradients are computed in the backward pass: saving the maps costs nothing, unlike gradients."""
-
-    @staticmethod
-    def forward(ctx, ops, scale, weights, *maps):
-        pairs = len(maps) // 2
-        loss, errors = ops.feature_mse(maps[:pairs], maps[pairs:], weights, scale)
-        ctx.save_for_backward(errors, weights, *maps)
-        ctx.ops, ctx.scale = ops, scale
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        errors, weights, *maps = ctx.saved_tensors
-        _, _, want_weights, *wanted = ctx.needs_input_grad
-        pairs = len(maps) // 2
-        with torch.no_grad():
-            grads = ctx.ops.feature_mse_backward(
-                grad_loss, maps[:pairs], maps[pairs:], weights, ctx.scale, [int(want) for want in wanted]
-            )
-        anchored = zip(grads, maps, wanted, strict=True)
-        return (
-            None,
-            None,
-            scaled(grad_loss, errors, weights.dtype, weights, *maps) if want_weights else None,
-            *(once(grad, weights, *maps) if want else None for grad, own, want in anchored),
-        )
+def _gradients(
+    grad: Tensor, saved: Sequence[Tensor], constants: tuple[str, float], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    backend, scale = constants
+    errors, weights, *maps = saved
+    pairs = len(maps) // 2
+    flags = [int(want) for want in wanted[1:]]
+    backward = fake.feature_mse_backward.registered(backend)
+    grads = backward(grad, maps[:pairs], maps[pairs:], weights, scale, flags)
+    return [grad * errors if wanted[0] else None, *grads]

@@ -1,4 +1,4 @@
-"""Weighted mean-square errors of pairs of maps in plain PyTorch: the specification of ``feature_mse``."""
+"""Weighted mean squared errors of pairs of maps in plain PyTorch: the specification of ``feature_mse``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...native import accumulation_dtype
+from ..shapes import accumulation_dtype
 
 
 def feature_mse(projected: Sequence[Tensor], targets: Sequence[Tensor], weights: Tensor, scale: float) -> Tensor:
@@ -19,13 +19,13 @@ def feature_mse(projected: Sequence[Tensor], targets: Sequence[Tensor], weights:
 
 
 def sample_mse(projected: Tensor, target: Tensor) -> Tensor:
-    """The mean-square error of each sample, the larger map averaged down to the smaller."""
+    """Return the mean squared error of each sample. The larger map is averaged down to the smaller."""
     size = smaller_size(projected, target)
     return (_pooled(projected, size) - _pooled(target, size)).square().flatten(1).mean(1)
 
 
 def smaller_size(projected: Tensor, target: Tensor) -> tuple[int, int]:
-    """Height and width that the two maps are compared in."""
+    """Return the height and width in which two maps are compared."""
     return min(projected.shape[2], target.shape[2]), min(projected.shape[3], target.shape[3])
 
 

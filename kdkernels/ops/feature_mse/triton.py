@@ -1,52 +1,23 @@
 """Triton kernels of ``feature_mse``: one launch for the errors of all pairs and samples, one for the gradients of the
-projected maps, one for those of the targets. Averaging is part of the read, in the backward pass as in the forward.
+projected maps, one for the gradients of the targets. Maps are averaged while they are read, in both passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, library
+from torch import Tensor
 
-from ...native import accumulation_dtype, new_like
 from ..grouped import number, pointer
+from ..operator import in_triton
+from ..shapes import accumulation_dtype, new_like
 from ..tuning import FEATURE_MSE_BLOCK as BLOCK
 from ..tuning import FEATURE_MSE_WARPS as WARPS
-from . import FeatureMSE
-
-
-def feature_mse(projected: list[Tensor], targets: list[Tensor], weights: Tensor, scale: float) -> Tensor:
-    """``scale · Σ weights ∘ errors`` over samples and pairs."""
-    return FeatureMSE.apply(torch.ops.kdkernels_triton, scale, weights, *projected, *targets)
-
-
-library.define(
-    "kdkernels_triton::feature_mse",
-    "(Tensor[] projected, Tensor[] targets, Tensor weights, float scale) -> (Tensor loss, Tensor errors)",
-)
-library.define(
-    "kdkernels_triton::feature_mse_backward",
-    "(Tensor grad_loss, Tensor[] projected, Tensor[] targets, Tensor weights, float scale, int[] wanted)"
-    " -> Tensor[] grads",
-)
-
-
-@library.register_fake("kdkernels_triton::feature_mse")
-def _fake(projected, targets, weights, scale):
-    dtype = accumulation_dtype(*projected, *targets)
-    return weights.new_empty((), dtype=dtype), weights.new_empty(weights.shape, dtype=dtype)
-
-
-@library.register_fake("kdkernels_triton::feature_mse_backward")
-def _fake_backward(grad_loss, projected, targets, weights, scale, wanted):
-    orders = [_channels_last(maps) for maps in projected]
-    return [
-        new_like(maps, channels_last) if want else maps.new_empty((0,))
-        for maps, channels_last, want in zip([*projected, *targets], [*orders, *orders], wanted, strict=True)
-    ]
+from . import fake
 
 
 def _channels_last(maps: Tensor) -> bool:
@@ -54,7 +25,7 @@ def _channels_last(maps: Tensor) -> bool:
     return maps.stride(1) == 1 and c > 1 and h * w > 1
 
 
-Pair = tuple[int, Tensor, Tensor]  # its place among all pairs, and the two batches of maps
+Pair = tuple[int, Tensor, Tensor]  # (index among all pairs, projected maps, target maps)
 
 
 def _by_dtype(projected: Sequence[Tensor], targets: Sequence[Tensor], places: Sequence[int]) -> list[list[Pair]]:
@@ -65,10 +36,11 @@ def _by_dtype(projected: Sequence[Tensor], targets: Sequence[Tensor], places: Se
     return list(groups.values())
 
 
-def _maps(pairs: list[Pair]) -> dict[str, tuple]:
-    """What kernels need to read the pairs."""
+def _maps(pairs: list[Pair]) -> dict[str, Any]:
+    """Return the arguments that kernels need to read the pairs."""
     places, projected, targets = zip(*pairs, strict=True)
-    arguments = {"places": places, "COUNT": len(pairs), "channels": tuple(p.shape[1] for p in projected)}
+    channels = tuple(p.shape[1] for p in projected)
+    arguments: dict[str, Any] = {"places": places, "COUNT": len(pairs), "channels": channels}
     for name, maps in (("own", projected), ("target", targets)):
         arguments[name] = maps
         arguments[f"{name}_sizes"] = tuple(size for m in maps for size in m.shape[2:])
@@ -77,8 +49,8 @@ def _maps(pairs: list[Pair]) -> dict[str, tuple]:
     return arguments
 
 
-@library.impl("kdkernels_triton::feature_mse", ("CPU", "CUDA"))
-def _launch(projected, targets, weights, scale):
+@in_triton(fake.feature_mse)
+def _launch(projected: list[Tensor], targets: list[Tensor], weights: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(*projected, *targets)
     errors = weights.new_empty(weights.shape, dtype=dtype)
     batch, pairs = weights.shape[0], len(projected)
@@ -90,14 +62,21 @@ def _launch(projected, targets, weights, scale):
     return (weights.to(dtype) * errors).sum(), errors
 
 
-@library.impl("kdkernels_triton::feature_mse_backward", ("CPU", "CUDA"))
-def _launch_backward(grad_loss, projected, targets, weights, scale, wanted):
+@in_triton(fake.feature_mse_backward)
+def _launch_backward(
+    grad_loss: Tensor,
+    projected: list[Tensor],
+    targets: list[Tensor],
+    weights: Tensor,
+    scale: float,
+    wanted: list[int],
+) -> list[Tensor]:
     count, batch = len(projected), weights.shape[0]
     slopes = (2 * scale * grad_loss * weights.to(grad_loss.dtype)).contiguous()
-    # The interpreter truncates to bfloat16 where a GPU rounds.
+    # The interpreter truncates to bfloat16, and a GPU rounds.
     held = grad_loss.dtype if triton.knobs.runtime.interpret else None
     grads = [
-        new_like(maps, _channels_last(projected[g % count]), held) if want else maps.new_empty((0,))
+        new_like(maps, maps.shape, _channels_last(projected[g % count]), held) if want else maps.new_empty((0,))
         for g, (maps, want) in enumerate(zip([*projected, *targets], wanted, strict=True))
     ]
     for side, offset in ((False, 0), (True, count)):
@@ -122,7 +101,7 @@ def _launch_backward(grad_loss, projected, targets, weights, scale, wanted):
 
 @triton.jit
 def _decode(element, channels, width, area, fastest):
-    """Channel, line and column of elements numbered with the columns fastest or, if ``fastest`` is 1, the channels."""
+    """Return channel, line and column of element indices. Columns change fastest, or channels if ``fastest`` is 1."""
     channel = tl.where(fastest == 1, element % channels, element // area)
     pixel = tl.where(fastest == 1, element // channels, element % area)
     return channel, pixel // width, pixel % width
@@ -130,7 +109,7 @@ def _decode(element, channels, width, area, fastest):
 
 @triton.jit
 def _size(sizes, index, COUNT: tl.constexpr):
-    """Of a sample; its elements are counted in 32 bits, their offsets in memory in 64."""
+    """Return the elements of a sample. Indices have 32 bits, and memory offsets have 64 bits."""
     return number(sizes, index, COUNT).to(tl.int32)
 
 
@@ -151,7 +130,7 @@ def _averaged(
     COUNT: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """The maps of a pair averaged down to the grid, at its channels c, lines y and columns x."""
+    """Return the maps of a pair averaged down to the grid, at channels c, lines y and columns x."""
     maps += sample * number(strides, 4 * pair, 4 * COUNT) + c * number(strides, 4 * pair + 1, 4 * COUNT)
     line, pixel = number(strides, 4 * pair + 2, 4 * COUNT), number(strides, 4 * pair + 3, 4 * COUNT)
     top, bottom = y * height // grid_height, ((y + 1) * height + grid_height - 1) // grid_height
@@ -251,7 +230,7 @@ def _gradient_kernel(
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gradient of every pixel: the shares of the windows that it belongs to, two along each axis at most."""
+    """Compute the gradient of every pixel: the shares of the windows that contain it, at most two along each axis."""
     dtype: tl.constexpr = slopes.dtype.element_ty
     sample, pair = tl.program_id(0).to(tl.int64), tl.program_id(1)
     own_maps, target_maps, grad = pointer(own, pair, COUNT), pointer(target, pair, COUNT), pointer(grads, pair, COUNT)

@@ -7,19 +7,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import backends, checks, native
-from ..autograd import once
-from . import reference
+from ... import checks, native
+from ...types import Backend
+from ..operator import Operator
+from ..row_masks import zeroed
+from . import fake, reference
+
+GRAM = Operator(
+    "gram",
+    kernels=(fake.gram, fake.gram_backward),
+    memory="the gradients",
+    over_ranks="all ranks' features in each pass, and the similarities' gradients",
+)
 
 
-def gram(features: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
-    """The L x b x b dot products of L layers; see ``kdkernels.similarity_matrices``."""
-    features = check(features)
-    run = {"reference": _reference, "native": _native, "triton": _triton}[backends.choose(backend, features[0])]
-    return run(features)
+def gram(features: Sequence[Tensor], *, mask: Tensor | None = None, backend: Backend = "auto") -> Tensor:
+    """Return the L x b x b dot products of L layers; see ``kdkernels.similarity_matrices``."""
+    layers = [in_memory_order(layer) for layer in check(features, mask)]
+    chosen = GRAM.choose(backend, layers[0])
+    return GRAM.result(chosen, layers, (), _reference, (_matrices, _gradients))
 
 
-def check(features: object) -> list[Tensor]:
+def check(features: object, mask: Tensor | None = None) -> list[Tensor]:
+    """Check every argument. Return the layers, with zeros for the samples that do not count."""
     if isinstance(features, Tensor) or not isinstance(features, Sequence):
         raise TypeError(f"features must be a sequence of tensors, one per layer, got {type(features).__name__}")
     if not features:
@@ -28,68 +38,48 @@ def check(features: object) -> list[Tensor]:
         checks.tensor(f"features[{i}]", layer, None, "b x ...")
         checks.same_batch(f"features[{i}]", layer, "features[0]", features[0])
         checks.same_device(f"features[{i}]", layer, "features[0]", features[0])
-    return list(features)
-
-
-def _reference(features: list[Tensor]) -> Tensor:
-    # Autocast would run the products in half precision.
-    with torch.autocast(features[0].device.type, enabled=False):
-        return reference.gram(features)
-
-
-def _native(features: list[Tensor]) -> Tensor:
-    layers = [in_memory_order(layer) for layer in features]
-    if torch.is_grad_enabled() and any(layer.requires_grad for layer in layers):
-        return Gram.apply(native.ops, *layers)
-    return native.ops.gram(layers, native.allows_tf32())
-
-
-def _triton(features: list[Tensor]) -> Tensor:
-    from .triton import gram as run
-
-    return run([in_memory_order(layer) for layer in features])
+    checks.sample_mask(mask, "features[0]", features[0])
+    return list(features) if mask is None else zeroed(mask, features)
 
 
 def in_memory_order(layer: Tensor) -> Tensor:
-    """A view whose dimensions after the first are those of the layer from the slowest to the fastest in memory.
+    """Return a view whose dimensions after the first go from the slowest to the fastest in memory.
 
-    A dot product does not depend on the order of its terms, and memory is read fastest as it lies.
+    A dot product does not depend on the order of its terms, and memory order is read fastest.
     """
     if layer.is_contiguous():
         return layer
-    if torch.compiler.is_compiling():  # which cannot sort strides that it does not know
+    if torch.compiler.is_compiling():  # torch.compile cannot sort unknown strides
         channels_last = layer.dim() == 4 and layer.is_contiguous(memory_format=torch.channels_last)
         return layer.permute(0, 2, 3, 1) if channels_last else layer
-    order = sorted(range(1, layer.dim()), key=lambda d: -layer.stride(d))
+    strides = layer.stride()
+    order = sorted(range(1, layer.dim()), key=lambda d: -strides[d])
     return layer.permute(0, *order)
 
 
-class Gram(torch.autograd.Function):
-    """The matrices by the operators of ``ops``, native ones or Triton's."""
-
-    @staticmethod
-    def forward(ctx, ops, *layers):
-        ctx.save_for_backward(*layers)
-        ctx.ops = ops
-        return ops.gram(layers, native.allows_tf32())
-
-    @staticmethod
-    def backward(ctx, grad_matrices):
-        layers = ctx.saved_tensors
-        wanted = [i for i, want in enumerate(ctx.needs_input_grad[1:]) if want]
-        with torch.no_grad():
-            grads = iter(_gradients(ctx.ops, grad_matrices, layers, wanted))
-        return None, *(
-            once(next(grads).view(layer.shape), layer) if want else None
-            for layer, want in zip(layers, ctx.needs_input_grad[1:], strict=True)
-        )
+def _reference(*layers: Tensor) -> Tensor:
+    return reference.gram(layers)
 
 
-def _gradients(ops, grad_matrices: Tensor, layers: Sequence[Tensor], wanted: list[int]) -> list[Tensor]:
-    """Those of the layers that want one."""
-    first, count = wanted[0], len(wanted)
-    if wanted == list(range(first, first + count)):  # as where the student's layers come first
-        grad_matrices = grad_matrices[first : first + count]
+def _matrices(
+    constants: tuple[str], layers: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[tuple[Tensor], Sequence[Tensor], tuple[str]]:
+    (backend,) = constants
+    return (fake.gram.registered(backend)(layers, native.allows_tf32()),), layers, constants
+
+
+def _gradients(
+    grad: Tensor, layers: Sequence[Tensor], constants: tuple[str], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    (backend,) = constants
+    places = [i for i, want in enumerate(wanted) if want]
+    first, count = places[0], len(places)
+    if places == list(range(first, first + count)):  # as where the student's layers come first
+        grad = grad[first : first + count]
     else:
-        grad_matrices = torch.stack([grad_matrices[i] for i in wanted])
-    return ops.gram_backward(grad_matrices, [layers[i] for i in wanted], native.allows_tf32())
+        grad = torch.stack([grad[i] for i in places])
+    rows = fake.gram_backward.registered(backend)(grad, [layers[i] for i in places], native.allows_tf32())
+    grads: list[Tensor | None] = [None] * len(layers)
+    for place, gradient in zip(places, rows, strict=True):
+        grads[place] = gradient.view(layers[place].shape)
+    return grads

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...native import accumulation_dtype
+from ..shapes import accumulation_dtype
 
 
 def gram(features: Sequence[Tensor]) -> Tensor:

@@ -1,50 +1,28 @@
-"""Triton kernels of ``gram``: every layer's depth is cut into parts; one launch sums those of all layers of one dtype,
-a second one adds them up in order.
+"""Triton kernels of ``gram``: every layer's depth is cut into parts. One launch sums the parts of all layers of one
+dtype. A second launch adds them in order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, library
+from torch import Tensor
 
-from ...native import accumulation_dtype
 from ..grouped import number, pointer
+from ..operator import in_triton
+from ..shapes import accumulation_dtype
 from ..tuning import GRAM_FOLD as FOLD
 from ..tuning import GRAM_PROGRAMS as PROGRAMS
 from ..tuning import GRAM_TILES as TILES
-from . import Gram
-
-
-def gram(layers: Sequence[Tensor]) -> Tensor:
-    """L x b x b dot products of layers whose dimensions are in the order of memory."""
-    return Gram.apply(torch.ops.kdkernels_triton, *layers)
-
-
-library.define("kdkernels_triton::gram", "(Tensor[] features, bool tf32=False) -> Tensor matrices")
-library.define(
-    "kdkernels_triton::gram_backward",
-    "(Tensor grad_matrices, Tensor[] features, bool tf32=False) -> Tensor[] grad_features",
-)
-
-
-@library.register_fake("kdkernels_triton::gram")
-def _fake(features, tf32=False):
-    batch = features[0].shape[0]
-    return features[0].new_empty((len(features), batch, batch), dtype=accumulation_dtype(*features))
-
-
-@library.register_fake("kdkernels_triton::gram_backward")
-def _fake_backward(grad_matrices, features, tf32=False):
-    return [layer.new_empty((layer.shape[0], layer.shape[1:].numel())) for layer in features]
+from . import fake
 
 
 class Layer(NamedTuple):
-    """A layer as a matrix whose column k lies at ``Σ stride · digit`` of k's digits in a system of ``sizes``."""
+    """A layer as a matrix. Column k is at ``Σ stride · digit``, where the digits of k count to ``sizes``."""
 
     features: Tensor
     place: int  # among all layers
@@ -62,7 +40,7 @@ def _layer(features: Tensor, place: int) -> Layer:
             axes[-1] = axes[-1][0] * size, stride
         else:
             axes.append((size, stride))
-    if len(axes) > 3:  # no map of an image
+    if len(axes) > 3:  # more dimensions than a map
         return _layer(features.flatten(1), place)
     (_, outer), (middle_size, middle), (inner_size, inner) = [(1, 0)] * (3 - len(axes)) + axes
     depth = features.shape[1:].numel()
@@ -72,14 +50,14 @@ def _layer(features: Tensor, place: int) -> Layer:
 def _by_dtype(features: Sequence[Tensor], computed: torch.dtype) -> list[list[Layer]]:
     groups: dict[torch.dtype, list[Layer]] = {}
     for place, layer in enumerate(features):
-        # Triton cannot multiply in float64 what it reads in half precision.
+        # Triton cannot multiply half-precision numbers in float64.
         readable = layer.float() if computed == torch.float64 and layer.element_size() == 2 else layer
         groups.setdefault(layer.dtype, []).append(_layer(readable, place))
     return list(groups.values())
 
 
-def _columns(layers: list[Layer]) -> dict[str, tuple]:
-    """What kernels need to read the layers."""
+def _columns(layers: list[Layer]) -> dict[str, Any]:
+    """Return the arguments that kernels need to read the layers."""
     return {
         "layers": tuple(layer.features for layer in layers),
         "depths": tuple(layer.depth for layer in layers),
@@ -95,7 +73,7 @@ def _columns(layers: list[Layer]) -> dict[str, tuple]:
 
 
 def _starts(layers: list[Layer], length: int) -> tuple[int, ...]:
-    """The number of the first block of ``length`` columns of every layer, and of all blocks."""
+    """Return the index of every layer's first block of ``length`` columns, and the number of all blocks."""
     starts = [0]
     for layer in layers:
         starts.append(starts[-1] + triton.cdiv(layer.depth, length))
@@ -103,17 +81,17 @@ def _starts(layers: list[Layer], length: int) -> tuple[int, ...]:
 
 
 def _precision(dtype: torch.dtype, tf32: bool) -> str:
-    """Full float32 precision unless less is allowed; half precision is exact in any."""
+    """Return full float32 precision unless PyTorch allows less. Products of half precision are always exact."""
     return "tf32" if tf32 and dtype == torch.float32 and not torch.version.hip else "ieee"
 
 
-@library.impl("kdkernels_triton::gram", ("CPU", "CUDA"))
-def _launch(features, tf32=False):
+@in_triton(fake.gram)
+def _launch(features: list[Tensor], tf32: bool = False) -> Tensor:
     return multiply(features, tf32)
 
 
 def multiply(features: Sequence[Tensor], tf32: bool) -> Tensor:
-    """F Fᵀ of every layer F."""
+    """Return F Fᵀ of every layer F."""
     batch, dtype = features[0].shape[0], accumulation_dtype(*features)
     result = features[0].new_empty((len(features), batch, batch), dtype=dtype)
     total = sum(layer.shape[1:].numel() for layer in features)
@@ -151,10 +129,10 @@ def multiply(features: Sequence[Tensor], tf32: bool) -> Tensor:
     return result
 
 
-@library.impl("kdkernels_triton::gram_backward", ("CPU", "CUDA"))
-def _launch_backward(grad_matrices, features, tf32=False):
+@in_triton(fake.gram_backward)
+def _launch_backward(grad_matrices: Tensor, features: list[Tensor], tf32: bool = False) -> list[Tensor]:
     slopes = (grad_matrices + grad_matrices.mT).contiguous()
-    # The interpreter truncates to bfloat16 where a GPU rounds.
+    # The interpreter truncates to bfloat16, and a GPU rounds.
     held = {layer.dtype: slopes.dtype if triton.knobs.runtime.interpret else layer.dtype for layer in features}
     grads = [layer.new_empty((layer.shape[0], layer.shape[1:].numel()), dtype=held[layer.dtype]) for layer in features]
     apply(slopes, features, grads, tf32)
@@ -162,7 +140,7 @@ def _launch_backward(grad_matrices, features, tf32=False):
 
 
 def apply(slopes: Tensor, features: Sequence[Tensor], grads: Sequence[Tensor], tf32: bool) -> None:
-    """Write S F of every layer to ``grads``: b x b slopes of its matrix, symmetric, times its features."""
+    """Write S F of every layer to ``grads``. S has the symmetric b x b slopes of the layer's matrix."""
     batch = slopes.shape[1]
     block, depth, warps = TILES[slopes.dtype]
     for layers in _by_dtype(features, slopes.dtype):
@@ -184,7 +162,7 @@ def apply(slopes: Tensor, features: Sequence[Tensor], grads: Sequence[Tensor], t
 
 @triton.jit
 def _owner(starts, block, COUNT: tl.constexpr):
-    """The layer that a block belongs to."""
+    """Return the layer of a block."""
     layer = tl.full((), 0, tl.int32)
     for i in tl.static_range(1, COUNT):
         layer += (block >= starts[i]).to(tl.int32)
@@ -282,7 +260,7 @@ def _gram_backward_kernel(
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """A tile of S F, with S = dA + dAᵀ."""
+    """Compute a tile of S F, with S = dA + dAᵀ."""
     dtype: tl.constexpr = slopes.dtype.element_ty
     block = tl.program_id(0)
     layer = _owner(starts, block, COUNT)

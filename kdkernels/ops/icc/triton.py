@@ -1,65 +1,33 @@
-"""Triton kernels of ``icc``: logarithms in base 2, a sum over samples or classes in the order of a loop.
+"""Triton kernels of ``icc``: logarithms have base 2, and sums over samples or classes have the order of a loop.
 
 Every exponential is computed where it is needed, from the logits and the logarithm of its row's sum (b x K). The loss
-goes by chunks of rows of the map: minus its derivatives by those rows are held until they are pulled back.
+processes chunks of rows of the map. The negative derivatives with respect to a chunk are held until the gradient to the
+logits is computed.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, library
+from torch import Tensor
 
-from ...native import accumulation_dtype
+from ..operator import in_triton
+from ..shapes import accumulation_dtype
 from ..tuning import ICC_BLOCK as BLOCK
-from . import Loss, Map
+from . import fake
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# A derivative of 2⁴⁰ or more is held as minus its logarithm, less 2; the others are above -1.5.
+# A derivative of 2⁴⁰ or more is held as -2 minus its logarithm. Other derivatives are above -1.5.
 MOST = tl.constexpr(40.0)
 HELD = 2**22  # entries of the map in a chunk
 
 
-def icc_map(logits: Tensor) -> Tensor:
-    """The K x K map."""
-    return Map.apply(logits, torch.ops.kdkernels_triton)
-
-
-def icc_loss(student: Tensor, teacher: Tensor, per_sample: bool, scale: float) -> Tensor:
-    """KL of the two maps, or of every sample's own, averaged; times ``scale``."""
-    return Loss.apply(student, teacher, per_sample, scale, torch.ops.kdkernels_triton)
-
-
-library.define("kdkernels_triton::icc_map", "(Tensor logits) -> Tensor")
-library.define("kdkernels_triton::icc_map_backward", "(Tensor grad_map, Tensor logits) -> Tensor")
-library.define(
-    "kdkernels_triton::icc_loss",
-    "(Tensor student, Tensor teacher, bool per_sample, float scale, bool grad_student, bool grad_teacher)"
-    " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
-)
-
-
-@library.register_fake("kdkernels_triton::icc_map")
-def _fake_map(logits):
-    return logits.new_empty((logits.shape[1], logits.shape[1]), dtype=accumulation_dtype(logits))
-
-
-@library.register_fake("kdkernels_triton::icc_map_backward")
-def _fake_map_backward(grad_map, logits):
-    return logits.new_empty(logits.shape, dtype=accumulation_dtype(logits))
-
-
-@library.register_fake("kdkernels_triton::icc_loss")
-def _fake_loss(student, teacher, per_sample, scale, grad_student, grad_teacher):
-    dtype = accumulation_dtype(student, teacher)
-    shapes = (student.shape if wanted else (0,) for wanted in (grad_student, grad_teacher))
-    return student.new_empty((), dtype=dtype), *(student.new_empty(shape, dtype=dtype) for shape in shapes)
-
-
 class _Logits:
-    """One network's logits, the classes of every sample's extremes, and the logarithm of the sum of every row of P."""
+    """One network's logits, the classes of every sample's extreme logits, and the logarithm of every row's sum."""
 
     def __init__(self, logits: Tensor, dtype: torch.dtype) -> None:
         self.batch, self.classes = logits.shape
@@ -69,11 +37,13 @@ class _Logits:
         _sums_kernel[self.batch, triton.cdiv(self.classes, BLOCK)](*self.arguments, self.classes, BLOCK=BLOCK)
 
     @property
-    def arguments(self) -> tuple:
+    def arguments(self) -> tuple[Any, ...]:
         return self.logits, *self.logits.stride(), self.extremes, self.log_sums
 
     def pull_back(self, negative: Tensor, first: int, scale: float, grad: Tensor, derivative: bool) -> None:
-        """Add to ``grad`` what the rows from ``first`` on give, for which ``negative`` is minus the derivative by M."""
+        """Add the contribution of the rows from ``first`` on to ``grad``. ``negative`` is the negative derivative with
+        respect to M.
+        """
         means = torch.empty_like(self.log_sums)
         rows, blocks = len(negative), triton.cdiv(self.classes, BLOCK)
         call = *self.arguments, negative, means, first, rows, self.classes
@@ -83,8 +53,8 @@ class _Logits:
         )
 
 
-@library.impl("kdkernels_triton::icc_map", "CompositeExplicitAutograd")
-def _launch_map(logits):
+@in_triton(fake.icc_map)
+def _launch_map(logits: Tensor) -> Tensor:
     dtype = accumulation_dtype(logits)
     with torch.cuda.device_of(logits):
         z = _Logits(logits, dtype)
@@ -94,8 +64,8 @@ def _launch_map(logits):
     return result
 
 
-@library.impl("kdkernels_triton::icc_map_backward", "CompositeExplicitAutograd")
-def _launch_map_backward(grad_map, logits):
+@in_triton(fake.icc_map_backward)
+def _launch_map_backward(grad_map: Tensor, logits: Tensor) -> Tensor:
     dtype = accumulation_dtype(logits)
     grad = logits.new_zeros(logits.shape, dtype=dtype)
     with torch.cuda.device_of(logits):
@@ -103,8 +73,10 @@ def _launch_map_backward(grad_map, logits):
     return grad
 
 
-@library.impl("kdkernels_triton::icc_loss", "CompositeExplicitAutograd")
-def _launch_loss(student, teacher, per_sample, scale, grad_student, grad_teacher):
+@in_triton(fake.icc_loss)
+def _launch_loss(
+    student: Tensor, teacher: Tensor, per_sample: bool, scale: float, grad_student: bool, grad_teacher: bool
+) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(student, teacher)
     grads = [
         student.new_zeros(student.shape if wanted else (0,), dtype=dtype) for wanted in (grad_student, grad_teacher)
@@ -115,7 +87,9 @@ def _launch_loss(student, teacher, per_sample, scale, grad_student, grad_teacher
     return loss, *grads
 
 
-def _compare_samples(student: _Logits, teacher: _Logits, scale: float, grads: list, wanted: tuple) -> Tensor:
+def _compare_samples(
+    student: _Logits, teacher: _Logits, scale: float, grads: list[Tensor], wanted: tuple[bool, bool]
+) -> Tensor:
     grid = student.batch, triton.cdiv(student.classes, BLOCK)
     divergences, tops, means = (torch.empty_like(student.log_sums) for _ in range(3))
     call = *student.arguments, *teacher.arguments, tops, means
@@ -129,14 +103,17 @@ def _compare_samples(student: _Logits, teacher: _Logits, scale: float, grads: li
             GRAD_STUDENT=wanted[0],
             GRAD_TEACHER=wanted[1],
             BLOCK=BLOCK,
-            num_warps=8,  # its tiles would not fit in the registers of 4
+            num_warps=8,  # its tiles do not fit in the registers of 4 warps
         )
     return divergences.sum() * (scale / student.batch)
 
 
-def _compare_maps(student: _Logits, teacher: _Logits, scale: float, grads: list, wanted: tuple) -> Tensor:
+def _compare_maps(
+    student: _Logits, teacher: _Logits, scale: float, grads: list[Tensor], wanted: tuple[bool, bool]
+) -> Tensor:
     classes, step = student.classes, max(1, HELD // student.classes)
-    blocks, total = triton.cdiv(classes, BLOCK), 0.0
+    blocks = triton.cdiv(classes, BLOCK)
+    sums = []
     for first in range(0, classes, step):
         rows = min(step, classes - first)
         row_blocks = triton.cdiv(rows, BLOCK)
@@ -160,8 +137,9 @@ def _compare_maps(student: _Logits, teacher: _Logits, scale: float, grads: list,
         ):
             if want:
                 z.pull_back(negative, first, scale, grad, derivative)
-        total = total + parts.sum()
-    return total * scale
+        sums.append(parts.sum())
+    first_sum, *others = sums
+    return sum(others, first_sum) * scale
 
 
 @triton.jit
@@ -171,7 +149,7 @@ def _load(pointer, columns, stride, classes, dtype: tl.constexpr):
 
 @triton.jit
 def _sums_kernel(logits_ptr, row_stride, stride, extremes_ptr, log_sums_ptr, classes, BLOCK: tl.constexpr):
-    """For some rows of one sample: log₂ Σ_j exp(z_i z_j - max_l z_i z_l); and the classes of its extreme logits."""
+    """Per row of one sample: log₂ Σ_j exp(z_i z_j - max_l z_i z_l), and the classes of its extreme logits."""
     dtype: tl.constexpr = log_sums_ptr.dtype.element_ty
     sample = tl.program_id(0).to(tl.int64)
     logits_ptr += sample * row_stride
@@ -188,7 +166,7 @@ def _sums_kernel(logits_ptr, row_stride, stride, extremes_ptr, log_sums_ptr, cla
     z_i = _load(logits_ptr, i, stride, classes, dtype)
     partner = tl.where(z_i < 0, lowest, highest)
     sums = tl.full((BLOCK,), 0, dtype)
-    others = sums  # but for the largest, which is 1
+    others = sums  # without the largest, which is 1
     at_lowest = tl.full((BLOCK,), 0, tl.int32) + (classes - 1)
     at_highest = at_lowest
     for start in range(0, classes, BLOCK):
@@ -200,8 +178,8 @@ def _sums_kernel(logits_ptr, row_stride, stride, extremes_ptr, log_sums_ptr, cla
         powers = tl.where((columns < classes)[None, :], powers, 0)
         sums += tl.sum(powers, 1)
         others += tl.sum(tl.where(powers < 1, powers, 0), 1)
-    # Where the largest is nearly all of the sum, the others are all that tells such a row from another. With u the
-    # rounded 1 + x, log(1 + x) is log(u) x / (u - 1).
+    # If the largest is nearly the whole sum, only the others distinguish such rows. With u the rounded 1 + x, log(1 +
+    # x) is log(u) x / (u - 1).
     rounded = 1 + others
     near = tl.where(rounded == 1, others * LOG2_E, tl.log2(rounded) * (others / tl.where(rounded == 1, 1, rounded - 1)))
     log_sums = tl.where(sums < 1.5, near, tl.log2(sums))
@@ -213,9 +191,9 @@ def _sums_kernel(logits_ptr, row_stride, stride, extremes_ptr, log_sums_ptr, cla
 
 @triton.jit
 def _rows(logits_ptr, stride, extremes_ptr, log_sums_ptr, sample, i, classes):
-    """Of some rows of one sample's A: logit, the largest entry's class and logit, and log₂ of the sum.
+    """Return for some rows of one sample's A: the logit, class and logit of the largest entry, and log₂ of the sum.
 
-    ``logits_ptr`` is at the sample's first logit.
+    ``logits_ptr`` points to the sample's first logit.
     """
     dtype: tl.constexpr = log_sums_ptr.dtype.element_ty
     z = _load(logits_ptr, i, stride, classes, dtype)
@@ -226,7 +204,7 @@ def _rows(logits_ptr, stride, extremes_ptr, log_sums_ptr, sample, i, classes):
 
 @triton.jit
 def _log_map(logits_ptr, row_stride, stride, extremes_ptr, log_sums_ptr, i, j, batch, classes):
-    """A tile of log₂ M: log-sum-exp over the samples, by one exponential each."""
+    """Return a tile of log₂ M: log-sum-exp over the samples, with one exponential per sample."""
     dtype: tl.constexpr = log_sums_ptr.dtype.element_ty
     largest = tl.full((i.shape[0], j.shape[0]), -float("inf"), dtype)
     sums = tl.full((i.shape[0], j.shape[0]), 0, dtype)
@@ -256,7 +234,7 @@ def _map_kernel(
 
 @triton.jit
 def _remainder(d):
-    """exp(-d) - 1 + d for |d| <= 1/4, by its Taylor series."""
+    """Return exp(-d) - 1 + d for |d| <= 1/4, from its Taylor series."""
     series = tl.full(d.shape, 1, d.dtype)
     for i in tl.static_range(14, 2, -1):
         series = 1 - d * series * (1.0 / i)
@@ -286,7 +264,7 @@ def _compare_kernel(
     GRAD_TEACHER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A tile's share of KL(t ‖ s) = Σ t log(t / s) - t + s, and minus its derivatives by s and t."""
+    """Compute a tile's share of KL(t ‖ s) = Σ t log(t / s) - t + s, and the negative derivatives by s and t."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     i = first + row
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -330,7 +308,7 @@ def _compare_kernel(
 
 @triton.jit
 def _weighted(z, top_value, z_i, partner, log_sum, negative, mean, CODED: tl.constexpr):
-    """A tile of P (negative - top_value - mean), with the derivatives that are held as logarithms."""
+    """Return a tile of P (negative - top_value - mean), where some derivatives are held as logarithms."""
     log_p = (z[None, :] - partner[:, None]) * (z_i * LOG2_E)[:, None] - log_sum[:, None]
     if CODED:
         coded = negative < -1.5
@@ -356,7 +334,7 @@ def _means_kernel(
     CODED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Σ_j P_ij (negative_ij - negative_i,top) of some rows of one sample: nothing cancels where the top is nearly 1."""
+    """Σ_j P_ij (negative_ij - negative_i,top) of some rows of one sample. Nothing cancels if the top is nearly 1."""
     dtype: tl.constexpr = log_sums_ptr.dtype.element_ty
     sample = tl.program_id(0).to(tl.int64)
     logits_ptr += sample * row_stride
@@ -393,7 +371,7 @@ def _pull_back_kernel(
     CODED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dz_k += Σ_i dA_ik z_i + Σ_j dA_kj z_j with the rows i, and k if it is one, of the chunk."""
+    """dz_k += Σ_i dA_ik z_i + Σ_j dA_kj z_j, for the rows i of the chunk, and for k if it is in the chunk."""
     dtype: tl.constexpr = log_sums_ptr.dtype.element_ty
     sample = tl.program_id(0).to(tl.int64)
     logits_ptr += sample * row_stride
@@ -431,7 +409,7 @@ def _pull_back_kernel(
 
 @triton.jit
 def _log_correlations(z, z_i, partner, log_sum):
-    """A tile of ln P of one sample."""
+    """Return a tile of ln P of one sample."""
     return ((z[None, :] - partner[:, None]) * (z_i * LOG2_E)[:, None] - log_sum[:, None]) * LN_2
 
 
@@ -453,7 +431,9 @@ def _samples_kernel(
     classes,
     BLOCK: tl.constexpr,
 ):
-    """KL(p ‖ q) = p · d of some rows of one sample, with d = log(p / q); d where p is largest, and p · (d - that)."""
+    """KL(p ‖ q) = p · d of some rows of one sample, with d = log(p / q). Also d at the largest p, and p ·
+    (d - this d).
+    """
     dtype: tl.constexpr = means_ptr.dtype.element_ty
     sample = tl.program_id(0).to(tl.int64)
     student_ptr += sample * student_row_stride
@@ -557,7 +537,7 @@ def _samples_backward_kernel(
 
 @triton.jit
 def _derivatives(log_q, log_p, top, mean):
-    """q - p, and p (d - KL), from differences to the largest p's d."""
+    """Return q - p, and p (d - KL), from differences to d at the largest p."""
     d = log_p - log_q
     p = tl.exp2(log_p * LOG2_E)
     difference = tl.where(tl.abs(d) < 0.25, p * (_remainder(d) - d), tl.exp2(log_q * LOG2_E) - p)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-RELATIONS = ("full", "intra", "inter_same", "inter_diff")
+from ... import checks
+from ...types import RELATIONS, Relation
 
 
-def correlation(rows: Tensor, positions: int, relation: str) -> Tensor:
-    """The cosine correlations (Eq. 3) of unit patch vectors, row i * positions + p being patch p of image i."""
+def correlation(rows: Tensor, positions: int, relation: Relation) -> Tensor:
+    """Return the cosine correlations (Eq. 3) of unit patch vectors. Row i * positions + p is patch p of image i."""
     cells = rows.view(-1, positions, rows.shape[1])
     if relation == "intra":
         return cells @ cells.transpose(1, 2)
@@ -26,18 +27,20 @@ def correlation(rows: Tensor, positions: int, relation: str) -> Tensor:
 
 
 def pairs(images: int, positions: int) -> tuple[int, int, int]:
-    """How many pairs the sums of Eqs. 4, 5 and 6 have."""
+    """Return the number of pairs in the sums of Eqs. 4, 5 and 6."""
     return images * positions**2, positions * images**2, images * (images - 1) * positions * (positions - 1)
 
 
 def local_correlation_loss(
     student: Tensor, teacher: Tensor, positions: int, weights: tuple[float, float, float], mean: bool
 ) -> Tensor:
-    """Eqs. 4-7 on unit patch vectors, each sum divided by its pairs if ``mean``; a weight of 0 skips its relation."""
-    loss = 0 * (student.sum() + teacher.sum())  # differentiable, and NaN for NaN, even when every relation is skipped
+    """Return Eqs. 4-7 on unit patch vectors. ``mean`` divides each sum by its pairs. A weight of 0 skips
+    its relation.
+    """
+    loss = 0 * (student.sum() + teacher.sum())  # differentiable, and NaN stays NaN, even if every relation is skipped
     counts = pairs(student.shape[0] // positions, positions)
     for relation, weight, count in zip(RELATIONS[1:], weights, counts, strict=True):
-        if weight and count:
+        if count and checks.holds(weight != 0):
             difference = correlation(student, positions, relation) - correlation(teacher, positions, relation)
             loss = loss + (weight / count if mean else weight) * difference.square().sum()
     return loss

@@ -7,14 +7,18 @@ for channels_last), which no dot product between rows can tell apart.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
-from ... import backends, checks, native
-from ..autograd import once
-from . import reference
+from ... import checks
+from ...types import PATCH_PARTITIONS, Backend, PatchPartition
+from ..operator import Operator
+from ..shapes import map_shape
+from . import fake, reference
 
-PARTITIONS = ("exact", "resize")
+PATCHES = Operator("patches", kernels=(fake.patches, fake.patches_backward), memory="the norms of the rows")
 
 
 def patches(
@@ -23,9 +27,9 @@ def patches(
     *,
     mask: Tensor | None = None,
     threshold: float | None = None,
-    partition: str = "exact",
+    partition: PatchPartition = "exact",
     eps: float = 1e-8,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Split n x c x h x w features into k x k patches an image and normalise each.
 
@@ -38,7 +42,7 @@ def patches(
             the crop to h x w, bilinearly. None does not crop.
         partition: "exact" wants k to divide h and w; "resize" first resamples to the next multiple, bilinearly.
         eps: patches of this norm or less are zero vectors, with gradient 0.
-        backend: "auto", "reference", "native" or "triton".
+        backend: "auto", "reference", "native", "triton" or "library".
 
     Returns:
         n·k² x c·(h/k)·(w/k) unit rows in float32 (float64 for float64 features).
@@ -52,41 +56,30 @@ def patches(
     check("features", features, k, partition)
     mask = check_mask("mask", mask, threshold, "features", features)
     checks.non_negative("eps", eps)
-    runs = {"reference": reference.patches, "native": _Native.apply, "triton": _triton}
-    run = runs[backends.choose(backend, features)]
-    return run(features, k, mask, threshold, partition, eps)
+    settings = k, mask, threshold, partition, eps
+    chosen = PATCHES.choose(backend, features)
+    return PATCHES.result(chosen, (features,), settings, reference.patches, (_rows, _gradient))
 
 
-def _triton(
-    features: Tensor, k: int, mask: Tensor | None, threshold: float | None, partition: str, eps: float
-) -> Tensor:
-    from .triton import patches as run
+def _rows(
+    constants: Any, tensors: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[tuple[Tensor, ...], Sequence[Tensor | None], Any]:
+    backend, k, mask, threshold, partition, eps = constants
+    (features,) = tensors
+    resize = partition == "resize"
+    rows, norms = fake.patches.registered(backend)(features, k, mask, threshold, resize, eps)
+    return (rows,), (rows, norms, mask), (backend, map_shape(features), k, threshold, resize)
 
-    return run(features, k, mask, threshold, partition, eps)
 
-
-class _Native(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, features, k, mask, threshold, partition, eps):
-        resize = partition == "resize"
-        rows, norms = native.ops.patches(features, k, mask, threshold, resize, eps)
-        ctx.save_for_backward(rows, norms, mask)
-        ctx.settings = native.map_shape(features), k, threshold, resize
-        ctx.dtype = features.dtype
-        return rows
-
-    @staticmethod
-    def backward(ctx, grad):
-        rows, norms, mask = ctx.saved_tensors
-        shape, k, threshold, resize = ctx.settings
-        with torch.no_grad():
-            result = native.ops.patches_backward(grad, rows, norms, shape, k, mask, threshold, resize).to(ctx.dtype)
-        return once(result, rows), None, None, None, None, None
+def _gradient(grad: Tensor, saved: Sequence[Any], kept: Any, wanted: Sequence[bool]) -> list[Tensor]:
+    rows, norms, mask = saved
+    backend, shape, k, threshold, resize = kept
+    return [fake.patches_backward.sized(backend)(grad, rows, norms, shape, k, mask, threshold, resize)]
 
 
 def check(name: str, features: object, k: object, partition: str) -> None:
-    checks.positive_int("k", k)
-    checks.one_of("partition", partition, PARTITIONS)
+    k = checks.positive_int("k", k)
+    checks.one_of("partition", partition, PATCH_PARTITIONS)
     height, width = checks.tensor(name, features, 4, "n x c x h x w").shape[-2:]
     if partition == "exact" and (height % k or width % k):
         raise ValueError(
@@ -96,7 +89,7 @@ def check(name: str, features: object, k: object, partition: str) -> None:
 
 
 def check_mask(name: str, mask: object, threshold: float | None, features_name: str, features: Tensor) -> Tensor | None:
-    """The mask as n x h' x w', or None."""
+    """Return the mask as n x h' x w', or None."""
     if threshold is not None:
         checks.finite("threshold", threshold)
     if mask is None:

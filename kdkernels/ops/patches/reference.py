@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +26,7 @@ def patches(
 
 
 def masked_crop(maps: Tensor, mask: Tensor, threshold: float | None) -> Tensor:
-    """Multiply by the mask (Eq. 9), crop to its box, resample to the original size."""
+    """Return maps multiplied by the mask (Eq. 9), cropped to its box, and resampled to the original size."""
     height, width = maps.shape[-2:]
     box = None if threshold is None else bounding_boxes(mask, threshold, height, width)
     mask = mask.to(maps.dtype)
@@ -38,10 +40,40 @@ def masked_crop(maps: Tensor, mask: Tensor, threshold: float | None) -> Tensor:
     return resample(maps, left, right, dim=3)
 
 
-def bounding_boxes(mask: Tensor, threshold: float, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tight half-open bounds (top, bottom, left, right) of ``mask > threshold``, one per image.
+def split_first(features: Tensor, k: int, mask: Tensor | None, threshold: float | None) -> Tensor:
+    """Return the map whose exact split into k x k cells follows the paper: cut the box into patches, then resize each
+    patch.
 
-    A mask that nowhere exceeds the threshold gives the whole map; NaN counts as exceeding it, so that it is never
+    The box of an image is ``mask > threshold``, or the whole map. Its side of L pixels is cut at ⌊L·p/k⌋, and every
+    patch, of at least one pixel, is resampled bilinearly to ⌈h/k⌉ x ⌈w/k⌉ by its own pixels only.
+
+    Returns:
+        n x c x k·⌈h/k⌉ x k·⌈w/k⌉ in float32 (float64 for float64 features).
+    """
+    maps = features.to(torch.promote_types(features.dtype, torch.float32))
+    height, width = maps.shape[-2:]
+    sides = [
+        (maps.new_zeros(len(maps), dtype=torch.int64), maps.new_full((len(maps),), size, dtype=torch.int64))
+        for size in (height, width)
+    ]
+    if mask is not None:
+        mask = mask.to(torch.promote_types(mask.dtype, torch.float32))
+        maps = masked_crop(maps, mask, None)
+        if threshold is not None:
+            top, bottom, left, right = bounding_boxes(mask, threshold, height, width)
+            sides = [(top, bottom), (left, right)]
+    for dim, (start, end) in enumerate(sides, 2):
+        size = -(-maps.shape[dim] // k)
+        cuts = [start + (end - start) * p // k for p in range(k + 1)]
+        cells = [resample(maps, a, torch.maximum(b, a + 1), dim, size) for a, b in pairwise(cuts)]
+        maps = torch.cat(cells, dim)
+    return maps
+
+
+def bounding_boxes(mask: Tensor, threshold: float, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the tight half-open bounds (top, bottom, left, right) of ``mask > threshold`` per image.
+
+    If a mask never exceeds the threshold, the bounds are the whole map. NaN counts as exceeding it, so NaN is never
     cropped away. Bounds are scaled to a ``height`` x ``width`` map and widened to whole pixels.
     """
     above = ~(mask <= threshold)
@@ -59,9 +91,12 @@ def _bounds(inside: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return first * size // length, -(-end * size // length)
 
 
-def resample(maps: Tensor, start: Tensor, end: Tensor, dim: int) -> Tensor:
-    """Stretch ``[start, end)`` of ``dim`` over the whole of it, bilinearly (align_corners=False), image by image."""
-    size = maps.shape[dim]
+def resample(maps: Tensor, start: Tensor, end: Tensor, dim: int, size: int | None = None) -> Tensor:
+    """Resample ``[start, end)`` of ``dim`` to ``size`` pixels per image, bilinearly (align_corners=False).
+
+    ``size`` is by default the size of ``dim``.
+    """
+    size = size or maps.shape[dim]
     length = (end - start)[:, None]
     position = torch.arange(size, device=maps.device, dtype=maps.dtype) + 0.5
     source = (position * (length.to(maps.dtype) / size) - 0.5).clamp(min=0)
@@ -72,7 +107,8 @@ def resample(maps: Tensor, start: Tensor, end: Tensor, dim: int) -> Tensor:
     fraction = (source - low).view(shape)
 
     def gather(index: Tensor) -> Tensor:
-        return maps.gather(dim, (index + start[:, None]).view(shape).expand_as(maps))
+        whole = [*maps.shape[:dim], size, *maps.shape[dim + 1 :]]
+        return maps.gather(dim, (index + start[:, None]).view(shape).expand(whole))
 
     return gather(low) * (1 - fraction) + gather(high) * fraction
 
@@ -84,7 +120,7 @@ def resize_to_multiple(maps: Tensor, k: int) -> Tensor:
 
 
 def split(maps: Tensor, k: int) -> Tensor:
-    """n x c x h x w to n*k*k x c*(h/k)*(w/k): row i*k*k + p is patch p of image i."""
+    """Return n x c x h x w maps as n*k*k x c*(h/k)*(w/k) rows. Row i*k*k + p is patch p of image i."""
     n, c, h, w = maps.shape
     cells = maps.reshape(n, c, k, h // k, k, w // k)
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(n * k * k, c * (h // k) * (w // k))
@@ -92,10 +128,11 @@ def split(maps: Tensor, k: int) -> Tensor:
 
 def unit_rows(rows: Tensor, eps: float) -> Tensor:
     """Divide each row by its norm; a row of norm <= eps becomes the zero vector, with gradient 0."""
-    # Relative to their largest entry, rows of any size have squares within range.
+    # Rows relative to their largest entry have squares within range.
     largest = rows.detach().abs().amax(1, keepdim=True)
     rows = rows / largest.masked_fill(largest == 0, 1)
     dead = largest * torch.linalg.vector_norm(rows.detach(), dim=1, keepdim=True) <= eps
-    # Dead rows are filled before the division, where derivatives of every order are finite.
+    # Rows of norm <= eps are replaced before the division, so that derivatives of every order are finite.
     rows = rows.masked_fill(dead, 1)
-    return (rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)).masked_fill(dead, 0)
+    unit: Tensor = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return unit.masked_fill(dead, 0)

@@ -1,118 +1,37 @@
-"""Triton kernels of ``patches``: mask, crop, resample, split and normalise in one kernel, and the way back.
+"""Triton kernels of ``patches``: mask, crop, resample, split and normalise in one kernel, and the backward pass.
 
-The patch grid is the map cropped and stretched, then resized to a multiple of k: linear in the map, and separate in
-height and width. Along one axis its pixels have at most four taps, two of the resize and two of the crop behind each,
-which the kernels work out from the crop's bounds.
+The patch grid is the map after crop, stretch, and resize to a multiple of k. This is linear in the map, and separable
+in height and width. Along one axis, a pixel of the grid reads at most four pixels: two for the resize, and two for the
+crop behind each. The kernels compute them from the bounds of the crop.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor, library
+from torch import Tensor
 
-from ..autograd import once
+from ..operator import in_triton
+from ..shapes import accumulation_dtype, map_shape, new_like
 from ..tuning import PATCHES_RESAMPLED_BLOCK as RESAMPLED_BLOCK
 from ..tuning import PATCHES_ROW_BLOCK as ROW_BLOCK
+from . import fake
 
 
-def patches(
-    features: Tensor, k: int, mask: Tensor | None, threshold: float | None, partition: str, eps: float
-) -> Tensor:
-    bounds = None
-    if mask is not None:
-        height, width = features.shape[-2:]
-        mask = mask.to(_accumulator(features.dtype))
-        if threshold is not None:
-            bounds = torch.ops.kdkernels_triton.bounding_boxes(mask, threshold, height, width)
-        if mask.shape[-2:] != features.shape[-2:]:
-            mask = F.interpolate(mask[:, None], size=(height, width), mode="bilinear")[:, 0]
-    resize = partition == "resize" and any(side % k for side in features.shape[-2:])
-    if (resize or bounds is not None) and max(features.shape[-2:]) + k >= 2**15:  # the kernels find taps in int32
-        raise ValueError(f"Triton resamples maps of sides below {2**15} - k, got {tuple(features.shape[-2:])}")
-    return _Patches.apply(features, k, mask, bounds, resize, eps)
-
-
-class _Patches(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, features: Tensor, k: int, mask: Tensor | None, bounds: Tensor | None, resize: bool, eps: float):
-        rows, norms = torch.ops.kdkernels_triton.patches(features, k, mask, bounds, resize, eps)
-        ctx.save_for_backward(rows, norms, mask, bounds)
-        ctx.map = features.shape, features.dtype, _channels_last(features)
-        ctx.settings = k, resize
-        return rows
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        rows, norms, mask, bounds = ctx.saved_tensors
-        k, resize = ctx.settings
-        gradient = torch.ops.kdkernels_triton.patches_backward(
-            grad.detach(), rows.detach(), norms, *ctx.map, k, mask, bounds, resize
-        )
-        return once(gradient, rows), None, None, None, None, None
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _channels_last(features: Tensor) -> bool:
-    """Whether a patch is best read with its channels innermost."""
-    return features.shape[1] > 1 and features.stride(1) < features.stride(3)
-
-
-library.define(
-    "kdkernels_triton::bounding_boxes",
-    "(Tensor mask, float threshold, SymInt height, SymInt width) -> Tensor",
-)
-library.define(
-    "kdkernels_triton::patches",
-    "(Tensor features, SymInt k, Tensor? mask, Tensor? bounds, bool resize, float eps) -> (Tensor rows, Tensor norms)",
-)
-library.define(
-    "kdkernels_triton::patches_backward",
-    "(Tensor grad, Tensor rows, Tensor norms, SymInt[] size, ScalarType dtype, bool channels_last, SymInt k,"
-    " Tensor? mask, Tensor? bounds, bool resize) -> Tensor",
-)
-
-
-@library.register_fake("kdkernels_triton::bounding_boxes")
-def _allocate_bounds(mask, threshold, height, width) -> Tensor:
-    return mask.new_empty((4, mask.shape[0]), dtype=torch.int32)
-
-
-@library.register_fake("kdkernels_triton::patches")
-def _allocate(features, k, mask, bounds, resize, eps) -> tuple[Tensor, Tensor]:
-    n, c, h, w = features.shape
-    dtype = _accumulator(features.dtype)
-    rows = features.new_empty((n * k * k, c * -(-h // k) * -(-w // k)), dtype=dtype)
-    return rows, features.new_empty(n * k * k, dtype=dtype)
-
-
-@library.register_fake("kdkernels_triton::patches_backward")
-def _allocate_map(grad, rows, norms, size, dtype, channels_last, k, mask, bounds, resize) -> Tensor:
-    return _new_map(rows, size, dtype, channels_last)
-
-
-def _new_map(like: Tensor, size: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Tensor:
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(size, dtype=dtype, device=like.device, memory_format=memory_format)
-
-
-@library.impl("kdkernels_triton::bounding_boxes", "CompositeExplicitAutograd")
-def _launch_bounding_boxes(mask, threshold, height, width):
-    bounds = _allocate_bounds(mask, threshold, height, width)
-    n, h, w = mask.shape
-    with torch.cuda.device_of(mask):
-        _bounds_kernel[(n,)](mask, bounds, *mask.stride(), n, h, w, height, width, threshold, BLOCK=1024)
-    return bounds
-
-
-@library.impl("kdkernels_triton::patches", "CompositeExplicitAutograd")
-def _launch(features, k, mask, bounds, resize, eps):
-    rows, norms = _allocate(features, k, mask, bounds, resize, eps)
+@in_triton(fake.patches)
+def _launch(
+    features: Tensor, k: int, mask: Tensor | None, threshold: float | None, resize: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    mask, bounds, resize = _resampling(mask, threshold, features.shape[-2:], k, resize, features.dtype)
+    dtype = accumulation_dtype(features)
+    length = features.shape[1] * math.prod(-(-side // k) for side in features.shape[-2:])
+    rows = features.new_empty((features.shape[0] * k * k, length), dtype=dtype)
+    norms = features.new_empty(len(rows), dtype=dtype)
     n, c, h, w = features.shape
     with torch.cuda.device_of(features):
         _pack_kernel[(n * k * k,)](
@@ -134,32 +53,41 @@ def _launch(features, k, mask, bounds, resize, eps):
             MASK=mask is not None,
             CROP=bounds is not None,
             RESIZE=resize,
-            CHANNELS_LAST=_channels_last(features),
+            CHANNELS_LAST=map_shape(features)[3],  # as the backward kernel will be told
             **_launch_options(rows.shape[1], RESAMPLED_BLOCK if resize or bounds is not None else ROW_BLOCK),
         )
     return rows, norms
 
 
-@library.impl("kdkernels_triton::patches_backward", "CompositeExplicitAutograd")
-def _launch_backward(grad, rows, norms, size, dtype, channels_last, k, mask, bounds, resize):
-    # The interpreter truncates to bfloat16 where compiled kernels round.
-    stored = rows.dtype if triton.knobs.runtime.interpret else dtype
-    result = _new_map(rows, size, stored, channels_last)
-    n, c, h, w = size
+@in_triton(fake.patches_backward)
+def _launch_backward(
+    grad_rows: Tensor,
+    rows: Tensor,
+    norms: Tensor,
+    shape: list[int],
+    k: int,
+    mask: Tensor | None,
+    threshold: float | None,
+    resize: bool,
+) -> Tensor:
+    c, h, w, channels_last = shape
+    n = rows.shape[0] // k**2
+    mask, bounds, resize = _resampling(mask, threshold, (h, w), k, resize, rows.dtype)
+    result = new_like(rows, (n, c, h, w), channels_last)
     patch_height, patch_width = -(-h // k), -(-w // k)
     resampled = bounds is not None or resize
-    # Every pixel of the patch grid belongs to one patch. Unless it was resampled, the grid is the map.
+    # Every pixel of the patch grid belongs to one patch. Without resampling, the grid is the map.
     grid = result
     if resampled:
-        grid = _new_map(rows, (n, c, k * patch_height, k * patch_width), rows.dtype, channels_last)
+        grid = new_like(rows, (n, c, k * patch_height, k * patch_width), channels_last)
     with torch.cuda.device_of(rows):
         _project_kernel[(n * k * k,)](
-            grad,
+            grad_rows,
             rows,
             norms,
             _or(mask, rows),
             grid,
-            *grad.stride(),
+            *grad_rows.stride(),
             *_strides(mask),
             *grid.stride(),
             c,
@@ -190,15 +118,42 @@ def _launch_backward(grad, rows, norms, size, dtype, channels_last, k, mask, bou
                 CHANNELS_LAST=channels_last,
                 BLOCK=RESAMPLED_BLOCK,
             )
-    return result.to(dtype)
+    return result
+
+
+def _resampling(
+    mask: Tensor | None, threshold: float | None, size: Sequence[int], k: int, resize: bool, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None, bool]:
+    """Return the mask at the features' size, the bounds of its boxes, and whether the map has to be resized."""
+    height, width = size
+    resize = resize and bool(height % k or width % k)
+    bounds = None
+    if mask is not None:
+        mask = mask.to(torch.promote_types(dtype, torch.float32))
+        if threshold is not None:
+            bounds = _bounding_boxes(mask, threshold, height, width)
+        if mask.shape[-2:] != (height, width):
+            mask = F.interpolate(mask[:, None], size=(height, width), mode="bilinear")[:, 0]
+    # the kernels compute the positions of pixels in int32
+    if (resize or bounds is not None) and max(size) + k >= 2**15:
+        raise ValueError(f"Triton resamples maps of sides below {2**15} - k, got {tuple(size)}")
+    return mask, bounds, resize
+
+
+def _bounding_boxes(mask: Tensor, threshold: float, height: int, width: int) -> Tensor:
+    n, h, w = mask.shape
+    bounds = mask.new_empty((4, n), dtype=torch.int32)
+    with torch.cuda.device_of(mask):
+        _bounds_kernel[(n,)](mask, bounds, *mask.stride(), n, h, w, height, width, threshold, BLOCK=1024)
+    return bounds
 
 
 def _or(optional: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A kernel's pointer argument; the stand-in is not read."""
+    """Return a kernel's pointer argument, or a stand-in that is not read."""
     return stand_in if optional is None else optional
 
 
-def _strides(mask: Tensor | None) -> tuple[int, int, int]:
+def _strides(mask: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if mask is None else mask.stride()
 
 
@@ -222,7 +177,7 @@ def _bounds_kernel(
     threshold: tl.float64,
     BLOCK: tl.constexpr,
 ):
-    """An image's box as ``reference.bounding_boxes`` has it: top, bottom, left and right, on a height x width map."""
+    """Find an image's box as in ``reference.bounding_boxes``: top, bottom, left and right on a height x width map."""
     image = tl.program_id(0).to(tl.int64)
     mask_ptr += image * image_stride
     threshold = tl.full((), threshold, mask_ptr.dtype.element_ty)
@@ -251,7 +206,7 @@ def _bounds_kernel(
 
 @triton.jit
 def _components(offsets, c, PATCH_HEIGHT: tl.constexpr, PATCH_WIDTH: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """The (channel, y, x) of a patch's components, in the order in which memory holds them."""
+    """Return (channel, y, x) of a patch's components, in memory order."""
     if CHANNELS_LAST:
         pixel = offsets // c
         return offsets % c, pixel // PATCH_WIDTH, pixel % PATCH_WIDTH
@@ -261,7 +216,7 @@ def _components(offsets, c, PATCH_HEIGHT: tl.constexpr, PATCH_WIDTH: tl.constexp
 
 @triton.jit
 def _bounds(bounds_ptr, image, n, h, w, CROP: tl.constexpr):
-    """Along height and along width: where an image's crop starts, its length, and the length of the whole."""
+    """Return for height and width: the start of an image's crop, its length, and the length of the map."""
     if CROP:
         top = tl.load(bounds_ptr + image)
         bottom = tl.load(bounds_ptr + n + image)
@@ -273,9 +228,11 @@ def _bounds(bounds_ptr, image, n, h, w, CROP: tl.constexpr):
 
 @triton.jit
 def _stretch(position, length, size, dtype: tl.constexpr):
-    """The two taps of a pixel, and their weights, when ``length`` pixels are stretched over ``size`` bilinearly."""
-    # (position + 1/2) * length / size - 1/2 in whole numbers: where it is one, nothing may come from the next pixel,
-    # which may be larger by any factor.
+    """Return the two pixels that a pixel reads, and their weights, if ``length`` pixels are resampled bilinearly to
+    ``size``.
+    """
+    # (position + 1/2) * length / size - 1/2 in integers. If the result is an integer, nothing may come from the next
+    # pixel, which may be larger by any factor.
     whole = 2 * tl.cast(size, tl.int32)
     source = tl.maximum((2 * position + 1) * length - size, 0)
     low = source // whole
@@ -285,9 +242,9 @@ def _stretch(position, length, size, dtype: tl.constexpr):
 
 @triton.jit
 def _taps(position, bounds, grid_size, CROP: tl.constexpr, RESIZE: tl.constexpr, dtype: tl.constexpr):
-    """Where pixel ``position`` of the patch grid comes from along one axis: four indices and their weights.
+    """Return the four pixels that ``position`` of the patch grid reads along one axis, and their weights.
 
-    Without a resize the first two are all of them, without a crop too; with neither, the first.
+    Without a resize or without a crop, only the first two count. Without both, only the first.
     """
     start, length, size = bounds
     low, high = position, position
@@ -320,7 +277,7 @@ def _read(
     CROP: tl.constexpr,
     RESIZE: tl.constexpr,
 ):
-    """Pixels of the masked, cropped and resized map of one image."""
+    """Return pixels of the masked, cropped and resized map of one image."""
     TAPS: tl.constexpr = (2 if CROP else 1) * (2 if RESIZE else 1)
     ys, y_weights = _taps(y, bounds[0], grid[0], CROP, RESIZE, dtype)
     xs, x_weights = _taps(x, bounds[1], grid[1], CROP, RESIZE, dtype)
@@ -380,7 +337,7 @@ def _pack_kernel(
     grid = (K * PATCH_HEIGHT, K * PATCH_WIDTH)
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
 
-    # The patch is read twice, the second time from cache: a row may be longer than the registers hold.
+    # The patch is read twice, the second time from the cache, because a row may be longer than the registers hold.
     total = tl.full((), 0, tl.float64)
     for start in range(0, length, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
@@ -395,7 +352,7 @@ def _pack_kernel(
     norm = tl.sqrt(total)
     dead = norm <= tl.full((), eps, tl.float64)
     tl.store(norms_ptr + row, tl.where(dead, 0, norm).to(dtype))
-    # Brought within range: the norm of a row of float32 need not be a normal float32.
+    # Scaled into range, because the norm of a float32 row may not be a normal float32.
     scale = tl.where(norm > 1e30, 1e-18, tl.where(norm < 1e-30, 1e18, 1.0))
     divisor = tl.where(dead, 1, norm * scale).to(dtype)
     scale = scale.to(dtype)
@@ -435,7 +392,7 @@ def _project_kernel(
     CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Back through the division by the norm, (g − x̂⟨g, x̂⟩) / ‖x‖, and from patches to a map."""
+    """Compute the gradient through the division by the norm, (g − x̂⟨g, x̂⟩) / ‖x‖, from patches to a map."""
     row = tl.program_id(0).to(tl.int64)
     image = row // (K * K)
     patch = (row % (K * K)).to(tl.int32)
@@ -473,7 +430,7 @@ def _project_kernel(
 
 @triton.jit
 def _reach(first, end, length, size, dtype: tl.constexpr):
-    """The half-open range of ``size`` pixels that draw on ``[first, end)`` of the ``length`` stretched over them."""
+    """Return the half-open range of ``size`` pixels that read ``[first, end)`` of the ``length`` pixels."""
     ratio = tl.cast(size, dtype) / tl.cast(length, dtype)
     low = tl.floor((first.to(dtype) - 0.5) * ratio - 0.5).to(tl.int32)
     high = tl.ceil((end.to(dtype) + 0.5) * ratio - 0.5).to(tl.int32)
@@ -482,7 +439,7 @@ def _reach(first, end, length, size, dtype: tl.constexpr):
 
 @triton.jit
 def _readers(pixel, bounds, grid_size, CROP: tl.constexpr, RESIZE: tl.constexpr, dtype: tl.constexpr):
-    """The range of the patch grid that draws on a pixel along one axis, and at most a few more."""
+    """Return the range of the patch grid that reads a pixel along one axis. It may have a few pixels more."""
     start, length, size = bounds
     low = pixel
     high = pixel + 1
@@ -499,7 +456,7 @@ def _readers(pixel, bounds, grid_size, CROP: tl.constexpr, RESIZE: tl.constexpr,
 
 @triton.jit
 def _weight(position, pixel, bounds, grid_size, CROP: tl.constexpr, RESIZE: tl.constexpr, dtype: tl.constexpr):
-    """How much of a pixel goes into ``position`` of the patch grid along one axis."""
+    """Return the weight of a pixel in ``position`` of the patch grid along one axis."""
     TAPS: tl.constexpr = (2 if CROP else 1) * (2 if RESIZE else 1)
     indices, weights = _taps(position, bounds, grid_size, CROP, RESIZE, dtype)
     result = tl.zeros(position.shape, dtype)
@@ -537,7 +494,7 @@ def _resample_backward_kernel(
     CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each pixel gathers the gradient of those of the patch grid that drew on it."""
+    """Sum, for each pixel, the gradients of the grid pixels that read it."""
     blocks = tl.cdiv(c * h * w, BLOCK)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     offsets = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)

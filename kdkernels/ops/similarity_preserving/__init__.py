@@ -2,35 +2,82 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ... import backends, checks, native
-from ..autograd import scaled, times
-from ..congruence.plan import FEATURE, FORMS, GRAM, Form, known, similarity_costs
+from ... import checks
+from ...types import FORMS, REDUCTIONS, Backend, FormName, Reduction
+from ..autograd import multiplied
+from ..congruence.plan import FEATURE, GRAM, Form, Sum, known, planned_when_it_runs, similarity_costs
 from ..gram import in_memory_order
-from . import reference
+from ..operator import Operator
+from ..row_masks import to_mean, zeroed
+from ..tuning import LARGE_SIMILARITY
+from . import fake, reference
 
-REDUCTIONS = ("mean", "sum")
+SIMILARITY_PRESERVING = Operator(
+    "similarity_preserving",
+    kernels=(fake.similarity_preserving,),
+    native=("cpu",),
+    large=LARGE_SIMILARITY,
+    memory="a gradient, n x d_S, twice; two strips of min(n, 512) x n, or n (d_S + 2·d_T) and three d x d sums",
+    over_ranks="three d x d sums twice (feature form), or twice all ranks' features (Gram form)",
+)
 
 
 def similarity_preserving(
-    student: Tensor, teacher: Tensor, *, reduction: str, form: str = "auto", backend: str = "auto"
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    reduction: Reduction,
+    mask: Tensor | None = None,
+    form: FormName = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """The difference of two networks' similarities; see ``kdkernels.similarity_preserving_loss``."""
-    check(student, teacher, reduction, form)
+    check(student, teacher, reduction, form, mask)
     scale = 1.0 / student.shape[0] ** 2 if reduction == "mean" else 1.0
-    run = {"reference": _reference, "native": _native, "triton": _triton}[choose_backend(backend, student)]
-    form = choose_form(student, teacher, form)
-    return times(scale, lambda scale: run(student, teacher, scale, form))
+
+    def sums(_: str) -> list[list[Sum]]:
+        computed = choose_form(student, teacher, form)
+        return [[Sum("all pairs", student.shape[0], 1, computed, form_costs(student, teacher))]]
+
+    def size() -> tuple[int, int]:
+        rows, *numbers = map(known, (student.shape[0], student.numel(), teacher.numel()))
+        return rows, sum(numbers) // rows
+
+    chosen = SIMILARITY_PRESERVING.choose(backend, student, sums, size)
+    feature = None if planned_when_it_runs(form, chosen) else choose_form(student, teacher, form) == FEATURE
+    if mask is not None:  # a zero sample adds nothing to the loss, and nothing to the norms of the other samples
+        student, teacher = zeroed(mask, (student, teacher))
+    # Triton and products read features in the order of memory. No dot product depends on the order of its terms.
+    ordered = chosen in ("triton", "library")
+    tensors = [in_memory_order(x) for x in (student, teacher)] if ordered else (student, teacher)
+
+    def loss(factor: float) -> Tensor:
+        return SIMILARITY_PRESERVING.loss(chosen, tensors, (factor, feature), _reference)
+
+    return to_mean(multiplied(scale, loss), mask if reduction == "mean" else None, power=2)
 
 
-def choose_backend(backend: str, student: Tensor) -> str:
-    return backends.choose(backend, student, native_on=("cpu",))
+def _with_form(arguments: list[Any], _: str) -> list[Any]:
+    """Return the arguments of the kernel, with the form if it was left open."""
+    student, teacher, scale, feature, *wanted = arguments
+    if feature is None:
+        rows = student.shape[0]
+        costs = similarity_costs(rows, student.numel() // rows, teacher.numel() // rows, *wanted)
+        feature = costs[FEATURE] < costs[GRAM]
+    return [student, teacher, scale, feature, *wanted]
+
+
+fake.similarity_preserving.completed = _with_form
+fake.similarity_preserving.left_open = "feature"
 
 
 def choose_form(student: Tensor, teacher: Tensor, form: str) -> Form:
-    """The cheaper form by the cost model, or the one asked for by name."""
+    """Return the cheaper form by the cost model, or the named form."""
     if form != "auto":
         return GRAM if form == "gram" else FEATURE
     costs = form_costs(student, teacher)
@@ -39,15 +86,20 @@ def choose_form(student: Tensor, teacher: Tensor, form: str) -> Form:
 
 def form_costs(student: Tensor, teacher: Tensor) -> dict[Form, int]:
     rows = known(student.shape[0])
-    widths = (known(features.numel()) // rows for features in (student, teacher))
-    grads = (torch.is_grad_enabled() and features.requires_grad for features in (student, teacher))
-    return similarity_costs(rows, *widths, *grads)
+    d_student, d_teacher = (known(features.numel()) // rows for features in (student, teacher))
+    of_student, of_teacher = (torch.is_grad_enabled() and features.requires_grad for features in (student, teacher))
+    return similarity_costs(rows, d_student, d_teacher, of_student, of_teacher)
 
 
-def check(student: object, teacher: object, reduction: str, form: str) -> None:
+def check(student: object, teacher: object, reduction: str, form: str, mask: object = None) -> None:
     student, teacher = (_features(name, value) for name, value in (("student", student), ("teacher", teacher)))
     checks.same_batch("teacher", teacher, "student", student)
     checks.same_device("teacher", teacher, "student", student)
+    checks.sample_mask(mask, "student", student)
+    check_settings(reduction, form)
+
+
+def check_settings(reduction: str, form: str) -> None:
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.one_of("form", form, FORMS)
 
@@ -56,48 +108,6 @@ def _features(name: str, value: object) -> Tensor:
     return checks.tensor(name, value, max(value.dim(), 2) if isinstance(value, Tensor) else 2, "n x ...")
 
 
-def _reference(student: Tensor, teacher: Tensor, scale: float, form: Form) -> Tensor:
-    run = reference.feature_form if form == FEATURE else reference.gram_form
-    # Autocast would run the products in half precision.
-    with torch.autocast(student.device.type, enabled=False):
-        return run(student, teacher, scale)
-
-
-def _native(student: Tensor, teacher: Tensor, scale: float, form: Form) -> Tensor:
-    return _run(native.ops, student, teacher, scale, form)
-
-
-def _triton(student: Tensor, teacher: Tensor, scale: float, form: Form) -> Tensor:
-    from . import triton  # noqa: F401  # defines the operator
-
-    return _run(torch.ops.kdkernels_triton, in_memory_order(student), in_memory_order(teacher), scale, form)
-
-
-def _run(ops, student: Tensor, teacher: Tensor, scale: float, form: Form) -> Tensor:
-    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-        return _SimilarityPreserving.apply(ops, student, teacher, scale, form == FEATURE)
-    return ops.similarity_preserving(student, teacher, scale, form == FEATURE, False, False)[0]
-
-
-class _SimilarityPreserving(torch.autograd.Function):
-    """The loss by the operator of ``ops``, the native one or Triton's.
-
-    The forward pass computes the gradients as well: the loss is a scalar, so backward only scales them.
-    """
-
-    @staticmethod
-    def forward(ctx, ops, student: Tensor, teacher: Tensor, scale: float, feature: bool) -> Tensor:
-        needed = ctx.needs_input_grad[1:3]
-        loss, *gradients = ops.similarity_preserving(student, teacher, scale, feature, *needed)
-        ctx.save_for_backward(*gradients)
-        # Not saved: only their place in the graph is asked for, so they may be overwritten.
-        ctx.inputs = student, teacher
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [
-            scaled(grad_loss, gradient, x.dtype, *ctx.inputs) if wanted else None
-            for gradient, x, wanted in zip(ctx.saved_tensors, ctx.inputs, ctx.needs_input_grad[1:3], strict=True)
-        ]
-        return None, *gradients, None, None
+def _reference(student: Tensor, teacher: Tensor, scale: float, feature: bool) -> Tensor:
+    run = reference.feature_form if feature else reference.gram_form
+    return run(student, teacher, scale)

@@ -7,40 +7,58 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from ... import backends, distributed
+from ... import distributed
 from ...distributed import LossAndGradients, Ranks
-from ...native import accumulation_dtype
-from ..congruence.distributed import cheaper_form
-from . import check
+from ...types import Backend, FormName, Reduction
+from ..congruence.distributed import cheaper_form, explained
+from ..congruence.plan import Sum
+from ..row_masks import zeroed
+from ..shapes import accumulation_dtype
+from . import SIMILARITY_PRESERVING, check
 from .reference import EPS
 
 
 def similarity_preserving(
-    student: Tensor, teacher: Tensor, reduction: str, form: str, backend: str, group: object
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    reduction: Reduction,
+    form: FormName,
+    backend: Backend,
+    group: ProcessGroup,
 ) -> Tensor:
-    """The loss of the concatenated batch; see ``kdkernels.similarity_preserving_loss``.
+    """Return the loss of the concatenated batch; see ``kdkernels.similarity_preserving_loss``.
 
-    Rows of normalised Gram matrices differ by ``2 − 2·cosine``, which nearly cancels for a good student: in float64.
+    Rows of normalised Gram matrices differ by ``2 − 2·cosine``, which nearly cancels for a good student, so it is
+    computed in float64.
     """
-    check(student, teacher, reduction, form)
-    backends.choose(backend, student)
-    x, y = student.flatten(1), teacher.flatten(1)
+    check(student, teacher, reduction, form, mask)
+    given = student, teacher
+    x, y = (rows.flatten(1) for rows in (given if mask is None else zeroed(mask, given)))
     dtype = accumulation_dtype(x, y)
     wanted = [torch.is_grad_enabled() and rows.requires_grad for rows in (x, y)]
     widths = {"student's width": x.shape[1], "teacher's width": y.shape[1]}
-    ranks = distributed.meet(
-        group, x.shape[0], x.device, **widths, reduction=reduction, form=form, dtype=dtype, requires_grad=wanted
-    )
+    settings = {"reduction": reduction, "form": form, "dtype": dtype, "requires_grad": wanted}
+    ranks = distributed.agree(group, x.shape[0], x.device, **widths, **settings, masked=mask is not None)
+
+    def sums(_: str) -> list[list[Sum]]:
+        return [[explained(ranks, 1, x.shape[1], y.shape[1], False, form)]]
+
+    SIMILARITY_PRESERVING.choose(backend, student, sums=sums)
     scale = 1.0 / ranks.samples**2 if reduction == "mean" else 1.0
     if form == "auto":
         form = cheaper_form(ranks, 1, x.shape[1], y.shape[1], by_position=False)
     run = {"feature": _feature_form, "gram": _gram_form}[form]
-    return distributed.loss(ranks, functools.partial(run, ranks=ranks, scale=scale), x, y).to(dtype)
+    loss = distributed.loss(ranks, functools.partial(run, ranks=ranks, scale=scale), x, y).to(dtype)
+    return distributed.to_mean(ranks, loss, mask if reduction == "mean" else None, power=2)
 
 
 def _feature_form(x: Tensor, y: Tensor, *, ranks: Ranks, scale: float, wanted: Sequence[bool]) -> LossAndGradients:
-    """By ``(X Xᵀ)_i · (Y Yᵀ)_i = x_iᵀ (XᵀY) y_i``, the three products of features summed over the ranks."""
+    """Compute the loss from ``(X Xᵀ)_i · (Y Yᵀ)_i = x_iᵀ (XᵀY) y_i``. The three products of features are summed over
+    the ranks.
+    """
     with torch.set_grad_enabled(any(wanted)):
         x, y = (rows.double().requires_grad_(want) for rows, want in zip((x, y), wanted, strict=True))
         own = [x.T @ x, y.T @ y, x.T @ y]
@@ -60,7 +78,9 @@ def _feature_form(x: Tensor, y: Tensor, *, ranks: Ranks, scale: float, wanted: S
 
 
 def _gram_form(x: Tensor, y: Tensor, *, ranks: Ranks, scale: float, wanted: Sequence[bool]) -> LossAndGradients:
-    """Once round the ring for the products of rows of Gram matrices, and once more for what depends on them."""
+    """Go around the ring once for the products of rows of Gram matrices, and once more for the terms that depend on
+    them.
+    """
     x, y = x.double(), y.double()
     products = torch.zeros(3, len(x), dtype=torch.float64, device=x.device)
     for _, block in distributed.ring(ranks, torch.cat([x, y], 1)):
@@ -80,11 +100,12 @@ def _gram_form(x: Tensor, y: Tensor, *, ranks: Ranks, scale: float, wanted: Sequ
     (weights,) = torch.autograd.grad(loss, products)
 
     def term(own: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-        """The same differential as the loss: a weight for every row's three products."""
+        """Return a term with the derivative of the loss: a weight for each of every row's three products."""
         (x_r, y_r, w_r), (x_s, y_s, w_s) = own, others
         g, h = x_r @ x_s.T, y_r @ y_s.T
         of_x, of_y, of_both = ((a[:, None] + b) / 2 for a, b in zip(w_r.T, w_s.T, strict=True))
-        return (of_x * g * g + of_y * h * h + of_both * g * h).sum()
+        weighted: Tensor = of_x * g * g + of_y * h * h + of_both * g * h
+        return weighted.sum()
 
     rows = (x, y, weights.T.contiguous())
     _, gradients = distributed.sum_over_pairs(ranks, term, rows, [*wanted, False])
@@ -92,10 +113,10 @@ def _gram_form(x: Tensor, y: Tensor, *, ranks: Ranks, scale: float, wanted: Sequ
 
 
 def _rows_loss(norms_x: Tensor, norms_y: Tensor, products: Tensor) -> Tensor:
-    """``Σ ‖q_S − q_T‖²`` of rows divided by their norms, a row of norm <= EPS being zero."""
+    """Return ``Σ ‖q_S − q_T‖²`` of rows divided by their norms. A row of norm <= EPS is zero."""
     dead_x, dead_y = (norms <= EPS**2 for norms in (norms_x, norms_y))
     either = dead_x | dead_y
     lengths = (norms_x.masked_fill(either, 1) * norms_y.masked_fill(either, 1)).sqrt()
     cosines = (products / lengths).masked_fill(either, 0)
-    undefined = 0 * (norms_x + norms_y).detach()  # NaN for NaN even where the other network's row is zero
+    undefined = 0 * (norms_x + norms_y).detach()  # NaN stays NaN even if the other network's row is zero
     return ((~dead_x).double() + (~dead_y).double() - 2 * cosines + undefined).sum()

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...native import accumulation_dtype
 from ..patches.reference import unit_rows
+from ..shapes import accumulation_dtype
 
-EPS = 1e-12  # a sample whose similarities have this norm or less resembles nothing
+EPS = 1e-12  # a row of similarities with this norm or less is zero
 
 
 def gram_form(student: Tensor, teacher: Tensor, scale: float) -> Tensor:
-    """``scale · ‖Q_S − Q_T‖²``, Q being the Gram matrix with each row divided by its norm."""
+    """Return ``scale · ‖Q_S − Q_T‖²``, where Q is the Gram matrix with each row divided by its norm."""
     x, y = _rows(student, teacher)
     return scale * (unit_rows(x @ x.T, EPS) - unit_rows(y @ y.T, EPS)).square().sum()
 
 
 def feature_form(student: Tensor, teacher: Tensor, scale: float) -> Tensor:
-    """The same without an n x n matrix, by ``(X Xᵀ)_i · (Y Yᵀ)_i = x_iᵀ (XᵀY) y_i``.
+    """Return the same without an n x n matrix, from ``(X Xᵀ)_i · (Y Yᵀ)_i = x_iᵀ (XᵀY) y_i``.
 
-    What remains of a row, 2 minus twice a cosine, nearly cancels for a good student and is computed in float64.
+    The term of a row, 2 minus twice a cosine, nearly cancels for a good student, so it is computed in float64.
     """
     x, y = _rows(student, teacher)
     dtype = x.dtype
@@ -29,12 +29,12 @@ def feature_form(student: Tensor, teacher: Tensor, scale: float) -> Tensor:
     either = dead_x | dead_y
     lengths = (norms_x.masked_fill(either, 1) * norms_y.masked_fill(either, 1)).sqrt()
     cosines = (_row_products(x, y) / lengths).masked_fill(either, 0)
-    undefined = 0 * (norms_x + norms_y).detach()  # NaN for NaN even where the other network's row is zero
+    undefined = 0 * (norms_x + norms_y).detach()  # NaN stays NaN even if the other network's row is zero
     return (scale * ((~dead_x).double() + (~dead_y).double() - 2 * cosines + undefined).sum()).to(dtype)
 
 
 def _row_products(x: Tensor, y: Tensor) -> Tensor:
-    """Dot products of the rows of X Xᵀ with those of Y Yᵀ."""
+    """Return the dot products of the rows of X Xᵀ with the rows of Y Yᵀ."""
     return ((x @ (x.T @ y)) * y).sum(1)
 
 

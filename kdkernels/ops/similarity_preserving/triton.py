@@ -1,10 +1,10 @@
 """Triton kernels of ``similarity_preserving``.
 
-Gram form: the matrices G = X Xᵀ and H = Y Yᵀ by the kernels of ``gram``, overwritten by the slopes S of the loss, whose
-products S·X and S·Y, again by those of ``gram``, are the gradients.
-Feature form: the products XᵀX, YᵀY and XᵀY of ``congruence``, which give what a row contributes and its gradient.
+Gram form: the kernels of ``gram`` compute G = X Xᵀ and H = Y Yᵀ. The slopes S of the loss overwrite them. The kernels
+of ``gram`` then compute the gradients S·X and S·Y. Feature form: the products XᵀX, YᵀY and XᵀY of ``congruence`` give
+each row's contribution and gradient.
 
-Both reduce a row to the inverse norms r and s of its similarities and to 1 − cos, which is computed in float64.
+Both forms reduce a row to the inverse norms r and s of its similarities, and to 1 − cos in float64.
 """
 
 from __future__ import annotations
@@ -14,55 +14,50 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, library
+from torch import Tensor
 
-from ...native import accumulation_dtype, allows_tf32
+from ...native import allows_tf32
 from ..congruence.triton import _deep_product, _precision, _product
 from ..gram.triton import apply, multiply
+from ..operator import in_triton
+from ..planes import store_planes
+from ..shapes import accumulation_dtype
+from ..tuning import LIBRARY_TILE
 from ..tuning import SIMILARITY_PRESERVING_TILE as TILE
+from . import fake
 from .reference import EPS
 
 Gradients = Sequence[Tensor | None]
 
-library.define(
-    "kdkernels_triton::similarity_preserving",
-    "(Tensor student, Tensor teacher, float scale, bool feature, bool grad_student, bool grad_teacher)"
-    " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
-)
 
-
-@library.register_fake("kdkernels_triton::similarity_preserving")
-def _allocate(student, teacher, scale, feature, grad_student, grad_teacher):
+@in_triton(fake.similarity_preserving)
+def _launch(
+    student: Tensor, teacher: Tensor, scale: float, feature: bool, grad_student: bool, grad_teacher: bool
+) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(student, teacher)
-    of_student, of_teacher = (
-        features.new_empty(features.shape if wanted else (0,), dtype=dtype)
-        for features, wanted in ((student, grad_student), (teacher, grad_teacher))
-    )
-    return student.new_empty((), dtype=dtype), of_student, of_teacher
-
-
-@library.impl("kdkernels_triton::similarity_preserving", ("CPU", "CUDA"))
-def _launch(student, teacher, scale, feature, grad_student, grad_teacher):
-    loss, *gradients = _allocate(student, teacher, scale, feature, grad_student, grad_teacher)
+    gradients = [
+        x.new_empty(x.shape if wanted else (0,), dtype=dtype)
+        for x, wanted in ((student, grad_student), (teacher, grad_teacher))
+    ]
     wanted = [
         gradient.view(len(gradient), -1) if want else None
         for gradient, want in zip(gradients, (grad_student, grad_teacher), strict=True)
     ]
     with torch.cuda.device_of(student):
         if feature:
-            x, y = (features.flatten(1).to(loss.dtype).contiguous() for features in (student, teacher))
+            x, y = (features.flatten(1).to(dtype).contiguous() for features in (student, teacher))
             total = _feature_form(x, y, scale, wanted)
         else:
             total = _gram_form(student, teacher, scale, wanted)
-    return total.to(loss.dtype), *gradients
+    return total.to(dtype), *gradients
 
 
 def _gram_form(student: Tensor, teacher: Tensor, scale: float, gradients: Gradients) -> Tensor:
     g, h = multiply([student, teacher], allows_tf32())
     rows = len(g)
-    inverse_x, inverse_y, defects, _ = _reduce_rows(g, g, h, h, g)
+    inverse_x, inverse_y, defects, _ = reduce_rows(g, g, h, h, g)
     grid = tuple(triton.cdiv(rows, block) for block in TILE)
-    partials = g.new_empty(grid, dtype=torch.float64)
+    partials: Tensor = g.new_empty(grid, dtype=torch.float64)
     _slopes_kernel[grid](
         g,
         h,
@@ -84,10 +79,10 @@ def _gram_form(student: Tensor, teacher: Tensor, scale: float, gradients: Gradie
 
 
 def _feature_form(x: Tensor, y: Tensor, scale: float, gradients: Gradients) -> Tensor:
-    """By ``(X Xᵀ)_i · (Y Yᵀ)_i = x_iᵀ (XᵀY) y_i``."""
+    """Compute the loss from ``(X Xᵀ)_i · (Y Yᵀ)_i = x_iᵀ (XᵀY) y_i``."""
     across = _inner(x, y)
     of_x, of_y = (_times(rows, _inner(rows, rows)) for rows in (x, y))
-    inverse_x, inverse_y, defects, terms = _reduce_rows(of_x, x, of_y, y, _times(x, across))
+    inverse_x, inverse_y, defects, terms = reduce_rows(of_x, x, of_y, y, _times(x, across))
     cosines, cross = (1 - defects)[:, None], (inverse_x * inverse_y)[:, None]
     for gradient, a, b, of_a, b_to_a, inverse in (
         (gradients[0], x, y, of_x, across.mT, inverse_x[:, None]),
@@ -103,7 +98,7 @@ def _feature_form(x: Tensor, y: Tensor, scale: float, gradients: Gradients) -> T
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """AᵀB, whose depth is the batch."""
+    """Return AᵀB. Its depth is the batch."""
     return _deep_product(a.mT[None], b[None])[0][0]
 
 
@@ -113,13 +108,13 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
     return result
 
 
-def _reduce_rows(
+def reduce_rows(
     left_x: Tensor, right_x: Tensor, left_y: Tensor, right_y: Tensor, left_across: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inverse norms r and s of the rows, 1 − cos, and what they add to the loss.
+    """Return the inverse norms r and s of the rows, 1 − cos, and their contribution to the loss.
 
-    A row's squared norms are the dot products of the first two arguments and of the next two, its product with the
-    other network's row that of the last with ``right_y``.
+    The squared norms of a row are the dot products of the first two arguments, and of the next two. The product with
+    the other network's row is the dot product of the last argument with ``right_y``.
     """
     rows = len(left_x)
     inverse_x, inverse_y, defects = left_x.new_empty(3, rows)
@@ -146,7 +141,7 @@ def _reduce_rows(
 
 @triton.jit
 def _row_products(a_ptr, b_ptr, row, rows, length, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Dot products of the rows of two matrices of the same shape, in float64."""
+    """Return the dot products of the rows of two matrices of the same shape, in float64."""
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float64)
     for start in range(0, length, BLOCK_COLUMNS):
         column = start + tl.arange(0, BLOCK_COLUMNS)
@@ -159,7 +154,7 @@ def _row_products(a_ptr, b_ptr, row, rows, length, BLOCK_ROWS: tl.constexpr, BLO
 
 @triton.jit
 def _inverse_norm(squares, eps: tl.float64):
-    """0 for a row that resembles nothing, NaN for one that is not finite."""
+    """Return the inverse norm, 0 for a zero row, and NaN for a row that is not finite."""
     eps = tl.full((), eps, tl.float64)
     squares = tl.where(squares < float("inf"), squares, float("nan"))
     dead = squares <= eps * eps
@@ -214,7 +209,7 @@ def _slopes_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """A tile of both Gram matrices: the squares of its difference, and in its place the slopes of the loss."""
+    """A tile of both Gram matrices. It sums the squared differences, and is overwritten by the slopes of the loss."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     inside = (row < rows)[:, None] & (column < rows)[None, :]
@@ -223,7 +218,7 @@ def _slopes_kernel(
     h = tl.load(h_ptr + offsets, mask=inside, other=0)
     factor = tl.full((), factor, tl.float64).to(g.dtype)
 
-    # Entry (i, j) is one of row i and, the matrices being symmetric, one of row j.
+    # Entry (i, j) belongs to row i and, because the matrices are symmetric, to row j.
     r = tl.load(inverse_x_ptr + row, mask=row < rows, other=0)[:, None]
     s = tl.load(inverse_y_ptr + row, mask=row < rows, other=0)[:, None]
     defect = tl.load(defects_ptr + row, mask=row < rows, other=0)[:, None]
@@ -241,3 +236,95 @@ def _slopes_kernel(
     if STORE_Y:
         slope = s * (difference + defect * s * h) + s_too * (difference_too + defect_too * s_too * h)
         tl.store(h_ptr + offsets, -factor * slope, mask=inside)
+
+
+def compare_strips(
+    g: Tensor,
+    h: Tensor,
+    inverse_x: Tensor,
+    inverse_y: Tensor,
+    defects: Tensor,
+    slopes: list[Tensor | None],
+    first: int,
+    factor: float,
+) -> Tensor:
+    """Process strips of both Gram matrices from the diagonal on, which matrix products have computed: height x width.
+
+    Returns the parts of the loss without its factor, and writes the slopes.
+    """
+    height, width = g.shape
+    rows, columns = LIBRARY_TILE
+    grid = triton.cdiv(height, rows), triton.cdiv(width, columns)
+    partials = g.new_empty(grid, dtype=torch.float64)
+    planes = [s.shape[1] if s is not None and s.dtype == torch.bfloat16 else 0 for s in slopes]
+    with torch.cuda.device_of(g):
+        _strips_kernel[grid](
+            g,
+            h,
+            *(strip if out is None else out for strip, out in zip((g, h), slopes, strict=True)),
+            inverse_x,
+            inverse_y,
+            defects,
+            partials,
+            height,
+            width,
+            first,
+            factor,
+            STORE_X=slopes[0] is not None,
+            STORE_Y=slopes[1] is not None,
+            PLANES_X=planes[0],
+            PLANES_Y=planes[1],
+            BLOCK_ROWS=rows,
+            BLOCK_COLUMNS=columns,
+        )
+    return partials
+
+
+@triton.jit
+def _strips_kernel(
+    g_ptr,
+    h_ptr,
+    slopes_x_ptr,
+    slopes_y_ptr,
+    inverse_x_ptr,
+    inverse_y_ptr,
+    defects_ptr,
+    partials_ptr,
+    height,
+    width,
+    first,
+    factor: tl.float64,
+    STORE_X: tl.constexpr,
+    STORE_Y: tl.constexpr,
+    PLANES_X: tl.constexpr,
+    PLANES_Y: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    inside = (row < height)[:, None] & (column < width)[None, :]
+    offsets = row.to(tl.int64)[:, None] * width + column[None, :]
+    g = tl.load(g_ptr + offsets, mask=inside, other=0)
+    h = tl.load(h_ptr + offsets, mask=inside, other=0)
+    factor = tl.full((), factor, tl.float64).to(g.dtype)
+    r = tl.load(inverse_x_ptr + first + row, mask=row < height, other=0)[:, None]
+    s = tl.load(inverse_y_ptr + first + row, mask=row < height, other=0)[:, None]
+    defect = tl.load(defects_ptr + first + row, mask=row < height, other=0)[:, None]
+    r_too = tl.load(inverse_x_ptr + first + column, mask=column < width, other=0)[None, :]
+    s_too = tl.load(inverse_y_ptr + first + column, mask=column < width, other=0)[None, :]
+    defect_too = tl.load(defects_ptr + first + column, mask=column < width, other=0)[None, :]
+    difference = r * g - s * h
+    difference_too = r_too * g - s_too * h
+    squares = difference.to(tl.float64) * difference.to(tl.float64)
+    # Entries beyond the strip's own rows also stand for the entries on the other side of the diagonal.
+    squares_too = difference_too.to(tl.float64) * difference_too.to(tl.float64)
+    squares += tl.where((column >= height)[None, :], squares_too, 0)
+    tl.store(partials_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(squares))
+    size = tl.cast(height, tl.int64) * width
+    if STORE_X:
+        slope = r * (difference - defect * r * g) + r_too * (difference_too - defect_too * r_too * g)
+        store_planes(slopes_x_ptr, offsets, size, factor * slope, inside, PLANES_X)
+    if STORE_Y:
+        slope = s * (difference + defect * s * h) + s_too * (difference_too + defect_too * s_too * h)
+        store_planes(slopes_y_ptr, offsets, size, -factor * slope, inside, PLANES_Y)

@@ -101,7 +101,7 @@ NETWORKS |= {"SemCKD": ("resnet20", "vgg8-eighth")}
 
 
 def experiment(method: str, recipe_name: str, dataset: Dataset, out: Path, *, epochs: int) -> Experiment:
-    """Return the method's example with a recipe, its paper's networks replaced by those of ``NETWORKS``."""
+    """Return the method's example with a recipe, with the networks of ``NETWORKS`` in place of its paper's."""
     example, kind = EXAMPLES[method]
     flags = ["--recipe", recipe_name, "--out", str(out), "--threads", str(torch.get_num_threads())]
     if recipe_name == "paper":

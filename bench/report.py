@@ -11,7 +11,7 @@ A file that holds tables, such as the files of the examples, is shown whole.
 
 ``<!-- best: cpu.json congruence -->`` shows a sentence with the largest ratio among an operator's headline cases.
 ``<!-- operators: all -->`` shows the table of the registry.
-``<!-- predictions: FILE -->`` shows predicted times, for the machines that no other file has measured.
+``<!-- predictions: FILE -->`` shows predicted times. They are of machines that no other file has measured.
 ``<!-- machines: cpu*.json; CASE; CASE -->`` shows a table with a row per file and a column per case.
 
 An image ``figures/METHOD-FILE.svg`` is drawn from ``bench/results/FILE.json``, in a light and in a dark variant.

@@ -169,7 +169,7 @@ def parameters() -> str:
 
 
 def miniatures(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Run a miniature of every table and figure, or of those of --only, with a line of progress for each."""
+    """Run a miniature of every table and figure that --only names, or of all. Print a line of progress for each."""
     entries = catalogue.entries(PAPERS, SCALES)
     asked = arguments.only or arguments.names or list(entries)
     for name in asked:

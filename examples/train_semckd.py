@@ -16,7 +16,7 @@ too. Hooks capture the maps, so the networks do not change. Studies, each over s
     pairs       accuracy with one pair of layers, for all pairs (Fig. 3)
     tau         accuracy of SemCKD-tau against the softness of its attention (Fig. 5)
     transfer    accuracy of linear classifiers on the students' features of --transfer-data (Fig. 6)
-    beta        accuracy of SemCKD against beta (Fig. 7)
+    beta        accuracy of SemCKD and of CRD against beta (Fig. 7)
     few-shot    accuracy with fewer training images (Table 7)
     noisy       accuracy with wrong labels among the training images (Table 8)
 
@@ -95,6 +95,7 @@ class Recipe:
     beta_mgd: float = 1e-4
     beta_irg: float = 0.005
     beta_crd: float = 0.8  # also in SemCKD+CRD
+    betas_crd: tuple[float, ...] = ()
     negatives: int = 16384  # of CRD, for each image
 
 
@@ -145,6 +146,7 @@ RECIPES = {
         reduction="mean",
         seeds=4,
         betas=(0.0, *(100.0 * step for step in range(1, 12))),
+        betas_crd=tuple(step / 10 for step in range(5, 16)),
         taus=(0.5, 1.0, 2.0, 4.0, 8.0),
         shares=(0.25, 0.5, 0.75, 1.0),
         noises=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5),
@@ -162,7 +164,9 @@ LOW_LR = ("mobilenetv2", "shufflenetv1", "shufflenetv2")  # with an initial lear
 
 
 class Method(NamedTuple):
-    """The terms of Eq. 3 that a method has: KD, a transfer of feature maps with the factor ``beta``, and CRD."""
+    """The terms of Eq. 3 that a method has: KD, a transfer of feature maps, and CRD. ``beta`` is the factor of the
+    transfer, or of CRD where no maps are transferred.
+    """
 
     kd: bool = True
     transfer: str | None = None
@@ -196,7 +200,7 @@ METHODS = {
     "RKD": Method(transfer="embeddings", beta="beta_rkd"),
     "IRG": Method(transfer="embeddings", beta="beta_irg"),
     "CC": Method(transfer="embeddings", beta="beta_cc"),
-    "CRD": Method(contrast=True),
+    "CRD": Method(beta="beta_crd", contrast=True),
     "SemCKD+CRD": Method(transfer="all pairs", beta="beta", contrast=True),
 }
 SOFTENED = ("SemCKD-tau", "SemCKD-tau+pre")
@@ -324,12 +328,18 @@ class CrossLayer(Experiment):
             ]
             return [base, *soft]
         if study == "beta":
-            # Without its loss, SemCKD is KD.
-            choices = [base._replace(beta=beta) if beta else base._replace(method="KD") for beta in recipe.betas]
-            return [s._replace(beta=None) if s.beta == recipe.beta else s for s in choices]
+            choices = [("SemCKD", beta) for beta in recipe.betas] + [("CRD", beta) for beta in recipe.betas_crd]
+            return list(dict.fromkeys(self.weighted(base, name, beta) for name, beta in choices))
         if study == "few-shot":
             return [Setting(name, share) for name in self.methods for share in recipe.shares]
         return [Setting(name, recipe.share, noise) for name in self.methods for noise in recipe.noises]
+
+    def weighted(self, setting: Setting, method: str, beta: float) -> Setting:
+        """Return the setting with a method and its factor. Without its loss, the method is KD."""
+        if beta == 0:
+            return setting._replace(method="KD")
+        own = getattr(self.recipe, METHODS[method].beta)
+        return setting._replace(method=method, beta=None if beta == own else beta)
 
     def teacher(self) -> StagedNetwork:
         """Return the trained, frozen teacher."""
@@ -441,13 +451,16 @@ class CrossLayer(Experiment):
                 total = total + beta * losses["transfer"]
             if contrast is not None:
                 losses["contrast"] = contrast(numbers)
-                total = total + self.recipe.beta_crd * losses["contrast"]
+                total = total + self.beta_crd(setting) * losses["contrast"]
             return losses | {"loss": total}
 
         return loss
 
     def beta(self, setting: Setting) -> float:
         return setting.beta if setting.beta is not None else getattr(self.recipe, METHODS[setting.method].beta, 0.0)
+
+    def beta_crd(self, setting: Setting) -> float:
+        return self.recipe.beta_crd if METHODS[setting.method].transfer else self.beta(setting)
 
     def transfer(
         self,
@@ -561,7 +574,7 @@ class CrossLayer(Experiment):
         if setting.pair is not None:
             settings |= {"pair": setting.pair}
         if method.contrast:
-            settings |= {"beta_crd": recipe.beta_crd, "negatives": recipe.negatives}
+            settings |= {"beta_crd": self.beta_crd(setting), "negatives": recipe.negatives}
         if method.without or method.transfer == "embeddings":
             settings |= {"method": setting.method}
         return settings
@@ -622,9 +635,7 @@ class CrossLayer(Experiment):
             elif study == "transfer":
                 tables.append(self.report_transfer(teacher, runs, content))
             elif study == "beta":
-                heads = [f"{self.beta(r.setting):g}" for r in runs]
-                tables.append(results.grid("beta", {"SemCKD": [r.accuracies for r in runs]}, heads))
-                self.draw_beta(runs)
+                tables += self.report_betas(runs)
             else:
                 few = study == "few-shot"
                 values = recipe.shares if few else recipe.noises
@@ -762,16 +773,25 @@ class CrossLayer(Experiment):
         )
         return results.grid("transfer", {"teacher": [[of_teacher]]} | {n: [v] for n, v in reached.items()}, [head])
 
-    def draw_beta(self, runs: list[Runs]) -> None:
-        level = next((r.accuracies for r in runs if r.setting.method == "KD"), None)
-        figures.against(
-            self.out / "figures" / "beta.png",
-            [self.beta(r.setting) for r in runs if r.setting.method != "KD"],
-            {"SemCKD": [r.accuracies for r in runs if r.setting.method != "KD"]},
-            "beta",
-            "test accuracy, %",
-            level=("KD", mean(level)) if level else None,
-        )
+    def report_betas(self, runs: list[Runs]) -> list[results.Table]:
+        """Return the accuracies of SemCKD and of CRD against beta, and draw them (Fig. 7). KD stands at 0."""
+        kd = [r for r in runs if r.setting.method == "KD"]
+        tables = []
+        for name, file in (("SemCKD", "beta.png"), ("CRD", "beta-crd.png")):
+            own = [r for r in runs if r.setting.method == name]
+            if not own:
+                continue
+            heads = [f"{self.beta(r.setting):g}" for r in kd + own]
+            tables.append(results.grid("beta", {name: [r.accuracies for r in kd + own]}, heads))
+            figures.against(
+                self.out / "figures" / file,
+                [self.beta(r.setting) for r in own],
+                {name: [r.accuracies for r in own]},
+                "beta",
+                "test accuracy, %",
+                level=("KD", mean(kd[0].accuracies)) if kd else None,
+            )
+        return tables
 
 
 def capture(network: StagedNetwork, method: Method) -> FeatureCapture:
@@ -855,7 +875,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--negatives", options.positive_int, "images that CRD compares each image with", lambda r: r.negatives)
     several = {"nargs": "+", "metavar": "X"}
     add("--taus", options.positive, "of the study tau", lambda r: values(r.taus), **several)
-    add("--betas", float, "of the study beta; 0 is KD", lambda r: values(r.betas), **several)
+    add("--betas", float, "SemCKD's factors in the study beta; 0 is KD", lambda r: values(r.betas), **several)
+    add("--betas-crd", float, "CRD's factors in the study beta", lambda r: values(r.betas_crd) or "none", **several)
     add("--shares", options.share, "of the study few-shot", lambda r: values(r.shares), **several)
     add("--noises", options.share, "of the study noisy", lambda r: values(r.noises), **several)
     group.add_argument(

@@ -131,7 +131,7 @@ def why_not(
     if backend == "reference":
         return None
     if transformed():
-        return "the transforms of torch.func (grad, vmap, jvp) and forward mode see through operations of PyTorch alone"
+        return "the transforms of torch.func (grad, vmap, jvp) and forward mode see only through operations of PyTorch"
     if exporting() and torch.is_grad_enabled():
         return "torch.export leaves out the gradients of kernels; under torch.no_grad() it keeps the kernels"
     device = tensor.device

@@ -15,7 +15,7 @@ def is_dtensor(value: object) -> bool:
 
 
 def by_rows(loss: Callable[..., Tensor], mask: Tensor | None = None, **tensors: Tensor) -> Tensor:
-    """Return a mean over samples, of which every rank computes what its own samples add.
+    """Return a mean over samples. Every rank computes what its own samples add.
 
     Args:
         loss: the mean of plain tensors, which it takes in the order of ``tensors``, and ``mask=`` if there is a mask.

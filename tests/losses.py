@@ -110,7 +110,7 @@ def stages(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def masked(student: Tensor, teacher: Tensor) -> Tensor:
-    """Patches of a box, k = 3 of which do not divide its sides."""
+    """Patches of a box whose sides k = 3 does not divide."""
     height, width = teacher.shape[2:]
     mask = torch.linspace(0, 1, height * width, device=teacher.device).view(height, width).expand(len(teacher), -1, -1)
     settings = {"weights": (1.0, 0.5, 0.3), "mask": mask, "threshold": 0.4, "partition": "resize"}

@@ -1,6 +1,6 @@
 """The contracts of every operator, over the table of losses and every backend. A file per operator has what is special.
 
-Against float64, the exact result is that of the reference, which each operator's file compares with the definition.
+Against float64, the reference gives the exact result, which each operator's file compares with the definition.
 """
 
 from __future__ import annotations

@@ -334,10 +334,10 @@ def narrow_resnet_size(width: int, blocks: int) -> int:
     return 9 * 3 * width + 2 * width + stages + (channels[-1] + 1) * 100
 
 
-def eighth_vgg_size() -> int:
-    """Return the number of parameters of a VGG-8 with 8, 16, 32, 64 and 64 channels."""
-    widths = (3, 8, 16, 32, 64, 64)
-    return sum(9 * a * b + 3 * b for a, b in pairwise(widths)) + 65 * 100
+def vgg_size(layers: int, width: int) -> int:
+    """Return the number of parameters of a VGG whose five stages have ``layers`` layers, and ``width`` channels first."""
+    widths = [3, *(min(width << stage, 8 * width) for stage in range(5) for _ in range(layers))]
+    return sum(9 * a * b + 3 * b for a, b in pairwise(widths)) + (widths[-1] + 1) * 100
 
 
 def wide_resnet_size(depth: int, width: int) -> int:
@@ -377,17 +377,19 @@ BASIC, BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)
 # The papers' networks have the sizes published with the results on CIFAR-100. The networks for photographs have
 # torchvision's sizes. The ICCT paper counts ResNet-101 and ResNeXt-29 with ten classes, 184 320 or 92 160 weights and
 # 90 biases less. Unlike torchvision's, this MobileNetV2 expands in its first block too, by 32 x 32 weights and a batch
-# norm.
+# norm. No paper has the sizes of resnet8x8 and of the ShuffleNets and MobileNets of other widths.
 @pytest.mark.parametrize(
     ("name", "parameters", "channels", "sides"),
     [
         ("resnet8-quarter", narrow_resnet_size(4, 1), (4, 8, 16), RESNET),
         ("resnet8-half", narrow_resnet_size(8, 1), (8, 16, 32), RESNET),
+        ("resnet8", narrow_resnet_size(16, 1), (16, 32, 64), RESNET),
         ("resnet14-half", narrow_resnet_size(8, 2), (8, 16, 32), RESNET),
         ("resnet14", 181_108, (16, 32, 64), RESNET),
         ("resnet20", 278_324, (16, 32, 64), RESNET),
         ("resnet110", 1_736_564, (16, 32, 64), RESNET),
         ("resnet8x4", 1_233_540, (64, 128, 256), RESNET),
+        ("resnet8x8", 4_875_428, (128, 256, 512), RESNET),
         ("resnet32x4", 7_433_860, (64, 128, 256), RESNET),
         ("resnet18", 11_220_132, (64, 128, 256, 512), (32, 16, 8, 4)),
         ("resnet50", 23_520_842 + 184_320 + 90, BOTTLENECK, (32, 16, 8, 4)),
@@ -395,6 +397,8 @@ BASIC, BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)
         ("resnext29", 34_426_698 + 92_160 + 90, (256, 512, 1024), RESNET),
         ("resnext11-small", 20_172, (16, 32, 64), RESNET),
         ("wrn-10-1", wide_resnet_size(10, 1), (16, 32, 64), RESNET),
+        ("wrn-10-2", wide_resnet_size(10, 2), (32, 64, 128), RESNET),
+        ("wrn-16-4", wide_resnet_size(16, 4), (64, 128, 256), RESNET),
         ("wrn-16-10", wide_resnet_size(16, 10), (160, 320, 640), RESNET),
         ("wrn-28-2", wide_resnet_size(28, 2), (32, 64, 128), RESNET),
         ("wrn-28-10", 36_536_884, (160, 320, 640), RESNET),
@@ -403,16 +407,25 @@ BASIC, BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)
         ("wrn-16-1", 180_916, (16, 32, 64), RESNET),
         ("wrn-16-2", 703_284, (32, 64, 128), RESNET),
         ("wrn-40-2", 2_255_156, (32, 64, 128), RESNET),
-        ("vgg8-eighth", eighth_vgg_size(), (16, 32, 64, 64), VGG),
+        ("vgg8-eighth", vgg_size(1, 8), (16, 32, 64, 64), VGG),
+        ("vgg8-quarter", vgg_size(1, 16), (32, 64, 128, 128), VGG),
         ("vgg8", 3_965_028, (128, 256, 512, 512), VGG),
+        ("vgg8-double", vgg_size(1, 128), (256, 512, 1024, 1024), VGG),
         ("vgg13-eighth", 154_700, (16, 32, 64, 64), VGG),
+        ("vgg13-quarter", vgg_size(2, 16), (32, 64, 128, 128), VGG),
         ("vgg13", 9_462_180, (128, 256, 512, 512), VGG),
+        ("vgg13-double", vgg_size(2, 128), (256, 512, 1024, 1024), VGG),
         ("shufflenetv1", 949_258, (240, 480, 960), SHUFFLENET),
+        ("shufflenetv1-double", 3_520_918, (480, 960, 1920), SHUFFLENET),
         ("shufflenetv2", 1_355_528, (116, 232, 464), SHUFFLENET),
+        ("shufflenetv2-double", 5_134_276, (232, 464, 928), SHUFFLENET),
         ("mobilenetv2", 812_836, (12, 16, 48, 160), MOBILENET),
         ("shufflenetv1-quarter", 85_213, (60, 120, 240), SHUFFLENET),
+        ("shufflenetv1-half", 271_828, (120, 240, 480), SHUFFLENET),
         ("shufflenetv2-quarter", 96_676, (32, 64, 128), SHUFFLENET),
+        ("shufflenetv2-half", 337_764, (64, 128, 256), SHUFFLENET),
         ("mobilenetv2-eighth", 57_178, (3, 4, 12, 40), MOBILENET),
+        ("mobilenetv2-quarter", 178_124, (6, 8, 24, 80), MOBILENET),
         ("mobilenetv2-full", 3_504_872 + 1088 - 900 * 1281, (24, 32, 96, 320), MOBILENET),
         ("resnet18-224", 11_689_512, BASIC, PHOTOGRAPHS),
         ("resnet34-224", 21_797_672, BASIC, PHOTOGRAPHS),
@@ -421,6 +434,7 @@ BASIC, BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)
         ("wrn-18-2-224", basic_resnet_size((2, 2, 2, 2), 128), (128, 256, 512, 1024), PHOTOGRAPHS),
         ("wrn-34-2-224", basic_resnet_size((3, 4, 6, 3), 128), (128, 256, 512, 1024), PHOTOGRAPHS),
         ("shufflenetv2-half-224", 1_366_792, (48, 96, 192), PHOTOGRAPHS[1:]),
+        ("shufflenetv2-224", 3_377_128, (96, 192, 384), PHOTOGRAPHS[1:]),
         ("mobilenetv2-224", 812_836 + 900 * 1281, (12, 16, 48, 160), PHOTOGRAPHS),
         ("mobilenetv2-full-224", 3_504_872 + 1088, (24, 32, 96, 320), PHOTOGRAPHS),
     ],

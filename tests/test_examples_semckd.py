@@ -63,6 +63,7 @@ def test_the_papers_recipe() -> None:
     for schedule in (paper.teacher_schedule, paper.student_schedule):
         assert schedule == training.Schedule(240, 0.05, (150, 180, 210), batch_size=64, momentum=0.9, weight_decay=5e-4)
     assert paper.betas == (0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 1000, 1100)
+    assert paper.betas_crd == (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.5)
     assert paper.shares == (0.25, 0.5, 0.75, 1)
     assert paper.noises == (0, 0.1, 0.2, 0.3, 0.4, 0.5)
 
@@ -84,6 +85,8 @@ def test_studies_share_their_students(tmp_path: Path) -> None:
     base = [Setting("KD", 0.25), Setting("SemCKD", 0.25)]
     assert study("methods") == base
     assert study("beta") == [base[0], Setting("SemCKD", 0.25, beta=5), base[1]]
+    crd = experiment(tmp_path, "--betas", "5", "--betas-crd", "0.5", "0.8").settings("beta")[1:]
+    assert crd == [Setting("CRD", 0.25, beta=0.5), Setting("CRD", 0.25)]
     assert base[0] in study("few-shot")
     assert base[1] in study("noisy")
     assert len(study("noisy")) == 2 * len(recipe().noises)
@@ -292,11 +295,15 @@ def test_a_grid_shows_mean_and_deviation() -> None:
 # ----- the whole example
 
 SIZES = ["--epochs", "2", "--teacher-epochs", "1", "--seeds", "1", "--threads", "1", "--methods", "CE", "SemCKD"]
-STUDIES = ["--studies", "methods", "beta", "few-shot", "noisy", "--betas", "0", "5", "--shares", "0.1"]
-WHOLE = [*SIZES, *STUDIES, "--noises", "0.3"]
+STUDIES = ["--studies", "methods", "beta", "few-shot", "noisy", "--shares", "0.1"]
+BETAS = ["--betas", "0", "5", "--betas-crd", "0.5", "0.8"]
+WHOLE = [*SIZES, *STUDIES, *BETAS, "--noises", "0.3"]
 RUNS = [
     f"{name}-seed0"
-    for name in ("ce", "kd", "semckd", "semckd-beta-5", "ce-share-0.1", "semckd-share-0.1", "semckd-noise-0.3")
+    for name in (
+        *("ce", "kd", "semckd", "semckd-beta-5", "crd-beta-0.5", "crd"),
+        *("ce-share-0.1", "semckd-share-0.1", "semckd-noise-0.3"),
+    )
 ]
 
 
@@ -320,11 +327,11 @@ def test_the_example_writes_tables_numbers_and_figures(whole_run: Path) -> None:
         assert (attention is not None) == name.startswith("semckd")
         if attention:
             assert [sum(layer) for layer in attention] == pytest.approx([1] * 4, abs=1e-5)
-    assert accuracy["beta"].keys() == {"KD", "SemCKD beta 5"}
+    assert accuracy["beta"].keys() == {"KD", "SemCKD beta 5", "CRD beta 0.5", "CRD"}
     assert content["layer match"].keys() == {"SemCKD"}
     from matplotlib.image import imread
 
-    for name in ("curves", "attention", "beta", "grad-cam"):
+    for name in ("curves", "attention", "beta", "beta-crd", "grad-cam"):
         picture = imread(whole_run / "figures" / f"{name}.png")
         assert min(picture.shape[:2]) > 300
         assert picture.std() > 0.05

@@ -70,7 +70,7 @@ def calls() -> dict[str, list[tuple]]:
 
 @pytest.mark.parametrize("in_planes", [True, False])
 def test_strips(loss, in_planes, monkeypatch):
-    """Several strips, the last of which is short, in planes and without."""
+    """Several strips, with planes and without. The last strip is short."""
     monkeypatch.setattr(library, "has_bfloat16_tensor_cores", lambda _: in_planes)
     monkeypatch.setattr(tuning, "LIBRARY_STRIP", 2**9)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):

@@ -401,7 +401,11 @@ def compare_by_library(x: torch.Tensor, y: torch.Tensor) -> None:
 def test_library(compiled: list[CompiledKernel], target: GPUTarget, dtype: torch.dtype, strips_by_triton: None) -> None:
     compare_by_library(torch.zeros(256, 32, dtype=dtype), torch.zeros(256, 16, dtype=dtype))
     expected = {torch.float32: LIBRARY_KERNELS, torch.float64: {"_strip_kernel", "_strips_kernel"}}
-    check(compiled, target, expected.get(dtype, {"_strips_kernel"}) | {"_rows_kernel"})
+    expected = expected.get(dtype, {"_strips_kernel"}) | {"_rows_kernel"}
+    if dtype == torch.float64 and target.arch == 90:
+        assert names(compiled) == expected  # for sm_90, ptxas stores registers around the exponential
+    else:
+        check(compiled, target, expected)
 
 
 def relate(x: torch.Tensor, y: torch.Tensor, comparison: int, clip: int, form: int, wanted: tuple[bool, bool]) -> None:

@@ -27,7 +27,7 @@ UNSIGNED_BYTES = 8  # the third byte of an IDX file
 
 @dataclass(frozen=True)
 class Cifar:
-    """One version of CIFAR: the bytes before the pixels of a record are labels, the last of which is used.
+    """One version of CIFAR: the bytes before the pixels of a record are labels. The last one is used.
 
     Args:
         md5: the sum of the archive at ``url``.

@@ -88,7 +88,7 @@ class Paper:
 
 
 def differing(recipes: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the fields of a recipe that are not those of the recipe "paper"."""
+    """Return the fields in which a recipe differs from the recipe "paper"."""
     return {
         field.name: getattr(recipes[name], field.name)
         for field in fields(recipes[name])

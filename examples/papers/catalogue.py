@@ -280,11 +280,16 @@ OTHERS = {
         trained(
             "semckd-figure7",
             "accuracy against beta",
-            "figures/beta.png for SemCKD; not CRD",
+            "figures/beta.png for SemCKD, figures/beta-crd.png for CRD",
             f"train_semckd.py {CIFAR} --studies beta",
-            f"{TWO} --studies beta",
+            f"{TWO} --studies beta --betas 0 50 --betas-crd 0.8",
             SEMCKD,
-            [cell for beta in SEMCKD.betas for cell in of(*PAIR, "SemCKD" if beta else "KD", beta=beta)],
+            [
+                cell
+                for name, betas in (("SemCKD", SEMCKD.betas), ("CRD", SEMCKD.betas_crd))
+                for beta in betas
+                for cell in of(*PAIR, name if beta else "KD", beta=beta)
+            ],
         ),
     )
 }

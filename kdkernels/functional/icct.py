@@ -78,7 +78,7 @@ def inter_class_correlation_loss(
         class_mask: K bools, True for each class that is there, for example the classes of a task. The result
             equals the result of the logits without the other classes. None has all classes. All ranks of a group need
             the same mask.
-        reduction: "mean" over the K rows, each of which is a distribution, or "sum" over the K² entries.
+        reduction: "mean" over the K rows (each is a distribution) or "sum" over the K² entries.
         backend: "auto", "reference", "native", "triton" or "library"; see ``kdkernels.use_backend``.
         group: the process group that shares the batch, "world" for the default group, or None for one process.
 

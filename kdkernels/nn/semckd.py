@@ -135,7 +135,7 @@ class SemanticCalibration(SettingsModule):
         checks.positive("temperature", self.temperature)
         checks.one_of("allocation", self.allocation, ALLOCATIONS)
         if self.group is not None and self.allocation == "shared":
-            raise ValueError("group must be None for allocation='shared', whose mean is that of one process's samples")
+            raise ValueError("group must be None for allocation='shared', because it averages one process's samples")
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Calibration:
         """Return the projected features, the targets and the attention.

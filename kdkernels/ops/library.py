@@ -75,7 +75,7 @@ def split(x: Tensor, count: int) -> Iterator[Tensor]:
 
 
 def chain_of(x: Tensor) -> Tensor:
-    """Return the planes of a float32 matrix, rows x (7 · width). The width is that of x, filled up with zeros."""
+    """Return the planes of a float32 matrix, rows x (7 · width). Zeros fill the width up."""
     rows, columns = x.shape
     width = -(-columns // ALIGNED) * ALIGNED
     chain = x.new_empty(rows, len(CHAIN), width, dtype=torch.bfloat16)

@@ -60,9 +60,10 @@ RKD_TILE, RKD_COLUMNS = 16, 8  # rows and columns of a tile of pairs; columns of
 SIMILARITY_PRESERVING_TILE = (16, 128)  # rows and columns per step of a program
 
 # token_relation: rows, columns and depth of a tile, and warps, by the compute type. bfloat16 stands for rows of both
-# networks in half precision. Larger tiles spill registers where both gradients are computed.
+# networks in half precision. Larger tiles spill registers where both gradients are computed, on AMD's GPUs earlier.
 TOKEN_RELATION_TILES = {
-    torch.float32: (64, 64, 16, 8),
+    torch.float32: (64, 32, 16, 8),
     torch.float64: (32, 16, 16, 4),
     torch.bfloat16: (64, 32, 32, 8),
 }
+TOKEN_RELATION_TILES_AMD = TOKEN_RELATION_TILES | dict.fromkeys((torch.float32, torch.bfloat16), (64, 16, 16, 8))

@@ -97,7 +97,7 @@ def frozen(network: nn.Module) -> nn.Module:
 
 
 class OneStep:
-    """A batch of the digits in float64, of which each process has its share."""
+    """A batch of the digits in float64. Each process has its share."""
 
     def __init__(self, dataset: data.Dataset) -> None:
         self.images = dataset.normalise(dataset.train.pixels[:8])

@@ -1,6 +1,6 @@
 """Every loss with kernels on a GPU, on each of its backends: pytest -m gpu.
 
-The contracts are those of the CPU. What follows them is special to a GPU.
+The contracts are the same as on the CPU. What follows them is special to a GPU.
 """
 
 from __future__ import annotations

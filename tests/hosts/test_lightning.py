@@ -158,7 +158,7 @@ def test_equal_to_the_term_written_out_at_any_scale(scale, settings):
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true"])
 def test_every_precision(precision):
     settings = {"precision": precision}
-    if precision == "16-mixed":  # which on a CPU Lightning takes as a plugin alone
+    if precision == "16-mixed":  # on a CPU, Lightning takes it only as a plugin
         settings = {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))}
     ours = fitted(Module(), [distillation()], **settings)
     if precision == "16-mixed":

@@ -157,8 +157,8 @@ def _by_ring(*inputs: Tensor, problem: Problem, ranks: Ranks, wanted: Sequence[b
         queries = queries._replace(
             counts=queries.counts * (counts[-1] > 0), sums=_softmaxes(queries, keys, ranks, settings)
         )
-    alone = half == 1
-    passes = [(queries, queries if alone else keys, True, alone)] + [(keys, queries, False, True)] * (half - 1)
+    one_input = half == 1
+    passes = [(queries, queries if one_input else keys, True, one_input)] + [(keys, queries, False, True)] * (half - 1)
     total, slopes = queries.x.new_zeros((), dtype=torch.float64), []
     for index, (own, others, own_terms, other_terms) in enumerate(passes):
         needed = wanted[index], wanted[half + index]

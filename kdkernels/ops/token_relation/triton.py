@@ -23,7 +23,7 @@ from ..congruence.plan import FEATURE
 from ..congruence.triton import _precision, _Sums
 from ..operator import in_triton
 from ..shapes import accumulation_dtype, new_samples
-from ..tuning import TOKEN_RELATION_TILES as TILES
+from ..tuning import TOKEN_RELATION_TILES, TOKEN_RELATION_TILES_AMD
 from . import fake
 from .reference import EPS, as_tokens, pairs_of, weights_of
 
@@ -315,7 +315,8 @@ class _Tile:
         self.columns = other.rows.shape[2]
         self.groups = images * self.heads
         half = _in_half_precision(x) and _in_half_precision(y)
-        block_rows, block_columns, self.block_depth, self.warps = TILES[torch.bfloat16 if half else x.factors.dtype]
+        tiles = TOKEN_RELATION_TILES_AMD if torch.version.hip else TOKEN_RELATION_TILES
+        block_rows, block_columns, self.block_depth, self.warps = tiles[torch.bfloat16 if half else x.factors.dtype]
         self.block_rows, self.block_columns = (
             max(16, min(block, int(triton.next_power_of_2(size))))
             for block, size in ((block_rows, self.rows), (block_columns, self.columns))

@@ -335,7 +335,7 @@ def narrow_resnet_size(width: int, blocks: int) -> int:
 
 
 def vgg_size(layers: int, width: int) -> int:
-    """Return the number of parameters of a VGG whose five stages have ``layers`` layers, and ``width`` channels first."""
+    """Return the number of parameters of a VGG: five stages of ``layers`` layers, the first with ``width`` channels."""
     widths = [3, *(min(width << stage, 8 * width) for stage in range(5) for _ in range(layers))]
     return sum(9 * a * b + 3 * b for a, b in pairwise(widths)) + (widths[-1] + 1) * 100
 

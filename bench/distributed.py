@@ -32,8 +32,8 @@ MANY, BYTES_PER_SECOND = 4096, 25e9  # of the calculation
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    alone, together = [dist.new_group([rank]) for rank in range(dist.get_world_size())], dist.group.WORLD
-    tables = [messages(), losses(alone[dist.get_rank()], together), reckoned()]
+    single, together = [dist.new_group([rank]) for rank in range(dist.get_world_size())], dist.group.WORLD
+    tables = [messages(), losses(single[dist.get_rank()], together), reckoned()]
     if dist.get_rank() == 0:
         results.write(FILE, provenance() | {"tables": tables})
         print(f"wrote {FILE}")
@@ -48,7 +48,7 @@ def messages() -> dict:
     return {"title": "", "header": [f"all-reduce over {dist.get_world_size()} processes", "ms"], "rows": rows}
 
 
-def losses(alone: dist.ProcessGroup, together: dist.ProcessGroup) -> dict:
+def losses(single: dist.ProcessGroup, together: dist.ProcessGroup) -> dict:
     """Return the loss, forward and backward, of only the first process, and of all processes."""
     header = ["maps", "form", "numbers sent", "1 process, ms", f"{together.size()} processes, ms"]
     rows = []
@@ -57,7 +57,7 @@ def losses(alone: dist.ProcessGroup, together: dist.ProcessGroup) -> dict:
         teacher = torch.randn(IMAGES, channels, side, side)
         moved = numbers_moved(*problem(together.size(), channels, side))
         for form in moved:
-            own = 1e3 * seconds(lambda: step(student, teacher, form, alone), alone=True)  # noqa: B023
+            own = 1e3 * seconds(lambda: step(student, teacher, form, single), only_first=True)  # noqa: B023
             whole = 1e3 * seconds(lambda: step(student, teacher, form, together))  # noqa: B023
             rows.append([case(name, channels, side), form, f"{moved[form]:,.0f}", [own], [whole]])
     return {"title": "", "header": header, "rows": rows}
@@ -94,13 +94,13 @@ def problem(processes: int, channels: int, side: int) -> tuple[Ranks, int, int, 
     return ranks, K * K, width(channels, side), width(channels, side), False
 
 
-def seconds(run: Callable[[], object], repeats: int = 15, alone: bool = False) -> float:
-    """Return the median over repeats of the slowest rank's time. With ``alone`` set, only the first rank runs."""
+def seconds(run: Callable[[], object], repeats: int = 15, only_first: bool = False) -> float:
+    """Return the median over repeats of the slowest rank's time. ``only_first``: the other ranks wait."""
     times = []
     for _ in range(repeats):
         dist.barrier()
         begin = time.perf_counter()
-        if dist.get_rank() == 0 or not alone:
+        if dist.get_rank() == 0 or not only_first:
             run()
         elapsed = torch.tensor(time.perf_counter() - begin)
         dist.all_reduce(elapsed, dist.ReduceOp.MAX)

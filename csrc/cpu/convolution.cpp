@@ -71,7 +71,7 @@ void tile(int64_t depth, const T* a, const T* b, T* c, bool accumulate) {
   }
 }
 
-// C = [C +] A B, or [C +] Aᵀ B, for the blocks of all positions. Rows that only fill up a register tile are computed too.
+// C = [C +] A B, or [C +] Aᵀ B, in the blocks of all positions. Rows that only fill up a register tile are computed too.
 template <typename T, bool transposed>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, const T* b, T* c, bool accumulate) {
   for (int64_t p = 0; p < kPositions; ++p, a += kBlock<T>, b += kBlock<T>, c += kBlock<T>)

@@ -1,7 +1,8 @@
 // Divergences of softened class probabilities, row by row. The forward kernel reads each row of logits in blocks that stay in the
-// first-level cache, for maxima, sums of exponentials and a KL divergence. It reads a row again, from the second-level cache, for
-// JSD, for moments, and where the sum of a KL divergence has cancelled. The backward kernel reads each row once more and writes its gradients. Nothing of the size of a row is
-// kept. Exponentials are computed again, because this is faster than to write and read them.
+// first-level cache, and computes maxima, sums of exponentials and a KL divergence. It reads a row again, from the second-level
+// cache, for JSD, for moments, and where the sum of a KL divergence has cancelled. The backward kernel reads each row once more
+// and writes its gradients. Nothing of the size of a row is kept. Exponentials are computed again, because this is faster than to
+// write and read them.
 //
 // In this file, p and q are the softmax of the exponents a = slope_p (x - max) and b = slope_q (y - max). KL(p, q) is the
 // forward divergence if x is the teacher, and the reverse divergence if x is the student. JSD takes x from the teacher.

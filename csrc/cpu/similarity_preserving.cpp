@@ -1,6 +1,6 @@
 // The whole SP loss in one call. r_i and s_i are the inverse norms of the rows of G = X Xᵀ and H = Y Yᵀ. The loss sums 2 − 2
-// cos_i with cos_i = r_i s_i (G_i · H_i). Its gradient with respect to G is 2 (cos_i r_i² G_i − r_i s_i H_i), for the row and,
-// because G is symmetric, for its column. For similar networks these terms nearly cancel. If the entries of both matrices are
+// cos_i with cos_i = r_i s_i (G_i · H_i). The row of the gradient with respect to G is 2 (cos_i r_i² G_i − r_i s_i H_i).
+// Because G is symmetric, its column gets the same. For similar networks these terms nearly cancel. If the entries of both matrices are
 // available, the kernel uses 2 r_i ((r_i G_i − s_i H_i) − (1 − cos_i) r_i G_i).
 #include <vector>
 

@@ -1,6 +1,6 @@
-// Decoupled knowledge distillation, one block per row of logits. Passes over the row, which stays in the caches: for the
-// maxima, for the sums of exponentials, and for the divergence and the student's gradient. The teacher's gradient takes
-// three more passes. The label's logit takes part in none of them.
+// Decoupled knowledge distillation, one block per row of logits. The row stays in the caches. One pass finds the maxima,
+// one sums exponentials, and one computes the divergence and the student's gradient. The teacher's gradient takes three
+// more passes. The label's logit takes part in none of them.
 #pragma once
 
 #include <cmath>

@@ -1,6 +1,6 @@
-// Temperature-softened KL divergence, one block per row of logits. Three passes read the row, which stays in the
-// caches: for the maxima, for the sums of exponentials, and for the divergence and the student's gradient. The
-// teacher's gradient takes three more passes.
+// Temperature-softened KL divergence, one block per row of logits. The row stays in the caches. One pass finds the
+// maxima, one sums exponentials, and one computes the divergence and the student's gradient. The teacher's gradient
+// takes three more passes.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// Launches the kernels of patches, for the maps of one network or of all stages.
+// Launches the kernels of patches. One launch serves the maps of one network or of all stages.
 #pragma once
 
 #include <optional>

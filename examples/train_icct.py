@@ -367,7 +367,7 @@ class InterClassCorrelation(Experiment):
 
     @torch.no_grad()
     def draw_embeddings(self, scenario: str, shown: Mapping[str, StagedNetwork]) -> None:
-        """Draw t-SNE of the last layer's inputs for the test images (the paper's Fig. 5). Networks have the first seed."""
+        """Draw t-SNE of the last layer's inputs for the test images (Fig. 5), by networks of the first seed."""
         from sklearn.manifold import TSNE
 
         count = 1000

@@ -116,10 +116,18 @@ def loss_and_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> tupl
     return loss.detach(), [x.grad for x in leaves]
 
 
-def as_tf32(x: Tensor) -> Tensor:
-    """Return the numbers rounded to the 11 significant bits of tf32, with halves away from zero, in float64."""
-    significand, exponent = torch.frexp(x.detach().double())
-    return torch.ldexp(significand.sign() * (significand.abs() * 2**11 + 0.5).floor(), exponent - 11)
+def three_products(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b in float64, as the CUDA kernels multiply float32 where PyTorch allows tf32.
+
+    Each number is the sum of two bfloat16, and the product of both lower ones is left out.
+    """
+
+    def planes(x: Tensor) -> tuple[Tensor, Tensor]:
+        upper = x.detach().bfloat16().float()
+        return upper.double(), (x.detach() - upper).bfloat16().double()
+
+    (a, a_low), (b, b_low) = planes(a), planes(b)
+    return a @ b + a @ b_low + a_low @ b
 
 
 def exactly(*inputs: Tensor) -> list[Tensor]:

@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
   const Place place = Place::in_triangle(group.block(index), across);
   const Matrix<E> x = p.x.from(p.first * p.x.stride), y = p.y.from(p.first * p.y.stride);
   const auto products = [&](const Matrix<E>& rows, int width) {
-    return multiply_tiles<T, true, true, Matrix<E>>({rows, rows, 0, width}, {rows, rows, 0, 0}, place.row, p.height,
-                                                    place.column, columns, p.tf32);
+    const auto term = [&](int) { return Term<Matrix<E>>{rows, rows, 0, width}; };
+    return multiply_tiles<T, true, true, 1>(term, place.row, p.height, place.column, columns, p.tf32);
   };
   // One tile waits in shared memory, behind the panels, while the other is computed. Registers have no room for both.
   T* const waiting = reinterpret_cast<T*>(dynamic_shared_memory() + kTileBytes<T, true, true, E>) + threadIdx.x;

@@ -18,7 +18,7 @@ int64_t most_entries(int64_t pairs) { return std::clamp(pairs / 8, kFewestEntrie
 template <typename T>
 Matrix<T> matrix(const T* data, int64_t stride, std::initializer_list<int64_t> sizes) {
   constexpr int64_t together = 16 / sizeof(T);
-  bool vectors = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % together == 0;
+  bool vectors = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % together == 0 && is_short(stride);
   for (const int64_t size : sizes) vectors = vectors && size % together == 0;
   return {data, stride, vectors};
 }

@@ -74,10 +74,12 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
   const Place place = Place::in_triangle(group.block(index) % per_batch, across);
   const int columns = p.rows - p.first;
 
-  const Matrix<T> x = p.x.from(batch * p.batch_x + p.first * p.x.stride);
-  const Matrix<T> y = p.y.from(batch * p.batch_y + p.first * p.y.stride);
-  Tile<T> tile = multiply_tiles<T, true, true>({x, x, 0, p.width_x}, {y, y, 0, p.width_y}, place.row, p.height,
-                                               place.column, columns, p.tf32);
+  const auto term = [&](int i) {
+    const Matrix<T>& all = i ? p.y : p.x;
+    const Matrix<T> rows = all.from(batch * (i ? p.batch_y : p.batch_x) + p.first * all.stride);
+    return Term<Matrix<T>>{rows, rows, 0, i ? p.width_y : p.width_x};
+  };
+  Tile<T> tile = multiply_tiles<T, true, true, 2>(term, place.row, p.height, place.column, columns, p.tf32);
 
   const bool on_diagonal = place.row == place.column;
   const int height = p.height;
@@ -132,8 +134,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T>)
     return Term<Matrix<T>, Matrix<E>>{p.a[i].from(batch * p.batch_a[i]), p.b[i].from(batch * p.batch_b[i]), begin,
                                       max(begin, end)};
   };
-  Tile<T> tile = multiply_tiles<T, AlongA, false, Matrix<T>, Matrix<E>>(term(0), term(1), place.row, p.rows,
-                                                                        place.column, p.columns, p.tf32);
+  Tile<T> tile = multiply_tiles<T, AlongA, false, 2>(term, place.row, p.rows, place.column, p.columns, p.tf32);
   T* const out = p.out + part * p.batch_out;
   const int64_t line = p.line;
   const int rows = p.rows, columns = p.columns;

@@ -14,7 +14,7 @@ using torch::headeronly::Half;
 // rest.
 constexpr int kUnaskedBytes = 47 * 1024;
 
-// Two half-precision neighbours. Tensor cores take as many pairs as they take floats.
+// Two half-precision neighbours.
 template <typename E>
 struct alignas(4) HalfPair {
   E numbers[2];
@@ -74,17 +74,11 @@ __device__ inline float fast_reciprocal(float x) {
   return reciprocal;
 }
 
-// Begin an asynchronous copy of `Bytes` to shared memory, or of zeros unless `valid`. Threads wait for copies in
-// groups.
-template <int Bytes>
+// Begin an asynchronous copy of 16 bytes to shared memory, or of zeros unless `valid`. Threads wait for copies in groups.
 __device__ inline void copy_async(void* shared, const void* global, bool valid) {
   const unsigned address = unsigned(__cvta_generic_to_shared(shared));
-  const int size = valid ? Bytes : 0;
-  if constexpr (Bytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(size) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(global), "n"(Bytes), "r"(size)
-                 : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
 }
 
 __device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -95,25 +89,35 @@ __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Open) : "memory");
 }
 
-// A product of a warp on tensor cores: c += a b, where a is 16 M x 8 and b is 8 x 8 N. Lane 4 g + t holds the elements
-// (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4) of each 16 x 8 block of a; (t, g), (t + 4, g) of each 8 x 8 block of
-// b; and (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1) of each 16 x 8 block of c. Only the first 11 bits of
-// the mantissa of a and b count (tf32), and sums are truncated.
-template <int M, int N>
-__device__ inline void multiply(float (&c)[M][N][4], const float (&a)[M][4], const float (&b)[N][2]) {
-#pragma unroll
-  for (int i = 0; i < M; ++i)
-#pragma unroll
-    for (int j = 0; j < N; ++j)
-      asm volatile(
-          "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-          "{%0, %1, %2, %3};"
-          : "+f"(c[i][j][0]), "+f"(c[i][j][1]), "+f"(c[i][j][2]), "+f"(c[i][j][3])
-          : "r"(__float_as_uint(a[i][0])), "r"(__float_as_uint(a[i][1])), "r"(__float_as_uint(a[i][2])),
-            "r"(__float_as_uint(a[i][3])), "r"(__float_as_uint(b[j][0])), "r"(__float_as_uint(b[j][1])));
+// Two numbers as bfloat16. The first one has the lower bits.
+__device__ inline unsigned bfloat16_pair(float low, float high) {
+  unsigned pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 
-// The same for pairs. A row of a and a column of b have 8 pairs, which are 16 numbers. Products are exact.
+// Read four matrices of 8 x 8 from shared memory. Lanes 8 i to 8 i + 7 give the addresses of the lines of matrix i. Lane
+// 4 g + t receives the numbers 2 t and 2 t + 1 of line g, or of column g if the matrices are transposed.
+template <bool Transposed, typename E>
+__device__ inline void read_matrices(HalfPair<E> (&pairs)[4], const E* line) {
+  const unsigned address = unsigned(__cvta_generic_to_shared(line));
+  unsigned (&bits)[4] = reinterpret_cast<unsigned (&)[4]>(pairs);
+  if constexpr (Transposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
+                 : "r"(address)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// A product of a warp on tensor cores: c += a b, where a is 16 M x 16 and b is 16 x 8 N. Each row of a and each column of
+// b has 8 pairs of neighbours. Lane 4 g + t holds the pairs (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4) of each 16 rows
+// of a; (t, g), (t + 4, g) of each 8 columns of b; and the numbers (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1)
+// of each 16 x 8 block of c. Products are exact, and sums are truncated.
 template <typename E, int M, int N>
 __device__ inline void multiply(float (&c)[M][N][4], const HalfPair<E> (&a)[M][4], const HalfPair<E> (&b)[N][2]) {
   const auto bits = [](const HalfPair<E>& pair) { return *reinterpret_cast<const unsigned*>(&pair); };
@@ -122,12 +126,12 @@ __device__ inline void multiply(float (&c)[M][N][4], const HalfPair<E> (&a)[M][4
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       float (&sums)[4] = c[i][j];
-#define MULTIPLY(type)                                                                                               \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                                \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                \
-               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                          \
-               : "r"(bits(a[i][0])), "r"(bits(a[i][1])), "r"(bits(a[i][2])), "r"(bits(a[i][3])), "r"(bits(b[j][0])), \
-                 "r"(bits(b[j][1])))
+#define MULTIPLY(type)                                                                                      \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                                \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                \
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                          \
+      : "r"(bits(a[i][0])), "r"(bits(a[i][1])), "r"(bits(a[i][2])), "r"(bits(a[i][3])), "r"(bits(b[j][0])), \
+        "r"(bits(b[j][1])))
       if constexpr (std::is_same_v<E, Half>)
         MULTIPLY("f16");
       else
@@ -136,7 +140,7 @@ __device__ inline void multiply(float (&c)[M][N][4], const HalfPair<E> (&a)[M][4
     }
 }
 
-// The same in float64, in four products of 8 x 4 by 4 x 8.
+// The same in float64, with numbers in place of pairs, in four products of 8 x 4 by 4 x 8.
 template <int M, int N>
 __device__ inline void multiply(double (&c)[M][N][4], const double (&a)[M][4], const double (&b)[N][2]) {
 #pragma unroll
@@ -146,9 +150,9 @@ __device__ inline void multiply(double (&c)[M][N][4], const double (&a)[M][4], c
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
         const int half = part % 2, k = part / 2;
-        asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
-                     : "+d"(c[i][j][2 * half]), "+d"(c[i][j][2 * half + 1])
-                     : "d"(a[i][half + 2 * k]), "d"(b[j][k]));
+        asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+            : "+d"(c[i][j][2 * half]), "+d"(c[i][j][2 * half + 1])
+            : "d"(a[i][half + 2 * k]), "d"(b[j][k]));
       }
 }
 

@@ -33,7 +33,7 @@ Features<E> features_of(const Tensor& layer) {
   const int64_t samples = layer.size(0), depth = layer.numel() / samples;
   std::vector<Axis> axes = axes_of(layer);
   const bool vectors = element_of(layer) == kElement<E> && axes.size() == 1 && axes[0].stride == 1 &&
-                       depth % together == 0 && layer.stride(0) % together == 0 &&
+                       depth % together == 0 && layer.stride(0) % together == 0 && is_short(layer.stride(0)) &&
                        reinterpret_cast<uintptr_t>(layer.const_data_ptr()) % 16 == 0;
   axes.resize(3);
   return {layer.const_data_ptr(), element_of(layer), vectors,        int(depth),     int(axes[1].size),

@@ -16,26 +16,16 @@ struct Features {
   Element type;
   bool vectors;  // contiguous numbers E that can be read 16 bytes at a time
   int depth, middle_size, inner_size;
-  int64_t sample, outer, middle, inner;  // strides
+  int64_t stride, outer, middle, inner;  // between samples, and of the digits
 
   __device__ int64_t offset(int row, int k) const {
-    if (inner_size == depth) return row * sample + k * inner;
+    if (inner_size == depth) return row * stride + k * inner;
     const int rest = k / inner_size;
-    return row * sample + rest / middle_size * outer + rest % middle_size * middle + k % inner_size * inner;
+    return row * stride + rest / middle_size * outer + rest % middle_size * middle + k % inner_size * inner;
   }
 
-  template <bool Along, int Width>
-  __device__ void copy(E* shared, int row, int k, bool valid) const {
-    if (!Along) {
-      const int column = row;
-      row = k;
-      k = column;
-    }
-    if constexpr (Width > 1)
-      copy_async<Width * sizeof(E)>(shared, static_cast<const E*>(data) + (valid ? row * sample + k : 0), valid);
-    else
-      *shared = valid ? read<E>(data, type, offset(row, k)) : E(0);
-  }
+  __device__ const E* address(int row, int k) const { return static_cast<const E*>(data) + row * stride + k; }
+  __device__ E read(int row, int k) const { return kdkernels::read<E>(data, type, offset(row, k)); }
 };
 
 // An entry on the diagonal or right of it, in a symmetric matrix with `rows` rows.
@@ -65,9 +55,9 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<Computed<E>>)
   const Place place = Place::in_triangle(block % in_a_part, across);
   const int begin = block / in_a_part * p.part_depth;
   const int end = begin + min(p.part_depth, p.features.depth - begin);
-  Tile<T> tile = multiply_tiles<T, true, true, Features<E>>({p.features, p.features, begin, end},
-                                                            {p.features, p.features, 0, 0}, place.row, batch,
-                                                            place.column, batch, tf32, place.row == place.column);
+  const auto term = [&](int) { return Term<Features<E>>{p.features, p.features, begin, end}; };
+  Tile<T> tile =
+      multiply_tiles<T, true, true, 1>(term, place.row, batch, place.column, batch, tf32, place.row == place.column);
   T* const out = p.parts == 1 ? p.out : p.out + int64_t(block) * kTile * kTile;
   const bool whole = p.parts == 1;
   tile.for_each([&](int i, int j, T& entry) {
@@ -136,8 +126,8 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<Computed<E>>)
   const FeatureGradient<E>& p = group.problems[index];
   const int depth = p.features.depth, lines = (batch + kTile - 1) / kTile;
   const int row = group.block(index) % lines * kTile, column = group.block(index) / lines * kTile;
-  Tile<T> tile = multiply_tiles<T, true, false, Matrix<T>, Features<E>>(
-      {p.sums, p.features, 0, batch}, {p.sums, p.features, 0, 0}, row, batch, column, depth, tf32);
+  const auto term = [&](int) { return Term<Matrix<T>, Features<E>>{p.sums, p.features, 0, batch}; };
+  Tile<T> tile = multiply_tiles<T, true, false, 1>(term, row, batch, column, depth, tf32);
   with_type(p.features.type, [&](auto type) {
     using Out = decltype(type);
     Out* const out = static_cast<Out*>(p.out);

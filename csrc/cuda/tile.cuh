@@ -1,6 +1,6 @@
-// Matrix products in tiles of 64 x 64, one block per tile. Panels of the operands are copied to shared memory a few
-// steps ahead of the tensor cores. Two half-precision operands are multiplied as they are, which is exact. Each float
-// is split into two tf32 halves, which keeps its accuracy, or is rounded to tf32 if this is allowed.
+// Matrix products in tiles of 64 x 64, one block per tile, on tensor cores. Two operands of the same half precision are
+// multiplied as they are, which is exact. Other operands are split into planes of bfloat16, and a number is the sum of its
+// planes. A number is split once, on its way to shared memory. Six products of a float's three planes keep its accuracy.
 #pragma once
 
 #include <type_traits>
@@ -12,126 +12,196 @@ namespace kdkernels {
 
 constexpr int kLines = 2, kColumns = 4;  // blocks of 16 x 8 in a quarter
 
-// The unit in which tensor cores multiply numbers A and B: pairs if both are half precision, otherwise the compute
-// type.
-template <typename T, typename A, typename B>
-using Unit = std::conditional_t<std::is_same_v<A, B> && kIsHalf<A>, HalfPair<A>, T>;
+// What tensor cores multiply, if the operands have numbers A and B.
+template <typename A, typename B>
+using Plane = std::conditional_t<std::is_same_v<A, double> || (std::is_same_v<A, B> && kIsHalf<A>), A, BFloat16>;
 
-// Numbers that are neighbours along one dimension, and `stride` apart along the other.
+// The planes of a number E. The 11 bits of a Half fill two.
+template <typename E, typename P>
+inline constexpr int kPlanes = std::is_same_v<E, P>      ? 1
+                               : std::is_same_v<E, Half> ? 2
+                                                         : 3;
+
+// Numbers in lines that are `stride` apart. The numbers of a line are neighbours.
 template <typename T>
 struct Matrix {
   using Number = T;
   const T* data;
   int64_t stride;
-  bool vectors;  // pointers, strides and sizes are multiples of 16 bytes
+  bool vectors;  // pointers, strides and sizes are multiples of 16 bytes, and 64 strides fit in 32 bits
 
   __host__ __device__ Matrix from(int64_t offset) const { return {data + offset, stride, vectors}; }
-
-  // Begin to copy `Width` numbers, or zeros, to shared memory. Along says which dimension the neighbours have.
-  template <bool Along, int Width>
-  __device__ void copy(T* shared, int row, int k, bool valid) const {
-    const int64_t offset = Along ? row * stride + k : k * stride + row;
-    if constexpr (Width * sizeof(T) >= 4)
-      copy_async<Width * sizeof(T)>(shared, valid ? data + offset : data, valid);
-    else
-      *shared = valid ? data[offset] : T(0);  // the hardware copies at least four bytes
-  }
+  __device__ const T* address(int line, int column) const { return data + line * stride + column; }
+  __device__ T read(int line, int column) const { return *address(line, column); }
 };
 
-// A panel of one operand, 64 x Depth. Neighbours in memory are also neighbours in shared memory, along the depth or
-// across it. Lines in shared memory are padded, so that the lanes of a warp read from different banks.
-template <typename T, bool Along, int Depth>
-struct Panel {
-  static constexpr int kTogether = 16 / int(sizeof(T));
-  static constexpr int kPitch = Along ? Depth + (kTogether > 4 ? kTogether : 4) : kTile + 32 / int(sizeof(T));
-  static constexpr int kSize = (Along ? kTile : Depth) * kPitch;
+// Whether 64 strides fit in 32 bits.
+inline bool is_short(int64_t stride) { return stride < int64_t(1) << 25; }
 
-  // The order in which lines are written. Two lines of 64 bytes are written at a time. A line shares banks with its
-  // neighbours, but not with the fourth line after it.
-  static __device__ int line_of(int place) {
-    if (!Along || Depth * sizeof(T) > 64) return place;
-    return place / 8 * 8 + place % 2 * 4 + place % 8 / 2;
-  }
-
-  // Begin to copy. Missing rows and depths become zeros.
-  template <typename Source>
-  static __device__ void load(T* panel, const Source& source, int row, int rows, int begin, int end) {
-    const auto copy = [&](auto together) {
-      constexpr int width = decltype(together)::value;
-      constexpr int length = Along ? Depth : kTile, lines = Along ? kTile : Depth, pieces = length / width;
-      static_assert(lines * pieces % kTileThreads == 0);
-#pragma unroll 2  // more would need more registers
-      for (int step = 0; step < lines * pieces / kTileThreads; ++step) {
-        const int i = step * kTileThreads + int(threadIdx.x);
-        const int line = line_of(i / pieces), column = i % pieces * width;
-        const int r = row + (Along ? line : column), k = begin + (Along ? column : line);
-        source.template copy<Along, width>(panel + line * kPitch + column, r, k, r < rows && k < end);
-      }
-    };
-    if (source.vectors)
-      copy(std::integral_constant<int, kTogether>());
-    else
-      copy(std::integral_constant<int, 1>());
-  }
-
-  // Unit k of a row.
-  template <typename U>
-  static __device__ U at(const T* panel, int row, int k) {
-    if constexpr (std::is_same_v<U, HalfPair<T>>) {
-      static_assert(Along);
-      return *reinterpret_cast<const HalfPair<T>*>(panel + row * kPitch + 2 * k);
-    } else {
-      return number<U>(Along ? panel[row * kPitch + k] : panel[k * kPitch + row]);
+// Split a number: each plane is the bfloat16 that is nearest to what the planes before have left. The rest is exact.
+template <typename E, typename P, int Planes>
+__device__ void split(E whole, P (&planes)[Planes]) {
+  if constexpr (std::is_same_v<E, P>) {
+    planes[0] = whole;
+  } else {
+    float rest = number<float>(whole);
+    for (P& plane : planes) {
+      plane = P(rest);
+      rest -= float(plane);
     }
   }
+}
+
+// 16 bytes of neighbours.
+struct alignas(16) Piece {
+  unsigned words[4];
 };
 
-// The bits of x, prepared so that truncation to 11 bits of mantissa, which tensor cores do, rounds x to tf32.
-__device__ inline unsigned rounded(float x) { return __float_as_uint(x) + 0x1000u; }
-
-// Rounding turns some NaN into zero. The product with zero restores them.
-__device__ inline float as_tf32(float x) { return x * 0.0f + __uint_as_float(rounded(x)); }
-
-// The remainder of x is exact and has at most 12 bits.
-__device__ inline float upper_half(float x) { return __uint_as_float(rounded(x) & 0xffffe000u); }
-
-// Apply f to numbers E. Half-precision numbers are their own upper halves, so they do not change.
-template <typename E, int M, int N, typename F>
-__device__ void apply(const F& f, const float (&numbers)[M][N], float (&results)[M][N]) {
+// The numbers of a piece in planes, each with `Words` words.
+template <typename E, typename P, int Planes, int Words>
+__device__ void split(const Piece& piece, unsigned (&planes)[Planes][Words]) {
 #pragma unroll
-  for (int i = 0; i < M; ++i)
+  for (int word = 0; word < Words; ++word)
+    if constexpr (std::is_same_v<E, P>) {
+      planes[0][word] = piece.words[word];
+    } else {
+      float low, high;
+      if constexpr (kIsHalf<E>) {
+        const auto pair = reinterpret_cast<const HalfPair<E>&>(piece.words[word]);
+        low = float(pair.numbers[0]), high = float(pair.numbers[1]);
+      } else {
+        low = __uint_as_float(piece.words[2 * word]), high = __uint_as_float(piece.words[2 * word + 1]);
+      }
 #pragma unroll
-    for (int e = 0; e < N; ++e) results[i][e] = kIsHalf<E> ? numbers[i][e] : f(numbers[i][e]);
+      for (int plane = 0; plane < Planes; ++plane) {
+        planes[plane][word] = bfloat16_pair(low, high);
+        low -= __uint_as_float(planes[plane][word] << 16);
+        high -= __uint_as_float(planes[plane][word] & 0xffff0000u);
+      }
+    }
 }
 
-// c += a b for numbers A and B. The lower halves of floats count unless `tf32`. The lower halves of half-precision
-// numbers are 0.
-//
-// The flag is not a template argument. As one, it would double the kernels, and save 5 % of the instructions with tf32
-// and none without (counted for sm_90).
-template <typename A, typename B, int M, int N>
-__device__ void multiply_units(float (&c)[M][N][4], const float (&a)[M][4], const float (&b)[N][2], bool tf32) {
-  float a_upper[M][4], b_upper[N][2];
-  if (tf32) {
-    apply<A>(as_tf32, a, a_upper);
-    apply<B>(as_tf32, b, b_upper);
-  } else {
-    apply<A>(upper_half, a, a_upper);
-    apply<B>(upper_half, b, b_upper);
-    float a_lower[M][4], b_lower[N][2];
-    apply<A>([](float x) { return x - upper_half(x); }, a, a_lower);
-    apply<B>([](float x) { return x - upper_half(x); }, b, b_lower);
-    if constexpr (!kIsHalf<A>) multiply(c, a_lower, b_upper);
-    if constexpr (!kIsHalf<B>) multiply(c, a_upper, b_lower);
+// The part of an operand that a tile needs: `rows` rows from `row` on, at the depths from begin to end.
+template <typename Source>
+struct Area {
+  Source source;
+  int row, rows, begin, end;
+};
+template <typename Source>
+Area(Source, int, int, int, int) -> Area<Source>;
+
+// A panel of one operand, 64 x Depth, with numbers E in planes P. Neighbours in memory are also neighbours in shared
+// memory, along the depth or across it. Lines in shared memory are padded, so that eight lines lie in different banks.
+template <typename E, typename P, bool Along, int Depth>
+struct Panel {
+  static constexpr int kCount = kPlanes<E, P>, kTogether = 16 / int(sizeof(E));
+  static constexpr int kLength = Along ? Depth : kTile, kHeight = Along ? kTile : Depth;
+  static constexpr int kPitch = kLength + (sizeof(P) == 2 ? 8 : 4);
+  static constexpr int kSize = kHeight * kPitch;  // of a plane
+  // Threads read pieces: all pieces of some lines in each step.
+  static constexpr int kPieces = kLength / kTogether, kApart = kTileThreads / kPieces, kSteps = kHeight / kApart;
+  static_assert(kPieces * kTogether == kLength && kApart * kPieces == kTileThreads && kSteps * kApart == kHeight);
+
+  static __device__ int my_line() { return int(threadIdx.x) / kPieces; }
+  static __device__ int my_column() { return int(threadIdx.x) % kPieces * kTogether; }
+
+  // Visits this thread's pieces of one panel after the other.
+  template <typename Source>
+  class Pieces {
+   public:
+    __device__ explicit Pieces(const Area<Source>& area)
+        : from_(area.source.address(Along ? area.row + my_line() : area.begin + my_line(),
+                                    Along ? area.begin + my_column() : area.row + my_column())),
+          apart_(kApart * int(area.source.stride)),
+          depths_(area.end - area.begin - (Along ? my_column() : my_line())),
+          rows_(area.rows - area.row - (Along ? my_line() : my_column())) {}
+
+    // Call f(step, piece, valid). Pieces outside of the area are not valid, and count as zeros.
+    template <typename F>
+    __device__ void next_panel(const F& f) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step)
+        f(step, reinterpret_cast<const Piece*>(from_ + step * apart_),
+          (Along ? depths_ : rows_) > 0 && (Along ? rows_ : depths_) > step * kApart);
+      from_ += Along ? Depth : int64_t(kSteps) * apart_;
+      depths_ -= Depth;
+    }
+
+   private:
+    const E* from_;
+    int apart_;
+    int depths_, rows_;
+  };
+
+  // The place of this thread's piece in shared memory.
+  static __device__ P* place(P* shared, int step) {
+    return shared + (my_line() + step * kApart) * kPitch + my_column();
   }
-  multiply(c, a_upper, b_upper);
-}
 
-// Products of other units are exact, or as accurate as double.
-template <typename A, typename B, typename T, typename U, int M, int N>
-__device__ void multiply_units(T (&c)[M][N][4], const U (&a)[M][4], const U (&b)[N][2], bool) {
-  multiply(c, a, b);
-}
+  template <typename Source>
+  static __device__ void begin_copy(Pieces<Source>& pieces, P* shared) {
+    pieces.next_panel([&](int step, const Piece* from, bool valid) { copy_async(place(shared, step), from, valid); });
+  }
+
+  template <typename Source>
+  static __device__ void read(Pieces<Source>& pieces, Piece (&results)[kSteps]) {
+    pieces.next_panel([&](int step, const Piece* from, bool valid) {
+      results[step] = {};
+      if (valid) results[step] = *from;
+    });
+  }
+
+  static __device__ void write(const Piece (&pieces)[kSteps], P* shared) {
+    constexpr int count = 4 * int(sizeof(P)) / int(sizeof(E));
+    struct alignas(4 * count) Words {
+      unsigned words[count];
+    };
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      unsigned planes[kCount][count];
+      split<E, P>(pieces[step], planes);
+#pragma unroll
+      for (int plane = 0; plane < kCount; ++plane)
+        *reinterpret_cast<Words*>(place(shared, step) + plane * kSize) = reinterpret_cast<const Words&>(planes[plane]);
+    }
+  }
+
+  // Read and write number by number, for other alignments and strides.
+  template <typename Source>
+  static __device__ void copy(const Area<Source>& area, int panel, P* shared) {
+    const int first = area.begin + panel * Depth;
+#pragma unroll 2  // more would need more registers
+    for (int i = int(threadIdx.x); i < kHeight * kLength; i += kTileThreads) {
+      const int row = area.row + (Along ? i / kLength : i % kLength), k = first + (Along ? i % kLength : i / kLength);
+      const bool valid = row < area.rows && k < area.end;
+      P planes[kCount];
+      split(valid ? area.source.read(Along ? row : k, Along ? k : row) : E(0), planes);
+      for (int plane = 0; plane < kCount; ++plane)
+        shared[plane * kSize + i / kLength * kPitch + i % kLength] = planes[plane];
+    }
+  }
+
+  static __device__ const P* at(const P* shared, int row, int k) {
+    return shared + (Along ? row * kPitch + k : k * kPitch + row);
+  }
+
+  // The fragment of 16 rows and 16 depths of the left operand: rows 0 to 7 and 8 to 15 with the first eight depths, and
+  // with the last eight.
+  static __device__ void read_left(const P* shared, int row, int k, HalfPair<P> (&fragment)[4]) {
+    const int lane = int(threadIdx.x) % kWarp, line = lane % 8, second = lane / 8 % 2 * 8, last = lane / 16 * 8;
+    const P* const from = Along ? at(shared, row + second + line, k + last) : at(shared, row + second, k + last + line);
+    read_matrices<!Along>(fragment, from);
+  }
+
+  // Two fragments of 8 rows and 16 depths of the right operand, each with the first eight depths and the last eight.
+  static __device__ void read_right(const P* shared, int row, int k, HalfPair<P> (&one)[2], HalfPair<P> (&other)[2]) {
+    const int lane = int(threadIdx.x) % kWarp, line = lane % 8, last = lane / 8 % 2 * 8, second = lane / 16 * 8;
+    const P* const from = Along ? at(shared, row + second + line, k + last) : at(shared, row + second, k + last + line);
+    HalfPair<P> both[4];
+    read_matrices<!Along>(both, from);
+    one[0] = both[0], one[1] = both[1], other[0] = both[2], other[1] = both[3];
+  }
+};
 
 // One product, restricted to the depths from begin to end.
 template <typename A, typename B = A>
@@ -181,84 +251,150 @@ __host__ __device__ inline int64_t triangle(int lines, int across) {
   return int64_t(lines) * across - int64_t(lines) * (lines - 1) / 2;
 }
 
-// The panels of both operands in shared memory. The operands have numbers A and B, and their product is computed in T.
-template <typename T, bool AlongA, bool AlongB, typename NumberA, typename NumberB>
-struct Stage {
-  using U = Unit<T, NumberA, NumberB>;
-  static constexpr int kDeep = kDepth * (std::is_same_v<U, T> ? 1 : 2);  // in numbers
-  using A = Panel<NumberA, AlongA, kDeep>;
-  using B = Panel<NumberB, AlongB, kDeep>;
-  static constexpr int kBytes = A::kSize * int(sizeof(NumberA)) + B::kSize * int(sizeof(NumberB));
-};
-template <typename T, bool AlongA, bool AlongB, typename A = T, typename B = A>
-inline constexpr int kTileBytes = kStages<T> * Stage<T, AlongA, AlongB, A, B>::kBytes;
+// Panels of both operands in shared memory. While one pair is multiplied, the next one comes: into shared memory if the
+// numbers are multiplied as they are, and into registers if they will be split.
+template <bool AlongA, bool AlongB, typename NumberA, typename NumberB>
+struct Panels {
+  using P = Plane<NumberA, NumberB>;
+  static constexpr bool kSplit = !std::is_same_v<P, NumberA> || !std::is_same_v<P, NumberB>;
+  static constexpr int kDeep = kSplit ? kDepth : kUnsplitDepth<P>, kStages = kSplit ? 1 : 2;
+  using A = Panel<NumberA, P, AlongA, kDeep>;
+  using B = Panel<NumberB, P, AlongB, kDeep>;
+  static constexpr int kSize = A::kCount * A::kSize + B::kCount * B::kSize;  // in numbers P
+  static constexpr int kBytes = kStages * kSize * int(sizeof(P));
 
-// The tile at (row, column) of plus.a plus.b - minus.a minus.b, which has `rows` rows and `columns` columns. The sums
-// of panels are added with rounding, because the additions of tensor cores truncate. `tf32`: round floats to tf32.
-// `mirrored`: a equals b, and row equals column, so one panel serves both.
-template <typename T, bool AlongA, bool AlongB, typename SourceA = Matrix<T>, typename SourceB = SourceA>
-__device__ Tile<T> multiply_tiles(const Term<SourceA, SourceB>& plus, const Term<SourceA, SourceB>& minus, int row,
-                                  int rows, int column, int columns, bool tf32 = false, bool mirrored = false) {
-  using NumberA = typename SourceA::Number;
-  using NumberB = typename SourceB::Number;
-  using Panels = Stage<T, AlongA, AlongB, NumberA, NumberB>;
-  using A = typename Panels::A;
-  using B = typename Panels::B;
-  using U = typename Panels::U;
-  static_assert(kStages<T> * Panels::kBytes <= 48 * 1024);
-  char* const memory = dynamic_shared_memory();
-  const auto a_at = [&](int panel) { return reinterpret_cast<NumberA*>(memory + panel % kStages<T> * Panels::kBytes); };
-  const auto b_at = [&](int panel) { return reinterpret_cast<NumberB*>(a_at(panel) + (mirrored ? 0 : A::kSize)); };
-  const auto panels = [](const Term<SourceA, SourceB>& term) {
-    return (term.end - term.begin + Panels::kDeep - 1) / Panels::kDeep;
-  };
-  const int first = panels(plus), count = first + panels(minus);
-
-  const auto load = [&](int panel) {
-    if (panel < count) {
-      const Term<SourceA, SourceB> term = panel < first ? plus : minus;
-      const int begin = term.begin + (panel < first ? panel : panel - first) * Panels::kDeep;
-      A::load(a_at(panel), term.a, row, rows, begin, term.end);
-      if (!mirrored) B::load(b_at(panel), term.b, column, columns, begin, term.end);
+  // entries += a b. The sum of a panel is added with rounding, because the additions of tensor cores truncate.
+  static __device__ void multiply(float (&entries)[kLines][kColumns][4], const P* a, const P* b, int row, int column,
+                                  bool tf32) {
+    float sums[kLines][kColumns][4] = {};
+#pragma unroll
+    for (int k = 0; k < kDeep; k += 16) {
+      HalfPair<P> right[B::kCount][kColumns][2];
+#pragma unroll
+      for (int plane = 0; plane < B::kCount; ++plane)
+#pragma unroll
+        for (int j = 0; j < kColumns; j += 2)
+          B::read_right(b + plane * B::kSize, column + 8 * j, k, right[plane][j], right[plane][j + 1]);
+      const auto add = [&](int of_a, std::initializer_list<int> of_b) {
+        if (of_a >= A::kCount || (of_a == 2 && tf32)) return;
+        HalfPair<P> left[kLines][4];
+#pragma unroll
+        for (int i = 0; i < kLines; ++i) A::read_left(a + of_a * A::kSize, row + 16 * i, k, left[i]);
+        for (const int plane : of_b)
+          if (plane < B::kCount && !(of_a + plane == 2 && tf32)) kdkernels::multiply(sums, left, right[plane]);
+      };
+      // The products of the largest planes come last, so that little is truncated. `tf32` leaves out the products that
+      // are 2^-16 of them. The first one is never left out, so that the compiler knows that it is added to 0.
+      add(1, {0, 1});
+      add(2, {0});
+      add(0, {2, 1, 0});
     }
-    close_copies();
-  };
-
-  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
-  const int my_row = warp / 2 * 32 + lane / 4, my_column = warp % 2 * 32 + lane / 4, my_depth = lane % 4;
-  Tile<T> tile;
-#pragma unroll 1
-  for (int panel = 1 - kStages<T>; panel < count; ++panel) {
-    if (panel >= 0) {
-      wait_copies<kStages<T> - 2>();
-      __syncthreads();
-    }
-    load(panel + kStages<T> - 1);  // replaces the previous panel
-    if (panel < 0) continue;
-    const NumberA* const a_panel = a_at(panel);
-    const NumberB* const b_panel = b_at(panel);
-    T sums[kLines][kColumns][4] = {};
-#pragma unroll
-    for (int k = 0; k < kDepth; k += 8) {
-      U a[kLines][4], b[kColumns][2];
-#pragma unroll
-      for (int i = 0; i < kLines; ++i)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          a[i][e] = A::template at<U>(a_panel, my_row + 16 * i + e % 2 * 8, k + my_depth + e / 2 * 4);
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) b[j][e] = B::template at<U>(b_panel, my_column + 8 * j, k + my_depth + e * 4);
-      multiply_units<NumberA, NumberB>(sums, a, b, tf32);
-    }
-    const T sign = panel < first ? T(1) : T(-1);
 #pragma unroll
     for (int i = 0; i < kLines; ++i)
 #pragma unroll
       for (int j = 0; j < kColumns; ++j)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) tile.entries[i][j][e] += sign * sums[i][j][e];
+        for (int e = 0; e < 4; ++e) entries[i][j][e] += sums[i][j][e];
+  }
+
+  static __device__ void multiply(double (&entries)[kLines][kColumns][4], const double* a, const double* b, int row,
+                                  int column, bool) {
+    const int lane = int(threadIdx.x) % kWarp, line = lane / 4, depth = lane % 4;
+#pragma unroll
+    for (int k = 0; k < kDeep; k += 8) {
+      double left[kLines][4], right[kColumns][2];
+#pragma unroll
+      for (int i = 0; i < kLines; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) left[i][e] = *A::at(a, row + line + 16 * i + e % 2 * 8, k + depth + e / 2 * 4);
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) right[j][e] = *B::at(b, column + line + 8 * j, k + depth + e * 4);
+      kdkernels::multiply(entries, left, right);
+    }
+  }
+};
+template <typename T, bool AlongA, bool AlongB, typename A = T, typename B = A>
+inline constexpr int kTileBytes = Panels<AlongA, AlongB, A, B>::kBytes;
+
+template <typename T>
+__device__ void negate(Tile<T>& tile) {
+  tile.for_each([](int, int, T& entry) { entry = -entry; });
+}
+
+// Add a product to the tile. Vectors: both operands can be read 16 bytes at a time. `mirrored`: they have the same panel.
+template <bool AlongA, bool AlongB, bool Vectors, typename T, typename SourceA, typename SourceB>
+__device__ void add_product(Tile<T>& tile, const Area<SourceA>& a, const Area<SourceB>& b, bool tf32, bool mirrored) {
+  using Both = Panels<AlongA, AlongB, typename SourceA::Number, typename SourceB::Number>;
+  using A = typename Both::A;
+  using B = typename Both::B;
+  using P = typename Both::P;
+  const auto left_at = [](int panel) {
+    return reinterpret_cast<P*>(dynamic_shared_memory()) + panel % Both::kStages * Both::kSize;
+  };
+  const auto right_at = [&](int panel) { return left_at(panel) + (mirrored ? 0 : A::kCount * A::kSize); };
+  const int warp = int(threadIdx.x) / kWarp, row = warp / 2 * 32, column = warp % 2 * 32;
+  const int count = (a.end - a.begin + Both::kDeep - 1) / Both::kDeep;
+  typename A::template Pieces<SourceA> a_pieces(a);
+  typename B::template Pieces<SourceB> b_pieces(b);
+  Piece of_a[A::kSteps], of_b[B::kSteps];
+  const auto copy = [&](int panel) {
+    if constexpr (Vectors && !Both::kSplit) {
+      if (panel < count) {
+        A::begin_copy(a_pieces, left_at(panel));
+        if (!mirrored) B::begin_copy(b_pieces, right_at(panel));
+      }
+      close_copies();
+    }
+  };
+  const auto read = [&] {
+    if constexpr (Vectors && Both::kSplit) {
+      A::read(a_pieces, of_a);
+      if (!mirrored) B::read(b_pieces, of_b);
+    }
+  };
+  copy(0);
+  read();
+#pragma unroll 1
+  for (int panel = 0; panel < count; ++panel) {
+    P *const left = left_at(panel), *const right = right_at(panel);
+    copy(panel + 1);
+    if constexpr (!Vectors) {
+      A::copy(a, panel, left);
+      if (!mirrored) B::copy(b, panel, right);
+    } else if constexpr (Both::kSplit) {
+      A::write(of_a, left);
+      if (!mirrored) B::write(of_b, right);
+    } else {
+      wait_copies<1>();
+    }
+    __syncthreads();
+    read();
+    Both::multiply(tile.entries, left, right, row, column, tf32);
+    __syncthreads();
+  }
+}
+
+// The tile at (row, column) of a b for term(0), or of the difference of both products for term(0) and term(1). It has
+// `rows` rows and `columns` columns. Registers have no room for two terms, so each is asked for when it is due. `tf32`:
+// the numbers may be rounded to tf32. `mirrored`: a equals b, and row equals column, so one panel serves both.
+template <typename T, bool AlongA, bool AlongB, int Terms, typename F>
+__device__ Tile<T> multiply_tiles(const F& term, int row, int rows, int column, int columns, bool tf32 = false,
+                                  bool mirrored = false) {
+  Tile<T> tile;
+#pragma unroll 1
+  for (int i = 0; i < Terms; ++i) {
+    const auto now = term(i);
+    if (now.begin >= now.end) continue;
+    const Area a{now.a, row, rows, now.begin, now.end};
+    const Area b{now.b, column, columns, now.begin, now.end};
+    if (i > 0) negate(tile);
+    if (now.a.vectors && now.b.vectors)
+      add_product<AlongA, AlongB, true>(tile, a, b, tf32, mirrored);
+    else
+      add_product<AlongA, AlongB, false>(tile, a, b, tf32, mirrored);
+    if (i > 0) negate(tile);
   }
   return tile;
 }

@@ -8,13 +8,12 @@
 namespace kdkernels {
 
 // Tiles of products (tile.cuh).
-constexpr int kTile = 64;          // rows and columns
-constexpr int kDepth = 16;         // depth of a panel in units (numbers or pairs)
-constexpr int kTileThreads = 128;  // four warps, each with a quarter of the tile, 32 x 32
-// Panels of both operands in shared memory, and blocks per multiprocessor, for which there are registers. The panels of
-// as many blocks fit in the smallest shared memory, 100 KiB on sm_86 and sm_89.
-template <typename T>
-inline constexpr int kStages = sizeof(T) == sizeof(float) ? 3 : 2;
+constexpr int kTile = 64;   // rows and columns
+constexpr int kDepth = 32;  // depth of a panel
+template <typename P>
+inline constexpr int kUnsplitDepth = sizeof(P) == 2 ? 128 : 16;  // of a panel whose numbers are multiplied as they are
+constexpr int kTileThreads = 128;                                // four warps, each with a quarter of the tile, 32 x 32
+// Blocks per multiprocessor, for which there are registers.
 template <typename T>
 inline constexpr int kTileBlocks = sizeof(T) == sizeof(float) ? 3 : 2;
 

@@ -30,9 +30,12 @@ __global__ void rotation_kernel(const float* in, float* out) {
 template <bool Wait>
 __global__ void copy_kernel(const float* in, float* out) {
   SHARED_ARRAY(float, values, 64);
-  kdkernels::copy_async<4>(values + threadIdx.x, in + threadIdx.x, true);
+  if (threadIdx.x % 4 == 0) kdkernels::copy_async(values + threadIdx.x, in + threadIdx.x, true);
   kdkernels::close_copies();
-  if constexpr (Wait) kdkernels::wait_copies<0>();
+  if constexpr (Wait) {
+    kdkernels::wait_copies<0>();
+    __syncthreads();
+  }
   out[threadIdx.x] = values[threadIdx.x];
 }
 

@@ -57,7 +57,6 @@ struct Barrier {
 struct Copy {
   char* to;
   const char* from;  // null for zeros
-  int bytes;
 };
 
 struct Fibre {
@@ -246,7 +245,6 @@ inline float __uint_as_float(unsigned bits) {
 namespace emulation {
 
 // The bits of an operand (a number or a pair) that a tensor core reads, and the bits of a sum that it keeps.
-inline std::array<double, 1> operand(float x) { return {__uint_as_float(__float_as_uint(x) & 0xffffe000u)}; }
 inline std::array<double, 1> operand(double x) { return {x}; }
 template <typename E>
 std::array<double, 2> operand(const kdkernels::HalfPair<E>& x) {
@@ -291,13 +289,12 @@ inline float fast_exp2(float x) {
 
 inline float fast_reciprocal(float x) { return 1 / x; }
 
-template <int Bytes>
-void copy_async(void* shared, const void* global, bool valid) {
-  if (reinterpret_cast<uintptr_t>(shared) % Bytes || (valid && reinterpret_cast<uintptr_t>(global) % Bytes))
+inline void copy_async(void* shared, const void* global, bool valid) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || (valid && reinterpret_cast<uintptr_t>(global) % 16))
     throw std::runtime_error("a copy in the background is not aligned");
-  emulation::poison(shared, Bytes);
+  emulation::poison(shared, 16);
   emulation::fibres[emulation::current].copies.back().push_back(
-      {static_cast<char*>(shared), valid ? static_cast<const char*>(global) : nullptr, Bytes});
+      {static_cast<char*>(shared), valid ? static_cast<const char*>(global) : nullptr});
 }
 
 inline void close_copies() { emulation::fibres[emulation::current].copies.emplace_back(); }
@@ -307,9 +304,24 @@ void wait_copies() {
   auto& groups = emulation::fibres[emulation::current].copies;
   for (size_t group = 0; group + 1 + Open < groups.size(); ++group) {
     for (const emulation::Copy& copy : groups[group])
-      copy.from ? std::memcpy(copy.to, copy.from, copy.bytes) : std::memset(copy.to, 0, copy.bytes);
+      copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
     groups[group].clear();
   }
+}
+
+inline unsigned bfloat16_pair(float low, float high) { return BFloat16(low).x | unsigned(BFloat16(high).x) << 16; }
+
+template <bool Transposed, typename E>
+void read_matrices(HalfPair<E> (&pairs)[4], const E* line) {
+  if (reinterpret_cast<uintptr_t>(line) % 16) throw std::runtime_error("a line of a matrix is not aligned");
+  emulation::show(line);
+  const int lane = emulation::current % kWarp, g = lane / 4, t = lane % 4;
+  for (int matrix = 0; matrix < 4; ++matrix)
+    for (int e = 0; e < 2; ++e) {
+      const int from = Transposed ? 2 * t + e : g;
+      pairs[matrix].numbers[e] = emulation::shown_by<const E*>(8 * matrix + from)[Transposed ? g : 2 * t + e];
+    }
+  emulation::wait_for_warp();
 }
 
 // Products of a warp. csrc/cuda/device.cuh describes the layout over the lanes.

@@ -39,6 +39,17 @@ AGREEMENT = 1e-3  # relative to a norm; float32 textbook versions lose digits th
 torch._dynamo.config.recompile_limit = 64  # beyond this limit, torch.compile silently runs eager code
 
 
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees. Otherwise, glibc takes new pages for every large result, and their first
+    writes can take longer than the loss.
+    """
+    trim_threshold, most_mappings = -1, -4
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(most_mappings, 0)
+
+
 class Work(NamedTuple):
     """The minimal work of a loss and its gradient, or the work of a machine per second."""
 
@@ -138,6 +149,7 @@ def compare(benchmark, case: Case, seconds: float = SECONDS, memory: bool = True
     fused variant. The notes have the ratio to the best other variant, the share of the processor's peak
     and, on demand, each variant's peak memory.
     """
+    keep_freed_memory()
     torch.compiler.reset()
     inputs = case.inputs(*case.arguments)
     variants = case.others() | compiled(case.baselines)

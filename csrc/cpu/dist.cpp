@@ -78,6 +78,7 @@ class Row {
       : there(classes), classes_(classes), q_(q), p_(p) {
     const T max_s = max_of<T>(student, 0, classes, -kInfinity<T>),
             max_t = max_of<T>(teacher, 0, classes, -kInfinity<T>);
+    const T exponent = T(kLog2e<double> * inverse_temperature);
     double sum_s = 0, sum_t = 0;
     Mask<T> absent{};
     for_blocks(0, classes, [&](int64_t begin, int64_t end) {
@@ -85,8 +86,8 @@ class Row {
       for_vectors<T>(begin, end, [&](int64_t j, int64_t count) {
         const V s = load_first<T>(student + j, count, T(0)), t = load_first<T>(teacher + j, count, T(0));
         const auto valid = first_lanes<T>(count);
-        const V e_s = valid ? exp_nonpositive<T>((s - max_s) * inverse_temperature) : V{};
-        const V e_t = valid ? exp_nonpositive<T>((t - max_t) * inverse_temperature) : V{};
+        const V e_s = valid ? exp2_or_zero<T>((s - max_s) * exponent) : V{};
+        const V e_t = valid ? exp2_or_zero<T>((t - max_t) * exponent) : V{};
         absent += (s == -kInfinity<T>)&(t == -kInfinity<T>);
         store_first<T>(q + j, e_s, count);
         store_first<T>(p + j, e_t, count);
@@ -319,7 +320,7 @@ class RowGradient {
   // largest class, so that nothing cancels if its probability is nearly 1.
   void write(T* out) const {
     const T largest = max_of<T>(own, 0, classes, T(-1));
-    const int64_t top = std::min(std::find(own, own + classes, largest) - own, classes - 1);
+    const int64_t top = std::min(position_of(own, classes, largest), classes - 1);
     const T at_top = slope(top);
     const double total = sum_over<T>(0, classes, [&](int64_t j, int64_t count) {
       const V probability = load_first<T>(own + j, count, T(0));

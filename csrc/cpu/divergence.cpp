@@ -17,6 +17,7 @@
 
 #include "exp.h"
 #include "log.h"
+#include "logit_rows.h"
 #include "parallel.h"
 #include "workspace.h"
 
@@ -34,36 +35,7 @@ constexpr double kFar = 0.01;                // the terms of a smaller divergenc
 // are -inf, and `far` in the fastest way, if the first read of a KL divergence found that nothing cancels.
 enum Mode : int64_t { near, absent, far };
 
-// Elements as numbers of the compute type --------------------------------------------------------------------------------
-
-template <typename T>
-void widen(const void* source, int64_t count, T* out, ScalarType type) {
-  with_element_type(type, [&](auto element) {
-    const auto* from = static_cast<const decltype(element)*>(source);
-    for (int64_t j = 0; j < count; ++j) out[j] = static_cast<T>(from[j]);
-  });
-}
-
-template <>
-void widen<float>(const void* source, int64_t count, float* out, ScalarType type) {
-  int64_t j = 0;
-#if defined(__AVX2__)
-  if (type == ScalarType::BFloat16 || type == ScalarType::Half) {
-    const auto* from = static_cast<const uint16_t*>(source);
-    for (; j + 8 <= count; j += 8) {
-      const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j));
-      const __m256 values = type == ScalarType::Half
-                                ? _mm256_cvtph_ps(bits)
-                                : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-      _mm256_storeu_ps(out + j, values);
-    }
-  }
-#endif
-  with_element_type(type, [&](auto element) {
-    const auto* from = static_cast<const decltype(element)*>(source);
-    for (; j < count; ++j) out[j] = static_cast<float>(from[j]);
-  });
-}
+// Rows of logits ---------------------------------------------------------------------------------------------------------
 
 int64_t bytes_of(ScalarType type) {
   return with_element_type(type, [](auto element) { return int64_t(sizeof(element)); });
@@ -81,7 +53,8 @@ struct RowIn {
   // Return elements [begin, begin + count), in place or converted into `buffer`.
   const T* block(int64_t begin, int64_t count, T* buffer) const {
     if (type == kScalarType<T>) return reinterpret_cast<const T*>(data) + begin;
-    widen<T>(data + begin * size, count, buffer, type);
+    with_element_type(
+        type, [&](auto element) { widen(reinterpret_cast<const decltype(element)*>(data) + begin, 1, count, buffer); });
     return buffer;
   }
 };
@@ -115,8 +88,7 @@ struct RowOut {
     if (type != kScalarType<T>) {
       with_element_type(type, [&](auto element) {
         using E = decltype(element);
-        E* narrow = streamed ? reinterpret_cast<E*>(buffer) : reinterpret_cast<E*>(out);
-        for (int64_t j = 0; j < count; ++j) narrow[j] = static_cast<E>(block[j]);
+        narrow(block, count, reinterpret_cast<E*>(streamed ? reinterpret_cast<char*>(buffer) : out), 1);
       });
       if (!streamed) return;
       source = reinterpret_cast<const char*>(buffer);
@@ -126,16 +98,6 @@ struct RowOut {
 };
 
 // Vectors ----------------------------------------------------------------------------------------------------------------
-
-// 2^x for x <= 0, and 0 below the normal numbers. NaN stays NaN.
-template <typename T>
-inline typename Vec<T>::type exp2_or_zero(typename Vec<T>::type x) {
-  using V = typename Vec<T>::type;
-  using C = exp_detail::Constants<T>;
-  const V shifted = x + C::rounder;
-  const V scaled = times_power_of_two<T>(exp2_near_zero<T>(x - (shifted - C::rounder)), shifted);
-  return x < C::lowest * kLog2e<T> ? V{} : scaled;
-}
 
 template <typename T>
 double sum(typename Vec<T>::type lanes) {
@@ -176,8 +138,9 @@ template <typename T, bool is_jsd, Mode how>
   const V of_x = load_first<T>(x, count, c.max_p), of_y = load_first<T>(y, count, c.max_q);
   // Subtract before anything is rounded. Near the maximum, the difference is exact.
   t.below_p = of_x - c.max_p, t.below_q = of_y - c.max_q;
-  t.p = exp2_or_zero<T>(t.below_p * c.exponent_p) * c.inverse_p;
-  t.q = exp2_or_zero<T>(t.below_q * c.exponent_q) * c.inverse_q;
+  const auto exp2 = how == absent ? exp2_or_zero<T> : exp2_or_least<T>;
+  t.p = exp2(t.below_p * c.exponent_p) * c.inverse_p;
+  t.q = exp2(t.below_q * c.exponent_q) * c.inverse_q;
   if (count < Vec<T>::size) {
     const auto valid = first_lanes<T>(count);
     t.p = valid ? t.p : V{}, t.q = valid ? t.q : V{};
@@ -341,12 +304,6 @@ class Row {
   // In one pass, maxima, sums of the exponentials below them, and the sum of exp(a) (a - b) over the exponents of p and q. The
   // last sum is in units of ln 2.
   void exponentials() {
-    const auto max_of = [](const T* x, int64_t count, T max) {
-      V largest = V{} + max;
-      for_vectors<T>(0, count,
-                     [&](int64_t j, int64_t lanes) { largest = larger<T>(load_first<T>(x + j, lanes, max), largest); });
-      return reduce<T>(largest, larger<T>);
-    };
     // Return by how much the largest exponent rises.
     const auto rise = [](Network<T>& network, T max) {
       if (!(max > network.max)) return 0.0;
@@ -357,8 +314,8 @@ class Row {
     };
     const T exponent_p = T(p_.slope * kLog2e<double>), exponent_q = T(q_.slope * kLog2e<double>);
     blocks([&](int64_t begin, int64_t count, const T* x, const T* y) {
-      const double before = p_.sum, by_p = rise(p_, max_of(x, count, p_.max)),
-                   by_q = rise(q_, max_of(y, count, q_.max));
+      const double before = p_.sum, by_p = rise(p_, max_of<T>(x, 0, count, p_.max)),
+                   by_q = rise(q_, max_of<T>(y, 0, count, q_.max));
       if (by_p > 0) cross_ = std::exp(-by_p) * (cross_ - by_p * kLog2e<double> * before);
       cross_ += by_q * kLog2e<double> * p_.sum;
       V sums_p{}, sums_q{}, cross{};
@@ -366,7 +323,7 @@ class Row {
         prefetch(begin + j);
         const V a = (load_first<T>(x + j, lanes, p_.max) - p_.max) * exponent_p;
         const V b = (load_first<T>(y + j, lanes, q_.max) - q_.max) * exponent_q;
-        V of_p = exp2_or_zero<T>(a), of_q = exp2_or_zero<T>(b);
+        V of_p = exp2_or_least<T>(a), of_q = exp2_or_least<T>(b);
         if (lanes < Vec<T>::size) {
           const auto valid = first_lanes<T>(lanes);
           of_p = valid ? of_p : V{}, of_q = valid ? of_q : V{};
@@ -376,7 +333,7 @@ class Row {
       p_.sum += sum<T>(sums_p), q_.sum += sum<T>(sums_q), cross_ += sum<T>(cross);
     });
     for (Network<T>* network : {&p_, &q_})
-      if (network->sum == 0) network->sum = NAN;  // all logits are -inf
+      if (network->sum < 0.5) network->sum = NAN;  // all logits are -inf. Otherwise, the largest exponential is 1.
   }
 
   // The logit of q in the class with the largest p.
@@ -384,7 +341,7 @@ class Row {
     bool found = false;
     blocks([&](int64_t, int64_t count, const T* x, const T* y) {
       if (found) return;
-      const int64_t j = std::find(x, x + count, p_.max) - x;
+      const int64_t j = position_of(x, count, p_.max);
       found = j < count;
       if (found) top_q_ = y[j];
     });

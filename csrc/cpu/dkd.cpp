@@ -93,13 +93,14 @@ class Row {
   }
 
   void exponentials() {
+    const T exponent = T(kLog2e<double> * inverse_temperature_);
     for_others([&](int64_t first, int64_t last) {
       for_blocks(first, last, [&](int64_t begin, int64_t end) {
         V sum_s{}, sum_t{};
         for_vectors<T>(begin, end, [&](int64_t j, int64_t count) {
           const auto valid = first_lanes<T>(count);
-          const V s = valid ? exp_nonpositive<T>(below(student_, max_student_, j, count) * inverse_temperature_) : V{};
-          const V t = valid ? exp_nonpositive<T>(below(teacher_, max_teacher_, j, count) * inverse_temperature_) : V{};
+          const V s = valid ? exp2_or_zero<T>(below(student_, max_student_, j, count) * exponent) : V{};
+          const V t = valid ? exp2_or_zero<T>(below(teacher_, max_teacher_, j, count) * exponent) : V{};
           store_first<T>(exp_student_ + j, s, count);
           store_first<T>(exp_teacher_ + j, t, count);
           sum_s += s;

@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "convert.h"
 #include "tensors.h"
 #include "view.h"
 
@@ -47,11 +48,7 @@ class Elements {
     with_element_type(type_, [&](auto element) {
       using E = decltype(element);
       runs(sample, first, count, [&](int64_t done, int64_t length, int64_t place, int64_t stride) {
-        const E* source = reinterpret_cast<const E*>(data_) + place;
-        if (stride == 1)
-          for (int64_t k = 0; k < length; ++k) out[done + k] = static_cast<T>(source[k]);
-        else
-          for (int64_t k = 0; k < length; ++k) out[done + k] = static_cast<T>(source[k * stride]);
+        widen(reinterpret_cast<const E*>(data_) + place, stride, length, out + done);
       });
     });
   }
@@ -61,11 +58,7 @@ class Elements {
     with_element_type(type_, [&](auto element) {
       using E = decltype(element);
       runs(sample, first, count, [&](int64_t done, int64_t length, int64_t place, int64_t stride) {
-        E* out = reinterpret_cast<E*>(data_) + place;
-        if (stride == 1)
-          for (int64_t k = 0; k < length; ++k) out[k] = static_cast<E>(source[done + k]);
-        else
-          for (int64_t k = 0; k < length; ++k) out[k * stride] = static_cast<E>(source[done + k]);
+        narrow(source + done, length, reinterpret_cast<E*>(data_) + place, stride);
       });
     });
   }

@@ -96,7 +96,8 @@ inline typename Vec<T>::type times_power_of_two(typename Vec<T>::type power, typ
 }
 
 // 2^x for finite x <= 0. In float, it takes fewer instructions than exp_nonpositive. The relative error is at most 2e-7 (3e-16
-// in double), and 0 is exact. Below the normal numbers, a result is denormal, 0, or close to the smallest normal number.
+// in double), and 0 is exact. Below the normal numbers, a result is denormal, 0, or close to the smallest normal number. NaN
+// stays NaN.
 template <typename T>
 inline typename Vec<T>::type exp2_nonpositive(typename Vec<T>::type x) {
   using V = typename Vec<T>::type;
@@ -110,6 +111,21 @@ inline typename Vec<T>::type exp2_nonpositive(typename Vec<T>::type x) {
   x = larger<T>(V{} + (C::lowest + 1) * kLog2e<T>, x);
   const V shifted = x + C::rounder;
   return times_power_of_two<T>(exp2_near_zero<T>(x - (shifted - C::rounder)), shifted);
+}
+
+// The same for every x <= 0. Below the normal numbers, also for -inf, a result is close to the smallest normal number.
+template <typename T>
+inline typename Vec<T>::type exp2_or_least(typename Vec<T>::type x) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) x = larger<T>(typename Vec<T>::type{} - T(126), x);
+#endif
+  return exp2_nonpositive<T>(x);
+}
+
+// The same, with 0 below the normal numbers.
+template <typename T>
+inline typename Vec<T>::type exp2_or_zero(typename Vec<T>::type x) {
+  return x < exp_detail::Constants<T>::lowest * kLog2e<T> ? typename Vec<T>::type{} : exp2_nonpositive<T>(x);
 }
 
 // exp(-d) - 1 + d for |d| <= 1/2 from its Taylor series, in which nothing cancels.

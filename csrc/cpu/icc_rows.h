@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "convert.h"
 #include "exp.h"
 #include "tensors.h"
 #include "workspace.h"
@@ -114,11 +115,7 @@ class Logits {
   void read(const Element* source, int64_t row, int64_t column) {
     for (int64_t s = 0; s < batch; ++s) {
       T* out = numbers_ + s * stride;
-      const Element* elements = source + s * row;
-      if (column == 1)
-        for (int64_t j = 0; j < classes; ++j) out[j] = static_cast<T>(elements[j]);
-      else
-        for (int64_t j = 0; j < classes; ++j) out[j] = static_cast<T>(elements[j * column]);
+      widen(source + s * row, column, classes, out);
       std::fill(out + classes, out + stride, T(0));
     }
   }

@@ -5,60 +5,12 @@
 #include <cmath>
 
 #include "../checks/kd.h"
-#include "exp.h"
+#include "logit_rows.h"
 #include "parallel.h"
-#include "tensors.h"
 #include "workspace.h"
 
 namespace kdkernels {
 namespace {
-
-constexpr int64_t kElementsPerThread = 16384;
-constexpr int64_t kBlock = 1024;  // elements that are summed in the compute type before their sum is added in double
-
-// Logits of any element type and strides, read row by row as numbers of the compute type T.
-template <typename T>
-struct Logits {
-  const char* data;
-  int64_t row_bytes, column, classes;
-  void (*read)(const void* source, int64_t column, int64_t count, T* out);  // null if the rows need no conversion
-
-  const T* row(int64_t i, T* buffer) const {
-    const void* source = data + i * row_bytes;
-    if (!read) return static_cast<const T*>(source);
-    read(source, column, classes, buffer);
-    return buffer;
-  }
-};
-
-template <typename T, typename Element>
-void read_row(const void* source, int64_t column, int64_t count, T* out) {
-  const Element* elements = static_cast<const Element*>(source);
-  if (column == 1)
-    for (int64_t j = 0; j < count; ++j) out[j] = static_cast<T>(elements[j]);
-  else
-    for (int64_t j = 0; j < count; ++j) out[j] = static_cast<T>(elements[j * column]);
-}
-
-template <typename T>
-Logits<T> logits_of(const Tensor& tensor) {
-  return with_element_type(tensor, [&](auto element) {
-    using Element = decltype(element);
-    const bool as_it_is = std::is_same_v<Element, T> && tensor.stride(1) == 1;
-    return Logits<T>{static_cast<const char*>(tensor.const_data_ptr()), tensor.stride(0) * int64_t(sizeof(Element)),
-                     tensor.stride(1), tensor.size(1), as_it_is ? nullptr : read_row<T, Element>};
-  });
-}
-
-template <typename T>
-T max_of(const T* row, int64_t count) {
-  using V = typename Vec<T>::type;
-  const auto larger = [](V a, V b) { return a > b ? a : b; };
-  V largest = V{} + row[0];
-  for_vectors<T>(0, count,
-                 [&](int64_t j, int64_t lanes) { largest = larger(largest, load_first<T>(row + j, lanes, row[0])); });
-  return reduce<T>(largest, larger);
-}
 
 // One row of both networks, with p and q the softmax of teacher and student.
 template <typename T>
@@ -69,23 +21,24 @@ struct Row {
   int64_t classes;
   T inverse_temperature;
   T *exp_student, *exp_teacher;  // exp((x - max) / T): q and p without the division by their sums
-  T max_student = max_of(student, classes), max_teacher = max_of(teacher, classes);
+  T max_student = max_of<T>(student, 0, classes, student[0]), max_teacher = max_of<T>(teacher, 0, classes, teacher[0]);
   double sum_student = 0, sum_teacher = 0;
 
   void exponentials() {
-    for (int64_t begin = 0; begin < classes; begin += kBlock) {
+    const T exponent = T(kLog2e<double> * inverse_temperature);
+    for (int64_t begin = 0; begin < classes; begin += kSumBlock) {
       V sum_s{}, sum_t{};
-      for_vectors<T>(begin, std::min(begin + kBlock, classes), [&](int64_t j, int64_t count) {
+      for_vectors<T>(begin, std::min(begin + kSumBlock, classes), [&](int64_t j, int64_t count) {
         const auto valid = first_lanes<T>(count);
-        const V s = valid ? exp_nonpositive<T>(below(student, max_student, j, count) * inverse_temperature) : V{};
-        const V t = valid ? exp_nonpositive<T>(below(teacher, max_teacher, j, count) * inverse_temperature) : V{};
+        const V s = valid ? exp2_or_zero<T>(below(student, max_student, j, count) * exponent) : V{};
+        const V t = valid ? exp2_or_zero<T>(below(teacher, max_teacher, j, count) * exponent) : V{};
         store_first<T>(exp_student + j, s, count);
         store_first<T>(exp_teacher + j, t, count);
         sum_s += s;
         sum_t += t;
       });
-      sum_student += sum(sum_s);
-      sum_teacher += sum(sum_t);
+      sum_student += lane_sum<T>(sum_s);
+      sum_teacher += lane_sum<T>(sum_t);
     }
   }
 
@@ -98,9 +51,9 @@ struct Row {
     const T inverse_p = T(1 / sum_teacher), inverse_q = T(1 / sum_student),
             log_sums = T(std::log(sum_student / sum_teacher));
     double total = 0;
-    for (int64_t begin = 0; begin < classes; begin += kBlock) {
+    for (int64_t begin = 0; begin < classes; begin += kSumBlock) {
       V block{};
-      for_vectors<T>(begin, std::min(begin + kBlock, classes), [&](int64_t j, int64_t count) {
+      for_vectors<T>(begin, std::min(begin + kSumBlock, classes), [&](int64_t j, int64_t count) {
         const V p = load_first<T>(exp_teacher + j, count, T(0)) * inverse_p;
         const V q = load_first<T>(exp_student + j, count, T(0)) * inverse_q;
         V d = log_ratio(max_student, j, count, log_sums);
@@ -112,7 +65,7 @@ struct Row {
         block += first_lanes<T>(count) ? term : V{};
         if (gradient) store_first<T>(gradient + j, T(factor) * (small ? term - pd : q - p), count);
       });
-      total += sum(block);
+      total += lane_sum<T>(block);
     }
     return total;
   }
@@ -121,7 +74,7 @@ struct Row {
   // divergence is nearly its logarithm, and the difference would cancel. `absent`: classes that a network has not add nothing.
   template <bool absent>
   void gradient_teacher(double factor, T* out) const {
-    const int64_t top = std::min(std::find(teacher, teacher + classes, max_teacher) - teacher, classes - 1);
+    const int64_t top = std::min(position_of(teacher, classes, max_teacher), classes - 1);
     const T of_student = absent ? max_student : student[top],
             constant = absent ? T(std::log(sum_student / sum_teacher)) : T(0);
     const auto ratio = [&](int64_t j, int64_t count) {
@@ -131,11 +84,11 @@ struct Row {
     };
     const auto exponentials = [&](int64_t j, int64_t count) { return load_first<T>(exp_teacher + j, count, T(0)); };
     double total = 0;
-    for (int64_t begin = 0; begin < classes; begin += kBlock) {
+    for (int64_t begin = 0; begin < classes; begin += kSumBlock) {
       V block{};
-      for_vectors<T>(begin, std::min(begin + kBlock, classes),
+      for_vectors<T>(begin, std::min(begin + kSumBlock, classes),
                      [&](int64_t j, int64_t count) { block += exponentials(j, count) * ratio(j, count); });
-      total += sum(block);
+      total += lane_sum<T>(block);
     }
     const T scale = T(factor / sum_teacher), mean = T(total / sum_teacher);
     for_vectors<T>(0, classes, [&](int64_t j, int64_t count) {
@@ -159,17 +112,13 @@ struct Row {
     const V difference = below(teacher, max_teacher, j, count) - below(student, of_student, j, count);
     return difference * inverse_temperature + constant;
   }
-
-  static double sum(V lanes) {
-    return reduce<T>(lanes, [](V a, V b) { return a + b; });
-  }
 };
 
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, double temperature, double scale,
                                        bool grad_student, bool grad_teacher) {
   const int64_t rows = student.size(0), classes = student.size(1);
-  const Logits<T> students = logits_of<T>(student), teachers = logits_of<T>(teacher);
+  const LogitRows<T> students(student), teachers(teacher);
   const auto gradient = [&](bool wanted) {
     return new_compact(student, wanted ? std::vector<int64_t>{rows, classes} : std::vector<int64_t>{0}, kScalarType<T>);
   };
@@ -179,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& student, const Tensor& teac
   const double factor = scale / (rows * temperature);
 
   std::vector<double> losses(rows);
-  parallel_blocks(rows, 1, std::max<int64_t>(kElementsPerThread / classes, 1), [&](int64_t begin, int64_t end) {
+  parallel_blocks(rows, 1, std::max<int64_t>(kLogitsPerThread / classes, 1), [&](int64_t begin, int64_t end) {
     T* buffer = workspace<T, Scratch::row>(4 * classes);
     for (int64_t i = begin; i < end; ++i) {
       Row<T> row{

@@ -127,4 +127,19 @@ inline T reduce(typename Vec<T>::type value, const F& f) {
   return value[0];
 }
 
+// Return whether a lane of a mask is set.
+template <typename T>
+inline bool any(Mask<T> mask) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_movepi32_mask((__m512i)mask);
+  else
+    return _mm512_movepi64_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask);
+#else
+  return reduce<Integer<T>>(mask, [](Mask<T> a, Mask<T> b) { return a | b; });
+#endif
+}
+
 }  // namespace kdkernels

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "convert.h"
 #include "exp.h"
 #include "tensors.h"
 
@@ -36,11 +37,7 @@ class LogitRows {
  private:
   template <typename Element>
   static void convert(const void* source, int64_t column, int64_t count, T* out) {
-    const Element* elements = static_cast<const Element*>(source);
-    if (column == 1)
-      for (int64_t j = 0; j < count; ++j) out[j] = static_cast<T>(elements[j]);
-    else
-      for (int64_t j = 0; j < count; ++j) out[j] = static_cast<T>(elements[j * column]);
+    widen(static_cast<const Element*>(source), column, count, out);
   }
 
   const char* data_;
@@ -67,7 +64,7 @@ class WideSum {
   void add(typename Vec<T>::type value) {
     Half parts[kParts];
     std::memcpy(parts, &value, sizeof(value));
-    for (int i = 0; i < kParts; ++i) sums_[i] += __builtin_convertvector(parts[i], Vec<double>::type);
+    for (int i = 0; i < kParts; ++i) sums_[i] += as_double(parts[i]);
   }
   double total() const {
     typename Vec<double>::type sum = sums_[0];
@@ -76,6 +73,16 @@ class WideSum {
   }
 
  private:
+  // GCC would convert a quarter of a vector at a time.
+  static typename Vec<double>::type as_double(Half part) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<T, float>) return (Vec<double>::type)_mm512_cvtps_pd((__m256)part);
+#elif defined(__AVX2__)
+    if constexpr (std::is_same_v<T, float>) return (Vec<double>::type)_mm256_cvtps_pd((__m128)part);
+#endif
+    return __builtin_convertvector(part, Vec<double>::type);
+  }
+
   typename Vec<double>::type sums_[kParts] = {};
 };
 
@@ -91,6 +98,15 @@ T max_of(const T* row, int64_t begin, int64_t end, T largest) {
   for_vectors<T>(begin, end,
                  [&](int64_t j, int64_t count) { result = larger<T>(result, load_first<T>(row + j, count, largest)); });
   return reduce<T>(result, [](V a, V b) { return larger<T>(a, b); });
+}
+
+// Return the position of the first element that equals `value`, or `count` if there is none.
+template <typename T>
+int64_t position_of(const T* row, int64_t count, T value) {
+  constexpr int64_t lanes = Vec<T>::size;
+  int64_t j = 0;
+  while (j + lanes <= count && !any<T>(load<T>(row + j) == value)) j += lanes;
+  return std::find(row + j, row + count, value) - row;
 }
 
 // Call f(begin, end) for blocks of at most kSumBlock elements of [begin, end).

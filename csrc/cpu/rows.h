@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "convert.h"
 #include "parallel.h"
 #include "tensors.h"
 #include "view.h"
@@ -69,12 +70,8 @@ void copy_rows(const Tensor& tensor, T* out, const F& f) {
     const E* data = static_cast<const E*>(tensor.const_data_ptr());
     parallel_blocks(tensor.size(0), 1, 1 + (1 << 15) / length, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        const E* from = data + r * row;
         T* to = out + r * length;
-        if (column == 1)
-          for (int64_t j = 0; j < length; ++j) to[j] = T(from[j]);
-        else
-          for (int64_t j = 0; j < length; ++j) to[j] = T(from[j * column]);
+        widen(data + r * row, column, length, to);
         f(r, to);
       }
     });

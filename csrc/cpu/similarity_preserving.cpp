@@ -204,8 +204,7 @@ struct Samples {
     with_element_type(features, [&](auto type) {
       const auto* data = static_cast<const decltype(type)*>(features.const_data_ptr());
       parallel_blocks(rows, 1, 1 + (1 << 15) / width, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i)
-          for (int64_t j = 0; j < width; ++j) copy[i * width + j] = T(data[i * stride + j]);
+        for (int64_t i = begin; i < end; ++i) widen(data + i * stride, 1, width, copy + i * width);
       });
     });
     return {{copy, width, 1}, width};

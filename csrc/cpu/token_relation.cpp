@@ -653,8 +653,9 @@ class Input {
         for_tokens(tokens, channels, stride == 1,
                    [&](int64_t t, int64_t k) { packed[k * tokens + t] = T(data[offsets[t] + k * stride]); });
       else if (stride == 1)
-        for_tokens(tokens, channels, true,
-                   [&](int64_t t, int64_t k) { packed[t * channels + k] = T(data[offsets[t] + k]); });
+        parallel_blocks(tokens, 1, 1 + (1 << 15) / channels, [&](int64_t begin, int64_t end) {
+          for (int64_t t = begin; t < end; ++t) widen(data + offsets[t], 1, channels, packed + t * channels);
+        });
       else
         for_tokens(tokens, channels, false,
                    [&](int64_t t, int64_t k) { packed[t * channels + k] = T(data[offsets[t] + k * stride]); });

@@ -165,8 +165,7 @@ std::tuple<Tensor, Tensor> run_backward(const Tensor& grad, const Tensor& studen
     if (!want_student) return;
     with_element_type(grad_student, [&](auto element) {
       using E = decltype(element);
-      E* const out = static_cast<E*>(grad_student.mutable_data_ptr()) + i * classes;
-      for (int64_t j = 0; j < classes; ++j) out[j] = static_cast<E>(row[j]);
+      narrow(row, classes, static_cast<E*>(grad_student.mutable_data_ptr()) + i * classes, 1);
     });
   });
   return {grad_student, grad_temperatures};

@@ -40,14 +40,15 @@ torch._dynamo.config.recompile_limit = 64  # beyond this limit, torch.compile si
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees. Otherwise, glibc takes new pages for every large result, and their first
-    writes can take longer than the loss.
+    """Let this process keep what it frees from now on. Otherwise, glibc takes new pages for every large result, and
+    their first writes can take longer than the loss.
     """
     trim_threshold, most_mappings = -1, -4
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None:
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(most_mappings, 0)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # other C libraries have none
+        libc.malloc_trim(0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(most_mappings, 0)
 
 
 class Work(NamedTuple):

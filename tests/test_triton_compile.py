@@ -55,6 +55,7 @@ SP_KERNELS = {"_rows_kernel", "_slopes_kernel"}
 LIBRARY_KERNELS = {"_chain_kernel", "_strip_kernel", "_strips_kernel"}
 RKD_KERNELS = {"_squares_kernel", "_angles_kernel", "_sides_kernel"}
 DIVERGENCE_KERNELS = {"_divergence_kernel", "_divergence_backward_kernel"}
+TOP_K_KERNELS = {"_top_k_kernel", "_top_k_backward_kernel"}
 TOKEN_KERNELS = {"_log_sums_kernel", "_compare_kernel"}
 FEATURE_MSE_KERNELS = {"_errors_kernel", "_gradient_kernel"}
 KERNELS = {
@@ -68,6 +69,7 @@ KERNELS = {
     "_dkd_kernel",
     *DIST_KERNELS,
     *DIVERGENCE_KERNELS,
+    *TOP_K_KERNELS,
     *RKD_KERNELS,
     "_bounds_kernel",
     "_pack_kernel",
@@ -243,6 +245,18 @@ def test_divergence(
 ) -> None:
     diverge(torch.zeros(2, 4, 32000, dtype=dtype), kind, standardize)
     check(compiled, target, DIVERGENCE_KERNELS)
+
+
+def choose(logits: torch.Tensor, count: int) -> None:
+    indices, ones = torch.arange(count).expand(len(logits), count), torch.ones(len(logits))
+    exponents = ops.top_k(logits, indices, ones)
+    ops.top_k_backward(exponents, logits, indices, ones, True, True)
+
+
+@in_dtypes(torch.float32, once=(torch.float64, torch.bfloat16))
+def test_top_k(compiled: list[CompiledKernel], target: GPUTarget, dtype: torch.dtype) -> None:
+    choose(torch.zeros(8, 32000, dtype=dtype), 64)
+    check(compiled, target, TOP_K_KERNELS)
 
 
 @in_dtypes(torch.float32, once=(torch.float64, torch.bfloat16))
@@ -462,6 +476,7 @@ def test_sizes_of_one(
         ops.dist(x, x, None, 1.0, 1.0, 1.0, True, True)
         ops.rkd(x, x, 25.0, 50.0, True, True)
         diverge(x[None], 0, True)
+        choose(x, 1)
         correlate(x)
         for feature in (False, True):
             ops.congruence(x, y, 1, [1.0, 0.5, 0.5, 1.0], [7 * feature] * 3, True, True)

@@ -88,7 +88,11 @@ def wait() -> None:
 
 @torch.no_grad()
 def average(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its mean over the processes, as DistributedDataParallel does with gradients."""
+    """Replace each tensor by its mean over the processes, as DistributedDataParallel does with gradients.
+
+    DistributedDataParallel groups gradients anew after the first step of a process. With three processes or more, a
+    resumed run would then not repeat bit by bit.
+    """
     if dist.is_initialized():
         message = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(message)

@@ -120,10 +120,9 @@ def kd_loss(
 
     Memory:
         The gradients, and at most 20 numbers per row. A forward KL divergence of b x K logits with less than 4,096
-        classes, or on a GPU, takes the gradient twice instead. A top-k teacher takes 8·k numbers per row more. On a
-        GPU, the reference computes it, and takes about eight times the logits. Logits are copied if no strides describe
-        them as two kinds of rows and the classes, such as b x K x h x w cut from larger maps. With a top-k teacher,
-        they are also copied if no strides describe them as one kind of rows.
+        classes, or on a GPU, takes the gradient twice instead. A top-k teacher takes 8·k numbers per row more. Logits
+        are copied if no strides describe them as two kinds of rows and the classes, such as b x K x h x w cut from
+        larger maps. With a top-k teacher, they are also copied if no strides describe them as one kind of rows.
 
     Examples:
         >>> import torch

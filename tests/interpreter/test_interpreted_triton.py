@@ -19,6 +19,7 @@ from triton_suite.patches import *  # noqa: E402, F403
 from triton_suite.rkd import *  # noqa: E402, F403
 from triton_suite.similarity_preserving import *  # noqa: E402, F403
 from triton_suite.token_relation import *  # noqa: E402, F403
+from triton_suite.top_k import *  # noqa: E402, F403
 
 
 @pytest.fixture

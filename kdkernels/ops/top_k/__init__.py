@@ -13,7 +13,6 @@ TOP_K = Operator(
     "top_k",
     kernels=(fake.top_k, fake.top_k_backward),
     native=("cpu",),
-    triton=False,  # on a GPU, the reference of the whole divergence runs
     memory="the gradient, and k + 1 numbers per row",
 )
 

@@ -47,9 +47,7 @@ def _launch_backward(
     grad_student: bool,
     to_temperatures: bool,
 ) -> tuple[Tensor, Tensor]:
-    gradients = fake.top_k_backward.fake(
-        grad_exponents, student, indices, temperatures, grad_student, to_temperatures
-    )
+    gradients = fake.top_k_backward.fake(grad_exponents, student, indices, temperatures, grad_student, to_temperatures)
     with torch.cuda.device_of(student):
         _top_k_backward_kernel[(len(student),)](
             grad_exponents,

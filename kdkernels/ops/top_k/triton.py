@@ -21,7 +21,7 @@ INFINITY = tl.constexpr(float("inf"))
 
 @in_triton(fake.top_k)
 def _launch(student: Tensor, indices: Tensor, temperatures: Tensor) -> Tensor:
-    exponents = fake.top_k.fake(student, indices, temperatures)
+    exponents: Tensor = fake.top_k.fake(student, indices, temperatures)
     with torch.cuda.device_of(student):
         _top_k_kernel[(len(student),)](
             student,
@@ -46,8 +46,10 @@ def _launch_backward(
     temperatures: Tensor,
     grad_student: bool,
     to_temperatures: bool,
-) -> tuple[Tensor, Tensor]:
-    gradients = fake.top_k_backward.fake(grad_exponents, student, indices, temperatures, grad_student, to_temperatures)
+) -> tuple[Tensor, ...]:
+    gradients: tuple[Tensor, ...] = fake.top_k_backward.fake(
+        grad_exponents, student, indices, temperatures, grad_student, to_temperatures
+    )
     with torch.cuda.device_of(student):
         _top_k_backward_kernel[(len(student),)](
             grad_exponents,

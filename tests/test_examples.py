@@ -941,7 +941,7 @@ def test_the_example_on_cifar100_with_a_loaded_teacher(tmp_path: Path) -> None:
         write_cifar100(tmp_path, name, 70)
     teacher = networks.build("resnet14", 3, 100)
     torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
-    places = ["--root", str(tmp_path), "--out", str(tmp_path), "--teacher-weights", str(tmp_path / "teacher.pt")]
+    places = ["--root", str(tmp_path), "--out", str(tmp_path), "--teacher", str(tmp_path / "teacher.pt")]
     sizes = ["--epochs", "1", "--caat-epochs", "1", "--seeds", "1", "--batch-size", "16", "--methods", "LKD+CAAT"]
     train_lkd.main(["--data", "cifar100", "--teacher", "resnet14", "--student", "wrn-16-1", *places, *sizes])
     run = training.read(tmp_path / "checkpoints" / "lkd+caat-seed0.pt")

@@ -182,8 +182,9 @@ def add_shared_flags(
     add, count = partial(add_recipe_flag, group, recipes), positive_int
     name = {"choices": known, "metavar": "NAME"}
     if foreign:
-        theirs = "teacher network, also timm:NAME or torchvision:NAME"
-        add("--teacher", networks.checked_name, theirs, lambda r: r.teacher, metavar="NAME")
+        theirs = "teacher network, also timm:NAME or torchvision:NAME; FILE is short for --teacher-weights FILE"
+        kind, metavar = _network_or_file, "NAME|FILE"
+        add("--teacher", kind, theirs, lambda r: r.teacher, metavar=metavar, action=_StoreNetworkOrFile)
         group.add_argument(
             "--teacher-weights", type=Path, metavar="FILE", help="load the teacher instead of training it"
         )
@@ -197,6 +198,19 @@ def add_shared_flags(
     add("--lr", positive, "first learning rate of teacher and students", lambda r: r.student_schedule.lr)
     add("--share", share, "share of the training images that students see", lambda r: r.share)
     add("--temperature", positive, "temperature of KD", lambda r: r.temperature)
+
+
+def _network_or_file(text: str) -> str | Path:
+    return Path(text) if Path(text).is_file() else networks.checked_name(text)
+
+
+class _StoreNetworkOrFile(argparse.Action):
+    """Store the name of a network as ``teacher``, and a file as ``teacher_weights``."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, "teacher_weights" if isinstance(values, Path) else "teacher", values)
 
 
 def recipe_of(arguments: argparse.Namespace, recipes: Mapping[str, Any]) -> Any:

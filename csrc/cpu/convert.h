@@ -1,22 +1,16 @@
 // Rows of elements of any type as numbers of the compute type, and back.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include "lanes.h"
 
 namespace kdkernels {
 
-using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// A vector of float32 numbers from 16-bit elements, and back. GCC writes bfloat16 in vectors by itself, but not float16.
+// A vector of float32 numbers from float16, and back. GCC converts bfloat16 in vectors by itself, but not float16.
 #if defined(__AVX512F__)
-inline Vec<float>::type load_wide(const BFloat16* source) {
-  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
-  return (Vec<float>::type)_mm512_slli_epi32(bits, 16);
-}
 inline Vec<float>::type load_wide(const Half* source) {
   return (Vec<float>::type)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
 }
@@ -25,10 +19,6 @@ inline void store_narrow(Half* out, Vec<float>::type value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), bits);
 }
 #elif defined(__AVX2__)
-inline Vec<float>::type load_wide(const BFloat16* source) {
-  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
-  return (Vec<float>::type)_mm256_slli_epi32(bits, 16);
-}
 inline Vec<float>::type load_wide(const Half* source) {
   return (Vec<float>::type)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
 }
@@ -42,7 +32,7 @@ template <typename T, typename E>
 inline void widen(const E* source, int64_t stride, int64_t count, T* out) {
   int64_t j = 0;
 #if defined(__AVX2__)
-  if constexpr (std::is_same_v<T, float> && sizeof(E) == 2)
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<E, Half>)
     if (stride == 1)
       for (; j + Vec<T>::size <= count; j += Vec<T>::size) store<T>(out + j, load_wide(source + j));
 #endif

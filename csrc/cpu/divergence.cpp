@@ -15,7 +15,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "exp.h"
 #include "log.h"
 #include "logit_rows.h"
 #include "parallel.h"
@@ -24,8 +23,6 @@
 namespace kdkernels {
 namespace {
 
-constexpr int64_t kElementsPerThread = 16384;
-constexpr int64_t kBlock = 1024;  // elements that are summed in the compute type before their sum is added in double
 constexpr int64_t kTileElements = 16384;     // of rows whose classes are no neighbours, and which are copied
 constexpr int64_t kTileRows = 16;            // float32 numbers of a cache line
 constexpr int64_t kStreamedBytes = 1 << 23;  // larger results leave the caches before they are read
@@ -96,13 +93,6 @@ struct RowOut {
     streamed ? stream(out, source, count * size) : void(std::memcpy(out, source, count * size));
   }
 };
-
-// Vectors ----------------------------------------------------------------------------------------------------------------
-
-template <typename T>
-double sum(typename Vec<T>::type lanes) {
-  return reduce<T>(lanes, [](auto a, auto b) { return a + b; });
-}
 
 // A row of both networks -------------------------------------------------------------------------------------------------
 
@@ -268,22 +258,22 @@ class Row {
   // Call f(begin, count, x, y) for the blocks of the row.
   template <typename F>
   void blocks(const F& f) const {
-    for (int64_t begin = 0; begin < classes_; begin += kBlock) {
-      const int64_t count = std::min(kBlock, classes_ - begin);
-      f(begin, count, p_.row.block(begin, count, buffers_), q_.row.block(begin, count, buffers_ + kBlock));
+    for (int64_t begin = 0; begin < classes_; begin += kSumBlock) {
+      const int64_t count = std::min(kSumBlock, classes_ - begin);
+      f(begin, count, p_.row.block(begin, count, buffers_), q_.row.block(begin, count, buffers_ + kSumBlock));
     }
   }
 
   // Ask for what the loop reads a block later. The processor's own prefetching ends at each page of 4 KiB, which is a block.
-  void prefetch(int64_t j) const { p_.row.prefetch(j + kBlock), q_.row.prefetch(j + kBlock); }
+  void prefetch(int64_t j) const { p_.row.prefetch(j + kSumBlock), q_.row.prefetch(j + kSumBlock); }
 
   // Mean and standard deviation of the logits above -inf.
   void measure(Network<T>& network) const {
     double sums[2] = {}, count = 0;
     for (const int pass : {0, 1}) {
       const T centre = T(network.centre);
-      for (int64_t begin = 0; begin < classes_; begin += kBlock) {
-        const int64_t size = std::min(kBlock, classes_ - begin);
+      for (int64_t begin = 0; begin < classes_; begin += kSumBlock) {
+        const int64_t size = std::min(kSumBlock, classes_ - begin);
         const T* x = network.row.block(begin, size, buffers_);
         V block{}, counted{};
         for_vectors<T>(0, size, [&](int64_t j, int64_t lanes) {
@@ -293,8 +283,8 @@ class Row {
           block += pass ? shifted * shifted : shifted;
           counted += missing ? V{} : V{} + T(1);
         });
-        sums[pass] += sum<T>(block);
-        if (!pass) count += sum<T>(counted);
+        sums[pass] += lane_sum<T>(block);
+        if (!pass) count += lane_sum<T>(counted);
       }
       if (!pass) network.count = count, network.centre = sums[0] / count;
     }
@@ -330,7 +320,7 @@ class Row {
         }
         sums_p += of_p, sums_q += of_q, cross += of_p * (a - b);
       });
-      p_.sum += sum<T>(sums_p), q_.sum += sum<T>(sums_q), cross_ += sum<T>(cross);
+      p_.sum += lane_sum<T>(sums_p), q_.sum += lane_sum<T>(sums_q), cross_ += lane_sum<T>(cross);
     });
     for (Network<T>* network : {&p_, &q_})
       if (network->sum < 0.5) network->sum = NAN;  // all logits are -inf. Otherwise, the largest exponential is 1.
@@ -388,10 +378,10 @@ class Row {
             moments_q += lanes == Vec<T>::size || first_lanes<T>(lanes) ? t.gradient_q * b : V{};
         }
       });
-      loss += sum<T>(losses);
+      loss += lane_sum<T>(losses);
       if constexpr (moments) {
-        ratio_p += sum<T>(ratios_p), exponent_p += sum<T>(exponents_p), moment_p += sum<T>(moments_p);
-        ratio_q += sum<T>(ratios_q), exponent_q += sum<T>(exponents_q), moment_q += sum<T>(moments_q);
+        ratio_p += lane_sum<T>(ratios_p), exponent_p += lane_sum<T>(exponents_p), moment_p += lane_sum<T>(moments_p);
+        ratio_q += lane_sum<T>(ratios_q), exponent_q += lane_sum<T>(exponents_q), moment_q += lane_sum<T>(moments_q);
       }
     });
     p_.ratio = ratio_p, q_.ratio = ratio_q;
@@ -428,8 +418,8 @@ class Row {
                      (std::max(network.count - 1, 1.0) * deviation * (deviation + kStandardEps)));
     };
     const T spread_p = spread_of(p_), spread_q = spread_of(q_), centre_p = T(p_.centre), centre_q = T(q_.centre);
-    T *const block_p = buffers_ + 2 * kBlock, *const block_q = buffers_ + 3 * kBlock,
-             *const narrow = buffers_ + 4 * kBlock;
+    T *const block_p = buffers_ + 2 * kSumBlock, *const block_q = buffers_ + 3 * kSumBlock,
+             *const narrow = buffers_ + 4 * kSumBlock;
     blocks([&](int64_t begin, int64_t count, const T* x, const T* y) {
       for_vectors<T>(0, count, [&](int64_t j, int64_t lanes) {
         prefetch(begin + j);
@@ -507,7 +497,7 @@ struct Matrix {
 template <typename T, typename F, typename After>
 void for_rows(const Matrix<T>& x, const Matrix<T>& y, int64_t rows, const F& f, const After& after) {
   const int64_t classes = x.classes, tile = std::clamp<int64_t>(kTileElements / classes, 1, kTileRows);
-  parallel_blocks(rows, tile, std::max<int64_t>(kElementsPerThread / classes, 1), [&](int64_t begin, int64_t end) {
+  parallel_blocks(rows, tile, std::max<int64_t>(kLogitsPerThread / classes, 1), [&](int64_t begin, int64_t end) {
     T* const of_x = x.direct() ? nullptr : workspace<T, Scratch::student_logits>(tile * classes);
     T* const of_y = y.direct() ? nullptr : workspace<T, Scratch::teacher_logits>(tile * classes);
     for (int64_t first = begin; first < end; first += tile) {
@@ -560,7 +550,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, con
       std::fill_n(of_row, numbers, T(0));
       return;
     }
-    T* const buffers = workspace<T, Scratch::row>(5 * kBlock);
+    T* const buffers = workspace<T, Scratch::row>(5 * kSumBlock);
     loss[i] = T(Row<T>(of_x, of_y, x.classes, here, kind, beta, buffers).forward(standardize, moments, of_row));
   };
   for_rows<T>(x, y, outer * inner, row, [](int64_t, int64_t) {});
@@ -620,7 +610,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Tensor& grad_losses, const
       if (to_temperature) to_temperature[i] = 0;
       return;
     }
-    Row<T> both(of_x, of_y, classes, here, kind, beta, workspace<T, Scratch::row>(5 * kBlock));
+    Row<T> both(of_x, of_y, classes, here, kind, beta, workspace<T, Scratch::row>(5 * kSumBlock));
     const double result = both.backward(kept + i * numbers, factor[i], standardize, moments,
                                         to_x.data ? &to_x : nullptr, to_y.data ? &to_y : nullptr);
     if (to_temperature) to_temperature[i] = T(result);

@@ -26,9 +26,9 @@ struct Row {
 
   void exponentials() {
     const T exponent = T(kLog2e<double> * inverse_temperature);
-    for (int64_t begin = 0; begin < classes; begin += kSumBlock) {
+    for_blocks(0, classes, [&](int64_t begin, int64_t end) {
       V sum_s{}, sum_t{};
-      for_vectors<T>(begin, std::min(begin + kSumBlock, classes), [&](int64_t j, int64_t count) {
+      for_vectors<T>(begin, end, [&](int64_t j, int64_t count) {
         const auto valid = first_lanes<T>(count);
         const V s = valid ? exp2_or_zero<T>(below(student, max_student, j, count) * exponent) : V{};
         const V t = valid ? exp2_or_zero<T>(below(teacher, max_teacher, j, count) * exponent) : V{};
@@ -39,7 +39,7 @@ struct Row {
       });
       sum_student += lane_sum<T>(sum_s);
       sum_teacher += lane_sum<T>(sum_t);
-    }
+    });
   }
 
   // KL(p, q) = sum of p log(p / q) - p + q. With d = log(p / q), each term is p (exp(-d) - 1 + d) >= 0. So a small divergence
@@ -50,24 +50,18 @@ struct Row {
   double divergence(double factor, T* gradient) const {
     const T inverse_p = T(1 / sum_teacher), inverse_q = T(1 / sum_student),
             log_sums = T(std::log(sum_student / sum_teacher));
-    double total = 0;
-    for (int64_t begin = 0; begin < classes; begin += kSumBlock) {
-      V block{};
-      for_vectors<T>(begin, std::min(begin + kSumBlock, classes), [&](int64_t j, int64_t count) {
-        const V p = load_first<T>(exp_teacher + j, count, T(0)) * inverse_p;
-        const V q = load_first<T>(exp_student + j, count, T(0)) * inverse_q;
-        V d = log_ratio(max_student, j, count, log_sums);
-        if (absent) d = no_teacher(j, count) ? V{} + T(1) : d;  // any number, because p is 0
-        const V pd = p * d;
-        const auto small = (d < T(0.5)) & (d > T(-0.5));
-        V term = small ? p * exp_remainder<T>(d) : pd - (p - q);
-        if (absent) term = only_teacher(j, count) ? V{} + (log_sums + T(INFINITY)) : term;
-        block += first_lanes<T>(count) ? term : V{};
-        if (gradient) store_first<T>(gradient + j, T(factor) * (small ? term - pd : q - p), count);
-      });
-      total += lane_sum<T>(block);
-    }
-    return total;
+    return sum_over<T>(0, classes, [&](int64_t j, int64_t count) {
+      const V p = load_first<T>(exp_teacher + j, count, T(0)) * inverse_p;
+      const V q = load_first<T>(exp_student + j, count, T(0)) * inverse_q;
+      V d = log_ratio(max_student, j, count, log_sums);
+      if (absent) d = no_teacher(j, count) ? V{} + T(1) : d;  // any number, because p is 0
+      const V pd = p * d;
+      const auto small = (d < T(0.5)) & (d > T(-0.5));
+      V term = small ? p * exp_remainder<T>(d) : pd - (p - q);
+      if (absent) term = only_teacher(j, count) ? V{} + (log_sums + T(INFINITY)) : term;
+      if (gradient) store_first<T>(gradient + j, T(factor) * (small ? term - pd : q - p), count);
+      return term;
+    });
   }
 
   // factor p (log(p / q) - divergence), with logarithms relative to the teacher's largest class. If its p is nearly 1, the
@@ -83,13 +77,8 @@ struct Row {
       return no_teacher(j, count) | only_teacher(j, count) ? V{} : d;
     };
     const auto exponentials = [&](int64_t j, int64_t count) { return load_first<T>(exp_teacher + j, count, T(0)); };
-    double total = 0;
-    for (int64_t begin = 0; begin < classes; begin += kSumBlock) {
-      V block{};
-      for_vectors<T>(begin, std::min(begin + kSumBlock, classes),
-                     [&](int64_t j, int64_t count) { block += exponentials(j, count) * ratio(j, count); });
-      total += lane_sum<T>(block);
-    }
+    const double total =
+        sum_over<T>(0, classes, [&](int64_t j, int64_t count) { return exponentials(j, count) * ratio(j, count); });
     const T scale = T(factor / sum_teacher), mean = T(total / sum_teacher);
     for_vectors<T>(0, classes, [&](int64_t j, int64_t count) {
       store_first<T>(out + j, exponentials(j, count) * scale * (ratio(j, count) - mean), count);

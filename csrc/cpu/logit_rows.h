@@ -57,12 +57,12 @@ double lane_sum(typename Vec<T>::type lanes) {
 // A sum of vectors in double.
 template <typename T>
 class WideSum {
-  typedef T Half __attribute__((vector_size(kVectorBytes * sizeof(T) / sizeof(double))));
+  typedef T Part __attribute__((vector_size(kVectorBytes * sizeof(T) / sizeof(double))));
   static constexpr int kParts = sizeof(double) / sizeof(T);
 
  public:
   void add(typename Vec<T>::type value) {
-    Half parts[kParts];
+    Part parts[kParts];
     std::memcpy(parts, &value, sizeof(value));
     for (int i = 0; i < kParts; ++i) sums_[i] += as_double(parts[i]);
   }
@@ -74,7 +74,7 @@ class WideSum {
 
  private:
   // GCC would convert a quarter of a vector at a time.
-  static typename Vec<double>::type as_double(Half part) {
+  static typename Vec<double>::type as_double(Part part) {
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<T, float>) return (Vec<double>::type)_mm512_cvtps_pd((__m256)part);
 #elif defined(__AVX2__)

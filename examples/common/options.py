@@ -183,8 +183,8 @@ def add_shared_flags(
     name = {"choices": known, "metavar": "NAME"}
     if foreign:
         theirs = "teacher network, also timm:NAME or torchvision:NAME; FILE is short for --teacher-weights FILE"
-        kind, metavar = _network_or_file, "NAME|FILE"
-        add("--teacher", kind, theirs, lambda r: r.teacher, metavar=metavar, action=_StoreNetworkOrFile)
+        given = {"metavar": "NAME|FILE", "action": _StoreNetworkOrFile}
+        add("--teacher", _network_or_file, theirs, lambda r: r.teacher, **given)
         group.add_argument(
             "--teacher-weights", type=Path, metavar="FILE", help="load the teacher instead of training it"
         )

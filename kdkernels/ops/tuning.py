@@ -11,6 +11,13 @@ from typing import NamedTuple
 import torch
 
 
+def block_of_classes(classes: int, dtype: torch.dtype) -> dict[str, int]:
+    """Return the classes of a block, and the warps that share it. float64 takes more registers."""
+    double = dtype == torch.float64
+    block = min(1 << (classes - 1).bit_length(), KD_MAX_BLOCK // 4 if double else KD_MAX_BLOCK)
+    return {"BLOCK": block, "num_warps": max(1, min(block // (128 if double else 256), 8))}
+
+
 class Large(NamedTuple):
     """The sizes from which "auto" takes the library's products on a GPU: rows, and the columns of both networks."""
 

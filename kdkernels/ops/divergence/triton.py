@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operator import in_triton
-from ..tuning import KD_MAX_BLOCK as MAX_BLOCK
+from ..tuning import block_of_classes
 from . import fake
 from .reference import STANDARD_EPS
 
@@ -48,7 +48,7 @@ def _launch(
             JSD=kind == 2,
             STANDARDIZE=standardize,
             MOMENTS=moments,
-            **_tile(classes, saved),
+            **block_of_classes(classes, saved.dtype),
         )
     return losses, saved
 
@@ -100,16 +100,9 @@ def _launch_backward(
             GRAD_X=want_x,
             GRAD_Y=want_y,
             GRAD_TEMPERATURE=to_temperatures,
-            **_tile(classes, saved),
+            **block_of_classes(classes, saved.dtype),
         )
     return *gradients, of_temperatures
-
-
-def _tile(classes: int, numbers: Tensor) -> dict[str, int]:
-    """Return the classes of a block, and the warps that share it. float64 takes twice the registers."""
-    double = numbers.dtype == torch.float64
-    block = min(triton.next_power_of_2(classes), MAX_BLOCK // 4 if double else MAX_BLOCK)
-    return {"BLOCK": block, "num_warps": max(1, min(block // (128 if double else 256), 8))}
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operator import in_triton
-from ..tuning import KD_MAX_BLOCK as MAX_BLOCK
+from ..tuning import block_of_classes
 from . import fake
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -33,7 +33,7 @@ def _launch(student: Tensor, indices: Tensor, temperatures: Tensor) -> Tensor:
             *student.stride(),
             *indices.stride(),
             *temperatures.stride(),
-            **_tile(student),
+            **block_of_classes(student.shape[1], student.dtype),
         )
     return exponents
 
@@ -65,25 +65,19 @@ def _launch_backward(
             *temperatures.stride(),
             GRAD_STUDENT=grad_student,
             GRAD_TEMPERATURE=to_temperatures,
-            **_tile(student),
+            **block_of_classes(student.shape[1], student.dtype),
         )
     return gradients
 
 
-def _tile(student: Tensor) -> dict[str, int]:
-    """Return the classes of a block, and the warps that share it. float64 takes twice the registers."""
-    double = student.dtype == torch.float64
-    block = min(triton.next_power_of_2(student.shape[1]), MAX_BLOCK // 2 if double else MAX_BLOCK)
-    return {"BLOCK": block, "num_warps": max(1, min(block // (128 if double else 256), 8))}
-
-
 @triton.jit
-def _are_others(columns, indices_ptr, index_stride, classes, count):
-    """Return which columns are classes that the teacher does not name."""
-    others = columns < classes
+def _others(student_ptr, stride, indices_ptr, index_stride, columns, classes, count, dtype: tl.constexpr):
+    """Return which columns are classes that the teacher does not name, and their logits. The others get -inf."""
+    named = columns >= classes
     for i in range(count):
-        others = others & (columns != tl.load(indices_ptr + i * index_stride))
-    return others
+        named = named | (columns == tl.load(indices_ptr + i * index_stride))
+    logit = tl.load(student_ptr + columns.to(tl.int64) * stride, mask=named == 0, other=-INFINITY).to(dtype)
+    return named == 0, logit
 
 
 @triton.jit
@@ -107,8 +101,7 @@ def _log_sum(
     total = tl.full((), 0, dtype)
     for start in range(0, classes, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        others = _are_others(columns, indices_ptr, index_stride, classes, count)
-        z = tl.load(student_ptr + columns.to(tl.int64) * stride, mask=others, other=-INFINITY).to(dtype)
+        _, z = _others(student_ptr, stride, indices_ptr, index_stride, columns, classes, count, dtype)
         before = largest
         largest = tl.maximum(largest, tl.max(z, 0))
         total = total * tl.exp2((before - largest) * scale) + tl.sum(tl.exp2((z - largest) * scale), 0)
@@ -193,8 +186,7 @@ def _top_k_backward_kernel(
     mean = tl.full((), 0, DTYPE)
     for start in range(0, classes, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        others = _are_others(columns, indices_ptr, index_stride, classes, count)
-        z = tl.load(student_ptr + columns.to(tl.int64) * stride, mask=others, other=-INFINITY).to(DTYPE)
+        others, z = _others(student_ptr, stride, indices_ptr, index_stride, columns, classes, count, DTYPE)
         p = tl.exp2((z - largest) * scale) * inverse_total
         mean += tl.sum(tl.where(p == 0, 0, p * ((z - largest) * inverse)), 0)
         if GRAD_STUDENT:
